@@ -1,0 +1,1 @@
+"""The offline program: a dense model in, a FermiSVD checkpoint out."""

@@ -1,0 +1,3 @@
+from fermisvd_convert.cli import app
+
+app()

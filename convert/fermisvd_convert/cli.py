@@ -1,0 +1,193 @@
+"""The command line: `fermisvd convert`, `fermisvd evaluate`, `fermisvd inspect`."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Compress a language model by SVD and serve it with vLLM.",
+)
+console = Console(stderr=True)
+
+
+class Form(StrEnum):
+    pivga = "pivga"
+    svd = "svd"
+
+
+class Groups(StrEnum):
+    joint = "joint"
+    separate = "separate"
+
+
+class Constraint(StrEnum):
+    projection = "projection"
+    penalty = "penalty"
+
+
+class Dtype(StrEnum):
+    auto = "auto"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+
+
+class Device(StrEnum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+@contextmanager
+def _clear_errors() -> Iterator[None]:
+    """Bad input is one line, not a traceback."""
+    from fermisvd.errors import FermiSVDError
+
+    try:
+        yield
+    except (FermiSVDError, OSError) as error:
+        console.print(f"fermisvd: {error}", style="red", markup=False, highlight=False)
+        raise typer.Exit(2) from None
+
+
+def _ranks(value: str) -> str:
+    if value not in ("fermigrad", "uniform") and not Path(value).is_file():
+        raise typer.BadParameter(f"{value!r} is neither fermigrad, nor uniform, nor a file")
+    return value
+
+
+def _align(value: str) -> str:
+    if value != "auto" and not (value.isdigit() and int(value) > 0):
+        raise typer.BadParameter(f"{value!r} is neither auto nor a positive number")
+    return value
+
+
+@app.command()
+def convert(
+    model: Annotated[str, typer.Argument(help="Folder or hub id of a dense model in safetensors.")],
+    out: Annotated[Path, typer.Argument(help="New folder for the compressed checkpoint.")],
+    more_calibration: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
+    remove: Annotated[float, typer.Option(help="Fraction of the decoder blocks' linear parameters to remove.")] = ...,
+    form: Annotated[Form, typer.Option(help="Stored form of the factors.")] = Form.pivga,
+    ranks: Annotated[
+        str, typer.Option(help="fermigrad, uniform, or a JSON file of ranks to fit to the budget.", callback=_ranks)
+    ] = "fermigrad",
+    groups: Annotated[
+        Groups, typer.Option(help="Layers that read the same input: decomposed jointly or one by one.")
+    ] = Groups.joint,
+    calibration: Annotated[
+        list[str] | None, typer.Option(help="Text or .jsonl files, or data sets (NAME[:CONFIG]); several may follow.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 256,
+    gradient_samples: Annotated[int, typer.Option(min=1, help="Windows FermiGrad trains on.")] = 256,
+    sequence_length: Annotated[
+        int | None, typer.Option(help="Tokens a window [default: the model's context, at most 2048]")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows a forward pass.")] = 8,
+    constraint: Annotated[Constraint, typer.Option(help="How FermiGrad holds the budget.")] = Constraint.projection,
+    temperature: Annotated[float, typer.Option(min=1e-6, help="T of the Fermi gate.")] = 0.01,
+    steps: Annotated[int, typer.Option(min=1, help="FermiGrad steps.")] = 300,
+    align: Annotated[str, typer.Option(help="Step of the ranks.", callback=_align)] = "auto",
+    dtype: Annotated[Dtype, typer.Option(help="Storage type; auto keeps the model's.")] = Dtype.auto,
+    device: Annotated[Device, typer.Option()] = Device.auto,
+    seed: Annotated[int, typer.Option()] = 0,
+    work: Annotated[
+        Path | None, typer.Option(help="Stages are kept here and found again [default: .fermisvd/MODEL beside OUT]")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
+) -> None:
+    """Compress MODEL into OUT, a checkpoint that `vllm serve OUT` serves."""
+    if more_calibration and not calibration:
+        raise typer.BadParameter(f"unexpected argument {more_calibration[0]!r}")
+    with _clear_errors():
+        from fermisvd_convert.convert import convert as run
+        from fermisvd_convert.report import print_report
+        from fermisvd_convert.text import DEFAULT_DATASET
+
+        report = run(
+            model,
+            out,
+            remove,
+            form=form.value,
+            ranks=ranks,
+            groups=groups.value,
+            calibration=[*(calibration or [DEFAULT_DATASET]), *(more_calibration or [])],
+            samples=samples,
+            gradient_samples=gradient_samples,
+            sequence_length=sequence_length,
+            batch_size=batch_size,
+            constraint=constraint.value,
+            temperature=temperature,
+            steps=steps,
+            align=None if align == "auto" else int(align),
+            dtype=dtype.value,
+            device=device.value,
+            seed=seed,
+            work=work,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            overwrite=overwrite,
+        )
+        print_report(report, Console())
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Folder or hub id, dense or compressed.")],
+    text: Annotated[str, typer.Option(help="Text to measure on.")] = ...,
+    reference: Annotated[str | None, typer.Option(help="Model to compare with: adds KL and top-1 agreement.")] = None,
+    sequence_length: Annotated[
+        int | None, typer.Option(help="Tokens a window [default: the model's context, at most 2048]")
+    ] = None,
+    windows: Annotated[int | None, typer.Option(min=1, help="First so many windows only.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    device: Annotated[Device, typer.Option()] = Device.auto,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Perplexity of MODEL over non-overlapping windows of the text, in float32."""
+    with _clear_errors():
+        from fermisvd_convert.evaluate import evaluate_files
+
+        result = evaluate_files(
+            model, text, reference, sequence_length, windows, batch_size, device.value, trust_remote_code
+        )
+    if as_json:
+        print(json.dumps(result.as_dict()))
+        return
+    print(f"perplexity {result.perplexity:.4f} over {result.tokens:,} tokens")
+    if result.kl is not None:
+        print(f"KL(reference || model) {result.kl:.6f} nats, top-1 agreement {result.top1_agreement:.4%}")
+
+
+@app.command()
+def inspect(
+    out: Annotated[Path, typer.Argument(help="Folder of a compressed checkpoint.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Groups, ranks and sizes of a compressed checkpoint, after checking all of it."""
+    with _clear_errors():
+        from fermisvd_convert.inspect import inspect_checkpoint
+        from fermisvd_convert.report import print_groups
+
+        summary = inspect_checkpoint(out)
+    if as_json:
+        print(json.dumps(summary))
+        return
+    print_groups(summary["groups"], Console())
+    print(f"{summary['tensors']} tensors, {summary['bytes'] / 1e6:,.2f} MB")
+
+
+if __name__ == "__main__":
+    sys.exit(app())

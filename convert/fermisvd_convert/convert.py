@@ -1,0 +1,188 @@
+"""The whole conversion, top to bottom: calibrate, decompose, choose ranks, fix the gauge, write, measure."""
+
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Sequence
+from contextlib import contextmanager
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from fermisvd.budget import Form, kept_parameters, stays_dense
+from fermisvd.errors import FermiSVDError
+from fermisvd.fermigrad import Constraint, FermiGradSettings
+from fermisvd.groups import Partition
+from fermisvd.hf import load_model
+from fermisvd_convert import stages
+from fermisvd_convert.evaluate import evaluate
+from fermisvd_convert.report import group_rows, model_card, totals
+from fermisvd_convert.source import open_source, resolve_device, window_length
+from fermisvd_convert.text import DEFAULT_DATASET, calibration_text
+from fermisvd_convert.workspace import Workspace, settings_key
+from fermisvd_convert.writer import storage_type, weight_bytes, write_checkpoint
+
+
+class OutputError(FermiSVDError):
+    """OUT cannot be written there."""
+
+
+def convert(
+    model: str,
+    out: str | Path,
+    remove: float,
+    *,
+    form: Form = "pivga",
+    ranks: str = "fermigrad",
+    groups: Partition = "joint",
+    calibration: Sequence[str] = (DEFAULT_DATASET,),
+    samples: int = 256,
+    gradient_samples: int = 256,
+    sequence_length: int | None = None,
+    batch_size: int = 8,
+    constraint: Constraint = "projection",
+    temperature: float = 0.01,
+    steps: int = 300,
+    align: int | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    seed: int = 0,
+    work: str | Path | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+) -> dict:
+    """Compress `model` (folder or hub id) into the new folder `out`; returns the report that `out`/fermisvd.json holds.
+
+    remove: fraction of the parameters of the decoder blocks' linear layers; sequence_length: tokens a window, None for
+    the model's context up to 2048; align: step of the ranks, None for a power of two near k/64; work: where stages are
+    kept and found again, None for .fermisvd/<model> beside `out`. `out` appears whole or not at all.
+    Raises FermiSVDError for bad input, naming it.
+    """
+    out, seconds = Path(out), {}
+    _check_out(out, model, overwrite)
+    source = open_source(model, revision, trust_remote_code)
+    device = resolve_device(device)
+    storage = storage_type(dtype, source)
+    length = window_length(sequence_length, source.context_length())
+    workspace = Workspace(Path(work) if work else out.parent / ".fermisvd" / Path(model).name)
+    text = calibration_text(source.tokenizer(), calibration, samples, length)
+    key = source.key
+
+    @cache
+    def dense():
+        return source.load(device)
+
+    with _timed(seconds, "calibrate"):
+        linear = stages.structure(workspace, key, groups, dense)
+        kept_parameters(linear, remove)  # an impossible --remove is refused before the long work
+        gram = stages.calibrate(
+            workspace, key, linear, text.windows, batch_size, dense, limit_bytes=weight_bytes(source.folder)
+        )
+        before = workspace.json(
+            f"dense-{settings_key(key, stages.windows_key(text.held_back))}",
+            lambda: evaluate(dense(), text.held_back, batch_size=batch_size, label="evaluate dense").as_dict(),
+        )
+    dense.cache_clear()
+    with _timed(seconds, "decompose"):
+        spectra = stages.decompose(workspace, source, linear, gram, device)
+    with _timed(seconds, "ranks"):
+        settings = FermiGradSettings(
+            constraint=constraint, steps=steps, batch_size=batch_size, temperature=temperature, seed=seed
+        )
+        gradient_windows = text.windows[:gradient_samples]
+        chosen, trace = stages.choose_ranks(
+            ranks,
+            linear,
+            remove,
+            form,
+            align,
+            lambda: stages.fermigrad(
+                workspace, linear, spectra, gradient_windows, remove, form, settings, lambda: source.load(device)
+            ),
+        )
+    rows = group_rows(linear, chosen, form)
+    report = {
+        "model": model,
+        "revision": revision,
+        "model_sha256": key,
+        "settings": {
+            "remove": remove,
+            "form": form,
+            "ranks": ranks,
+            "groups": groups,
+            "calibration": [Path(c).name for c in calibration],
+            "samples": len(text.windows),
+            "gradient_samples": len(gradient_windows),
+            "sequence_length": length,
+            "batch_size": batch_size,
+            "constraint": constraint,
+            "temperature": temperature,
+            "steps": steps,
+            "align": align or "auto",
+            "dtype": str(storage).removeprefix("torch."),
+            "seed": seed,
+        },
+        "totals": totals(rows),
+        "groups": rows,
+        "versions": {name: version(name) for name in ("fermisvd", "torch", "transformers", "safetensors", "scipy")}
+        | {"python": platform.python_version()},
+        "trace": trace,
+    }
+    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    try:
+        with _timed(seconds, "write"):
+            compressed = [(g, r) for g, r in zip(linear, chosen, strict=True) if not stays_dense(g, r, form)]
+            provenance = {
+                name: report[name] for name in ("model", "revision", "model_sha256", "settings", "totals", "versions")
+            }
+            write_checkpoint(
+                source,
+                partial,
+                compressed,
+                form,
+                lambda g: workspace.load_tensors(spectra, g.name)["u"],
+                storage,
+                provenance,
+                device,
+            )
+        with _timed(seconds, "evaluate"):
+            small = load_model(partial, torch.float32, trust_remote_code=trust_remote_code).to(device)
+            after = evaluate(small, text.held_back, batch_size=batch_size, label="evaluate compressed")
+        report["perplexity"] = {"before": before["perplexity"], "after": after.perplexity, "tokens": after.tokens}
+        report["bytes"] = {"before": weight_bytes(source.folder), "after": weight_bytes(partial)}
+        report["seconds"] = seconds
+        (partial / "fermisvd.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        (partial / "README.md").write_text(model_card(report, out), encoding="utf-8")
+        _move_into_place(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return report
+
+
+def _check_out(out: Path, model: str, overwrite: bool) -> None:
+    if out.exists() and not overwrite:
+        raise OutputError(f"{out}: exists; choose another OUT or pass --overwrite")
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out}: is a file; OUT is a folder")
+    if Path(model).is_dir() and Path(model).resolve() in (out.resolve(), *out.resolve().parents):
+        raise OutputError(f"{out}: lies inside MODEL; choose another OUT")
+
+
+def _move_into_place(partial: Path, out: Path) -> None:
+    old = out.with_name(f".{out.name}.old-{os.getpid()}")
+    if out.exists():
+        out.rename(old)
+    partial.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str):
+    begin = time.perf_counter()
+    yield
+    seconds[stage] = round(time.perf_counter() - begin, 2)

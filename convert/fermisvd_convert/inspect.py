@@ -1,0 +1,51 @@
+"""What a compressed checkpoint holds, read from its config and headers."""
+
+from pathlib import Path
+
+from fermisvd.budget import factor_parameters
+from fermisvd.format import (
+    LOWRANK_A,
+    LOWRANK_B,
+    PERMUTATION,
+    SKELETON,
+    Group,
+    TensorInfo,
+    read_headers,
+    validate_checkpoint,
+)
+from fermisvd_convert.report import totals
+
+
+def inspect_checkpoint(folder: Path) -> dict:
+    """Groups with their ranks and parameters, tensors, bytes and provenance. Raises FormatError if broken."""
+    config, headers = validate_checkpoint(folder), read_headers(folder)
+    rows = [_group_row(group, headers) for group in config.groups]
+    return {
+        "format_version": config.format_version,
+        "groups": rows,
+        "totals": totals(rows) if rows else None,
+        "tensors": len(headers),
+        "bytes": sum(file.stat().st_size for file in {info.file for info in headers.values()}),
+        "provenance": config.provenance,
+    }
+
+
+def _group_row(group: Group, headers: dict[str, TensorInfo]) -> dict:
+    rows, columns = _matrix_size(group, headers)
+    return {
+        "members": list(group.members),
+        "form": group.form,
+        "side": group.side,
+        "rank": group.rank,
+        "full_rank": min(rows, columns),
+        "parameters_before": rows * columns,
+        "parameters_after": int(factor_parameters(group.rank, rows, columns, group.form)),
+    }
+
+
+def _matrix_size(group: Group, headers: dict[str, TensorInfo]) -> tuple[int, int]:
+    """(m, n) of the stacked matrix, from the shapes of the group's tensors."""
+    if group.side == "rows":
+        return headers[f"{group.name}.{PERMUTATION}"].shape[0], headers[f"{group.name}.{SKELETON}"].shape[1]
+    part, shared = (LOWRANK_A, LOWRANK_B) if group.form == "svd" else (SKELETON, PERMUTATION)
+    return sum(headers[f"{m}.{part}"].shape[0] for m in group.members), headers[f"{group.name}.{shared}"].shape[-1]

@@ -1,0 +1,124 @@
+"""Calibration text: files and data sets in, windows of token ids out."""
+
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fermisvd.errors import FermiSVDError
+
+DEFAULT_DATASET = "Salesforce/wikitext:wikitext-2-raw-v1"
+HELD_BACK_WINDOWS = 32
+
+
+class TextError(FermiSVDError):
+    """A text cannot be read or is too short."""
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """windows: (samples, length) token ids; held_back: (up to 32, length), never calibrated on."""
+
+    windows: torch.Tensor
+    held_back: torch.Tensor
+
+
+def calibration_text(tokenizer, sources: Sequence[str], samples: int, length: int) -> CalibrationText:
+    """The first `samples` windows of the texts, taken in turn from each, and the windows after them held back.
+
+    At most a tenth of a short text is held back. Raises TextError for a text that gives no window, or fewer than two
+    windows in all.
+    """
+    wanted = samples + HELD_BACK_WINDOWS
+    per_source = [windows_of(tokenizer, source, length, -(-wanted // len(sources))) for source in sources]
+    turns = itertools.zip_longest(*[w.unbind() for w in per_source])
+    windows = torch.stack([window for turn in turns for window in turn if window is not None][:wanted])
+    if len(windows) < 2:
+        raise TextError(
+            f"{', '.join(sources)}: {len(windows)} window of {length} tokens, two are needed; "
+            "give more text or a smaller --sequence-length"
+        )
+    held_back = min(HELD_BACK_WINDOWS, max(1, len(windows) // 10))
+    calibration = windows[: min(samples, len(windows) - held_back)]
+    return CalibrationText(calibration, windows[len(calibration) :][:held_back])
+
+
+def windows_of(tokenizer, source: str, length: int, limit: int | None = None) -> torch.Tensor:
+    """Non-overlapping windows of a text, (windows, length), no special tokens added, the remainder dropped.
+
+    source: a text file, a .jsonl file, or a data set (folder or hub id, NAME[:CONFIG]); limit: most windows to make.
+    Raises TextError if there is not one whole window.
+    """
+    needed = None if limit is None else limit * length
+    ids: list[int] = []
+    for document in _documents(tokenizer, source, needed):
+        if ids and tokenizer.eos_token_id is not None:
+            ids.append(tokenizer.eos_token_id)
+        ids += tokenizer(document, add_special_tokens=False)["input_ids"]
+        if needed is not None and len(ids) >= needed:
+            break
+    count = len(ids) // length if limit is None else min(limit, len(ids) // length)
+    if count == 0:
+        raise TextError(f"{source}: {len(ids)} tokens, shorter than one window of {length}")
+    return torch.tensor(ids[: count * length]).view(count, length)
+
+
+def _documents(tokenizer, source: str, needed: int | None) -> Iterator[str]:
+    path = Path(source)
+    if path.is_file():
+        try:
+            if path.suffix == ".jsonl":
+                yield from _jsonl(tokenizer, path)
+            else:
+                with path.open(
+                    encoding="utf-8", newline=""
+                ) as stream:  # no token is longer than 16 characters on average
+                    yield stream.read(-1 if needed is None else 16 * needed)
+        except UnicodeDecodeError as error:
+            raise TextError(f"{source}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    else:
+        yield from _dataset(tokenizer, source)
+
+
+def _jsonl(tokenizer, path: Path) -> Iterator[str]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    raise TextError(f"{path}: line {number}: {error}") from None
+                yield _row_text(tokenizer, row, f"{path}: line {number}")
+
+
+def _dataset(tokenizer, source: str) -> Iterator[str]:
+    try:
+        import datasets
+    except ImportError:
+        raise TextError(f"{source}: no such file; for data sets of the hub, pip install datasets") from None
+    name, _, configuration = source.partition(":")
+    try:
+        rows = datasets.load_dataset(name, configuration or None, split="train", streaming=True)
+        for number, row in enumerate(rows):
+            text = _row_text(tokenizer, row, f"{source}: row {number}")
+            if text.strip():
+                yield text
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise TextError(
+            f"{source}: neither a file nor a data set that can be loaded ({error.__class__.__name__}: {error})"
+        ) from None
+
+
+def _row_text(tokenizer, row: dict, where: str) -> str:
+    """`messages` through the chat template, else `text`, else all string fields, one a line."""
+    if isinstance(row, dict) and isinstance(row.get("messages"), list):
+        return tokenizer.apply_chat_template(row["messages"], tokenize=False)
+    if isinstance(row, dict) and isinstance(row.get("text"), str):
+        return row["text"]
+    strings = [value for value in row.values() if isinstance(value, str)] if isinstance(row, dict) else []
+    if not strings:
+        raise TextError(f"{where}: no text in it")
+    return "\n".join(strings)

@@ -1,0 +1,137 @@
+"""The checkpoint writer: the source's files with the compressed groups in place of their weights."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from fermisvd.budget import Form
+from fermisvd.decomposition import low_rank_factors
+from fermisvd.format import (
+    INDEX_NAME,
+    INTERPOLATION,
+    LOWRANK_A,
+    LOWRANK_B,
+    PERMUTATION,
+    SKELETON,
+    FermiSVDConfig,
+    Group,
+)
+from fermisvd.groups import LinearGroup
+from fermisvd.pivga import fix_gauge
+from fermisvd_convert.source import TORCH_TYPES, WEIGHT_SUFFIXES, Source
+from fermisvd_convert.stages import group_weight
+
+SHARD_BYTES = 4 * 2**30
+OWN_FILES = {"README.md", "config.json", INDEX_NAME}
+
+
+def config_group(group: LinearGroup, rank: int, form: Form) -> Group:
+    """The config's entry of a compressed group."""
+    return Group(members=group.members, form=form, side=group.side if form == "pivga" else None, rank=rank)
+
+
+def compressed_tensors(
+    group: LinearGroup, weight: torch.Tensor, u: torch.Tensor, rank: int, form: Form, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """Tensors of one group as stored, by name. weight: W (m x n); u: (m x k)."""
+    a, b = low_rank_factors(u, weight, rank)
+    if form == "svd":
+        parts = a.to(dtype).split(list(group.member_rows))
+        tensors = {f"{name}.{LOWRANK_A}": part for name, part in zip(group.members, parts, strict=True)}
+        return tensors | {f"{group.name}.{LOWRANK_B}": b.to(dtype)}
+    gauge = fix_gauge(a, b, group.side, dtype)
+    tensors = {f"{group.name}.{INTERPOLATION}": gauge.interpolation, f"{group.name}.{PERMUTATION}": gauge.permutation}
+    skeletons = [gauge.skeleton] if group.side == "rows" else gauge.skeleton.split(list(group.member_rows))
+    return tensors | {f"{name}.{SKELETON}": part for name, part in zip(group.members, skeletons, strict=True)}
+
+
+def write_checkpoint(
+    source: Source,
+    folder: Path,
+    compressed: Sequence[tuple[LinearGroup, int]],
+    form: Form,
+    basis_of: Callable[[LinearGroup], torch.Tensor],
+    dtype: torch.dtype,
+    provenance: dict,
+    device: str = "cpu",
+) -> None:
+    """Everything of the checkpoint but the model card, into `folder`, which must be empty.
+
+    compressed: groups that do not stay dense, with their ranks; basis_of: gives U of a group.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in source.folder.iterdir():
+        skipped = path.suffix in WEIGHT_SUFFIXES or path.name in OWN_FILES or path.name.endswith(".index.json")
+        if path.is_file() and not skipped and not path.name.startswith("."):
+            shutil.copyfile(path, folder / path.name)
+    groups = tuple(config_group(group, rank, form) for group, rank in compressed)
+    replaced = {f"{name}.weight" for group, _ in compressed for name in group.members}
+    provenance = provenance | {"dense_tensors": [name for name in source.headers if name not in replaced]}
+    entry = FermiSVDConfig(groups=groups, provenance=provenance).model_dump(mode="json", exclude_none=True)
+    config = {key: value for key, value in source.config.items() if key != "torch_dtype"}
+    config |= {"dtype": str(dtype).removeprefix("torch."), "quantization_config": entry}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        by_weight = {f"{name}.weight": (group, rank) for group, rank in compressed for name in group.members}
+        for name in tqdm(source.headers, desc="write", leave=False):
+            if name not in by_weight:
+                tensor = source.tensor(name)
+                yield name, tensor.to(dtype) if tensor.is_floating_point() else tensor
+                continue
+            group, rank = by_weight[name]
+            if name == f"{group.name}.weight":
+                weight = group_weight(source, group).to(device)
+                yield from compressed_tensors(group, weight, basis_of(group).to(device), rank, form, dtype).items()
+
+    _write_shards(folder, tensors())
+
+
+def _write_shards(folder: Path, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
+    """One model.safetensors, or numbered shards with an index where it would grow past SHARD_BYTES."""
+    shards: list[list[str]] = []
+    pending: dict[str, torch.Tensor] = {}
+    pending_bytes = total = 0
+
+    def flush() -> None:
+        shards.append(list(pending))
+        shard = folder / f"shard-{len(shards)}.safetensors"
+        save_file(pending, shard, metadata={"format": "pt"})
+        shard.chmod(0o644)  # safetensors makes files that only their owner can read; a server is often another user
+        pending.clear()
+
+    for name, tensor in tensors:
+        size = tensor.numel() * tensor.element_size()
+        if pending and pending_bytes + size > SHARD_BYTES:
+            flush()
+            pending_bytes = 0
+        pending[name] = tensor.contiguous().cpu()
+        pending_bytes += size
+        total += size
+    flush()
+    if len(shards) == 1:
+        (folder / "shard-1.safetensors").rename(folder / "model.safetensors")
+        return
+    weight_map = {}
+    for number, names in enumerate(shards, 1):
+        file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"shard-{number}.safetensors").rename(folder / file_name)
+        weight_map |= dict.fromkeys(names, file_name)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX_NAME).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of the safetensors files of a folder."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def storage_type(dtype: str, source: Source) -> torch.dtype:
+    """--dtype as a torch type; auto keeps the source's."""
+    names = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+    return source.weight_type() if dtype == "auto" else TORCH_TYPES[names[dtype]]

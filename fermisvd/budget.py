@@ -1,0 +1,114 @@
+"""Rank <-> parameter count of a group in both forms, and integer ranks that meet a budget exactly."""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+from fermisvd.errors import FermiSVDError
+from fermisvd.groups import LinearGroup
+
+Form = Literal["svd", "pivga"]
+
+
+class BudgetError(FermiSVDError):
+    """The asked removal cannot be met with ranks of at least one alignment step."""
+
+
+def factor_parameters(rank: float, rows: int, columns: int, form: Form) -> float:
+    """Numbers stored for a rank-r group: svd r (m + n); pivga r (m + n) - r^2 (DESIGN, Budget)."""
+    count = rank * (rows + columns)
+    return count - rank * rank if form == "pivga" else count
+
+
+def stays_dense(group: LinearGroup, rank: float, form: Form) -> bool:
+    """True where factors would be no smaller than the matrix, so that it is stored as it is."""
+    return factor_parameters(min(rank, group.full_rank), group.rows, group.columns, form) >= group.dense_parameters
+
+
+def group_parameters(group: LinearGroup, rank: float, form: Form) -> float:
+    """Numbers stored for the group at this rank, the dense matrix where that is no larger."""
+    count = factor_parameters(min(rank, group.full_rank), group.rows, group.columns, form)
+    return min(count, group.dense_parameters)
+
+
+def total_parameters(groups: Sequence[LinearGroup], ranks: Sequence[float], form: Form) -> float:
+    return sum(group_parameters(g, r, form) for g, r in zip(groups, ranks, strict=True))
+
+
+def kept_parameters(groups: Sequence[LinearGroup], remove: float) -> int:
+    """The budget: numbers that may stay when the fraction `remove` of the groups' parameters goes.
+
+    Raises BudgetError unless 0 < remove < 1.
+    """
+    if not 0 < remove < 1:
+        raise BudgetError(f"--remove must lie between 0 and 1, got {remove}")
+    return math.floor((1 - remove) * sum(g.dense_parameters for g in groups) + 1e-6)
+
+
+def uniform_rank(group: LinearGroup, remove: float, form: Form) -> float:
+    """Real rank at which this group alone loses the fraction `remove`.
+
+    svd: (1 - f) m n / (m + n), the rule of SVD-LLM; pivga: the smaller root of r (m + n) - r^2 = (1 - f) m n.
+    """
+    width, target = group.rows + group.columns, (1 - remove) * group.dense_parameters
+    if form == "svd":
+        return target / width
+    return (width - math.sqrt(width * width - 4 * target)) / 2
+
+
+def auto_alignment(group: LinearGroup) -> int:
+    """Alignment step of a group's rank: the power of two next below k / 64, at most 64 (a GEMM tile)."""
+    return 2 ** min(6, max(0, int(math.log2(max(1, group.full_rank / 64)))))
+
+
+def rank_ladder(group: LinearGroup, form: Form, align: int) -> list[int]:
+    """Ranks a group may take: multiples of `align` that save something, then k, which means dense."""
+    ladder = [r for r in range(align, group.full_rank, align) if not stays_dense(group, r, form)]
+    return [*ladder, group.full_rank]
+
+
+def round_to_budget(
+    groups: Sequence[LinearGroup], ideal: Sequence[float], budget: int, form: Form, align: int | None = None
+) -> list[int]:
+    """Integer ranks near `ideal` that spend at most `budget` and leave less than one step of it unspent.
+
+    ideal: real ranks, one a group; align: step of the ranks, None for auto_alignment. Ranks start from
+    the rung below the ideal, come down where that is too much and go up where the next rung still
+    fits, always where the distance to the ideal, in units of k, is largest.
+    Raises BudgetError if even the lowest ranks exceed the budget.
+    """
+    ladders = [rank_ladder(g, form, align or auto_alignment(g)) for g in groups]
+    costs = [[int(group_parameters(g, r, form)) for r in ladder] for g, ladder in zip(groups, ladders, strict=True)]
+    rungs = [
+        max([i for i, r in enumerate(ladder) if r <= x], default=0) for ladder, x in zip(ladders, ideal, strict=True)
+    ]
+    spent = sum(cost[i] for cost, i in zip(costs, rungs, strict=True))
+    lowest = sum(cost[0] for cost in costs)
+    if lowest > budget:
+        raise BudgetError(
+            f"the lowest aligned ranks need {lowest} parameters, the budget is {budget}; "
+            "ask for less or a smaller --align"
+        )
+
+    def surplus(g: int, rung: int) -> float:
+        return (ladders[g][rung] - ideal[g]) / groups[g].full_rank
+
+    while spent > budget:
+        g = max((g for g, i in enumerate(rungs) if i > 0), key=lambda g: surplus(g, rungs[g]))
+        spent += costs[g][rungs[g] - 1] - costs[g][rungs[g]]
+        rungs[g] -= 1
+    while True:
+        room = [
+            g for g, i in enumerate(rungs) if i + 1 < len(costs[g]) and spent + costs[g][i + 1] - costs[g][i] <= budget
+        ]
+        if not room:
+            return [ladder[i] for ladder, i in zip(ladders, rungs, strict=True)]
+        g = min(room, key=lambda g: surplus(g, rungs[g] + 1))
+        spent += costs[g][rungs[g] + 1] - costs[g][rungs[g]]
+        rungs[g] += 1
+
+
+def uniform_ranks(groups: Sequence[LinearGroup], remove: float, form: Form, align: int | None = None) -> list[int]:
+    """The same fraction from every group, rounded to the budget."""
+    ideal = [uniform_rank(g, remove, form) for g in groups]
+    return round_to_budget(groups, ideal, kept_parameters(groups, remove), form, align)

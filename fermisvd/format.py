@@ -1,0 +1,296 @@
+"""Checkpoint format 1: the config's schema, tensor names, and the checks a reader makes before it computes.
+
+docs/format.md describes the folder. Every check raises FormatError, which names the file, the tensor or the option.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from safetensors import SafetensorError, safe_open
+
+from fermisvd.errors import FermiSVDError
+
+QUANT_METHOD = "fermisvd"
+FORMAT_VERSION = 1
+INDEX_NAME = "model.safetensors.index.json"
+PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
+
+LOWRANK_A, LOWRANK_B = "lowrank_a", "lowrank_b"
+SKELETON, INTERPOLATION, PERMUTATION = "skeleton", "interpolation", "permutation"
+FLOAT_TYPES = {"F64", "F32", "F16", "BF16"}
+
+
+class FormatError(FermiSVDError):
+    """The checkpoint is not what its config says."""
+
+
+class Group(BaseModel):
+    """One group of the config: members share B, or D and the permutation; see fermisvd.groups.LinearGroup."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    members: tuple[str, ...] = Field(min_length=1)
+    form: Literal["svd", "pivga"]
+    side: Literal["columns", "rows"] | None = None
+    rank: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Group":
+        if len(set(self.members)) != len(self.members):
+            raise ValueError(f"group {self.members[0]} lists a member twice")
+        if (self.form == "pivga") != (self.side is not None):
+            raise ValueError(f"group {self.members[0]}: a side belongs to the pivga form, and only to it")
+        if self.side == "rows" and len(self.members) > 1:
+            raise ValueError(f"group {self.members[0]}: rows side takes one member, it has {len(self.members)}")
+        return self
+
+    @property
+    def name(self) -> str:
+        return self.members[0]
+
+
+class FermiSVDConfig(BaseModel):
+    """The `quantization_config` entry of config.json."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    quant_method: Literal["fermisvd"] = QUANT_METHOD
+    format_version: Literal[1] = FORMAT_VERSION
+    groups: tuple[Group, ...]
+    provenance: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _no_overlap(self) -> "FermiSVDConfig":
+        seen: set[str] = set()
+        for member in (m for group in self.groups for m in group.members):
+            if member in seen:
+                raise ValueError(f"{member} is a member of two groups")
+            seen.add(member)
+        return self
+
+    def group_of(self) -> dict[str, Group]:
+        """Member name -> its group."""
+        return {member: group for group in self.groups for member in group.members}
+
+
+def parse_config(values: Mapping[str, Any], where: str = "quantization_config") -> FermiSVDConfig:
+    """Validated config. Raises FormatError naming `where` and every field that is off."""
+    version = values.get("format_version")
+    if version != FORMAT_VERSION:
+        raise FormatError(
+            f"{where}: format_version is {version!r}, this FermiSVD reads {FORMAT_VERSION}; "
+            "install the version that wrote it"
+        )
+    try:
+        return FermiSVDConfig.model_validate(dict(values))
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'groups'}: {e['msg']}" for e in error.errors()[:5])
+        raise FormatError(f"{where}: {problems}") from None
+
+
+def read_config(folder: Path) -> FermiSVDConfig:
+    """The FermiSVD entry of a folder's config.json. Raises FormatError if there is none."""
+    path = Path(folder) / "config.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FormatError(f"{path}: {error}") from None
+    entry = values.get("quantization_config") if isinstance(values, dict) else None
+    if not isinstance(entry, dict) or entry.get("quant_method") != QUANT_METHOD:
+        raise FormatError(
+            f"{path}: no quantization_config with quant_method {QUANT_METHOD!r}; not a FermiSVD checkpoint"
+        )
+    return parse_config(entry, str(path))
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies and what its file's header says of it; dtype in safetensors' words (F32, BF16, I32, ...)."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def read_headers(folder: Path, allow_pickles: bool = False) -> dict[str, TensorInfo]:
+    """Name -> TensorInfo of all tensors in a folder's safetensors files, without reading the data.
+
+    Raises FormatError for a missing or truncated shard, an index that disagrees with the shards, a tensor
+    stored twice, and pickled files; `allow_pickles` ignores those, as the converter does in a source folder.
+    """
+    folder = Path(folder)
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLE_SUFFIXES)
+    if pickles and not allow_pickles:
+        raise FormatError(f"{folder}: pickled files are never loaded, remove {', '.join(pickles)}")
+    index = _read_index(folder)
+    files = sorted({folder / name for name in index.values()}) if index else sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise FormatError(f"{folder}: no safetensors file")
+    headers: dict[str, TensorInfo] = {}
+    for file in files:
+        if not file.is_file():
+            raise FormatError(f"{file}: missing shard, named by {INDEX_NAME}; download or copy it again")
+        try:
+            with safe_open(file, framework="pt") as shard:
+                for name in shard.keys():  # noqa: SIM118  (a safe_open object does not iterate)
+                    if name in headers:
+                        raise FormatError(f"{file}: tensor {name} is also in {headers[name].file.name}")
+                    part = shard.get_slice(name)
+                    headers[name] = TensorInfo(file, part.get_dtype(), tuple(part.get_shape()))
+        except (SafetensorError, OSError) as error:
+            raise FormatError(f"{file}: unreadable or truncated shard ({error}); download or copy it again") from None
+    for name, file_name in (index or {}).items():
+        if name not in headers or headers[name].file.name != file_name:
+            raise FormatError(f"{folder / INDEX_NAME}: says {name} is in {file_name}, which does not hold it")
+    unlisted = headers.keys() - index.keys() if index else ()
+    if unlisted:
+        raise FormatError(f"{folder / INDEX_NAME}: does not list {min(unlisted)}, which a shard holds")
+    return headers
+
+
+def _read_index(folder: Path) -> dict[str, str]:
+    path = folder / INDEX_NAME
+    if not path.is_file():
+        return {}
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        if not all(isinstance(file, str) and Path(file).name == file for file in weight_map.values()):
+            raise ValueError("weight_map names a file outside the folder")
+        return dict(weight_map)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FormatError(f"{path}: unreadable index ({error!r})") from None
+
+
+def expected_tensors(group: Group, member_rows: Sequence[int], columns: int) -> dict[str, tuple[int, ...]]:
+    """Tensor name -> shape of a group whose members are (m_i x n) matrices (DESIGN, Checkpoint format 1).
+
+    Raises FormatError if the rank exceeds the matrix.
+    """
+    rows, rank = sum(member_rows), group.rank
+    if rank > min(rows, columns):
+        raise FormatError(f"group {group.name}: rank {rank} is larger than the matrix, {rows} x {columns}")
+    if group.form == "svd":
+        shared = {LOWRANK_B: (rank, columns)}
+        each = {LOWRANK_A: rank}
+    elif group.side == "columns":
+        shared = {INTERPOLATION: (rank, columns - rank), PERMUTATION: (columns,)}
+        each = {SKELETON: rank}
+    else:
+        shared = {SKELETON: (rank, columns), INTERPOLATION: (rows - rank, rank), PERMUTATION: (rows,)}
+        each = {}
+    tensors = {f"{group.name}.{name}": shape for name, shape in shared.items()}
+    for member, m in zip(group.members, member_rows, strict=True):
+        tensors |= {f"{member}.{name}": (m, width) for name, width in each.items()}
+    return tensors
+
+
+def check_permutation(name: str, permutation: torch.Tensor) -> None:
+    """Raises FormatError unless each of 0..n-1 is there once: a GPU gather with others reads foreign memory."""
+    n = permutation.numel()
+    if not np.array_equal(np.sort(permutation.cpu().numpy(), axis=None), np.arange(n)):
+        raise FormatError(
+            f"{name}: not a permutation of 0..{n - 1}, an index is out of range or repeated; convert again"
+        )
+
+
+def check_finite(name: str, tensor: torch.Tensor) -> None:
+    """Raises FormatError if a floating-point tensor holds NaN or infinity."""
+    if tensor.is_floating_point() and not tensor.isfinite().all():
+        raise FormatError(f"{name}: holds NaN or infinite values; convert again or copy the file again")
+
+
+def validate_checkpoint(folder: Path, members: Iterable[str] | None = None) -> FermiSVDConfig:
+    """The config of a folder all of whose tensors are what it says: names, shapes, types, permutations, finite values.
+
+    members: names of the model's linear layers, if known: groups may name no others. Reads every tensor once.
+    Raises FormatError otherwise.
+    """
+    folder = Path(folder)
+    config, headers = read_config(folder), read_headers(folder)
+    known = None if members is None else set(members)
+    for group in config.groups:
+        strangers = [m for m in group.members if known is not None and m not in known]
+        if strangers:
+            raise FormatError(
+                f"{folder / 'config.json'}: group {group.name}: the model has no linear layer {strangers[0]}"
+            )
+    check_headers(config, headers)
+    check_values(headers)
+    return config
+
+
+def validate_before_serving(folder: Path) -> None:
+    """All of validate_checkpoint but the values of the groups' factors, which a server checks as it loads them.
+
+    Raises FormatError naming file, tensor and remedy.
+    """
+    folder = Path(folder)
+    config, headers = read_config(folder), read_headers(folder)
+    check_headers(config, headers)
+    factors = {f"{m}.{name}" for m in config.group_of() for name in (LOWRANK_A, LOWRANK_B, SKELETON, INTERPOLATION)}
+    check_values({name: info for name, info in headers.items() if name not in factors})
+
+
+def check_headers(config: FermiSVDConfig, headers: Mapping[str, TensorInfo]) -> None:
+    """Raises FormatError if a tensor of a group, or one that provenance lists as dense, is not there as described."""
+    for group in config.groups:
+        check_group_headers(group, headers)
+    for name in config.provenance.get("dense_tensors", []):
+        if name not in headers:
+            raise FormatError(f"{name}: missing from the checkpoint; convert again or copy the shard again")
+
+
+def check_group_headers(group: Group, headers: Mapping[str, TensorInfo]) -> None:
+    """Raises FormatError if a tensor of the group is missing or its shape or type is not what the config says."""
+
+    def shape_of(tensor: str, dimensions: int = 2) -> tuple[int, ...]:
+        if tensor not in headers:
+            raise FormatError(f"{tensor}: missing from the checkpoint; convert again or copy the shard again")
+        if len(headers[tensor].shape) != dimensions:
+            raise FormatError(
+                f"{headers[tensor].file}: {tensor}: {dimensions} dimensions expected, shape is {headers[tensor].shape}"
+            )
+        return headers[tensor].shape
+
+    # The matrix's own size is not in the config; it is read off one tensor and every other must agree with it.
+    if group.form == "svd":
+        columns = shape_of(f"{group.name}.{LOWRANK_B}")[1]
+        rows = [shape_of(f"{member}.{LOWRANK_A}")[0] for member in group.members]
+    elif group.side == "columns":
+        columns = shape_of(f"{group.name}.{PERMUTATION}", 1)[0]
+        rows = [shape_of(f"{member}.{SKELETON}")[0] for member in group.members]
+    else:
+        columns = shape_of(f"{group.name}.{SKELETON}")[1]
+        rows = [shape_of(f"{group.name}.{PERMUTATION}", 1)[0]]
+    for name, shape in expected_tensors(group, rows, columns).items():
+        if shape_of(name, len(shape)) != shape:
+            raise FormatError(
+                f"{headers[name].file}: {name}: shape {headers[name].shape}, but rank {group.rank} asks for {shape}"
+            )
+        allowed = {"I32"} if name.endswith(f".{PERMUTATION}") else FLOAT_TYPES
+        if headers[name].dtype not in allowed:
+            raise FormatError(
+                f"{headers[name].file}: {name}: type {headers[name].dtype}, expected {' or '.join(sorted(allowed))}"
+            )
+    for member in group.members:
+        if f"{member}.weight" in headers:
+            raise FormatError(
+                f"{headers[f'{member}.weight'].file}: {member}.weight is there, but group {group.name} replaces it"
+            )
+
+
+def check_values(headers: Mapping[str, TensorInfo]) -> None:
+    """Reads the tensors. Raises FormatError for NaN, infinity, or a permutation that is none."""
+    for file in sorted({info.file for info in headers.values()}):
+        with safe_open(file, framework="pt") as shard:
+            for name in (name for name, info in headers.items() if info.file == file):
+                tensor = shard.get_tensor(name)
+                check_finite(f"{file}: {name}", tensor)
+                if name.endswith(f".{PERMUTATION}"):
+                    check_permutation(f"{file}: {name}", tensor)

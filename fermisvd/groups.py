@@ -1,0 +1,129 @@
+"""Groups: linear layers of the decoder blocks that read the same input and are decomposed together."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from fermisvd.errors import FermiSVDError
+
+Side = Literal["columns", "rows"]
+Partition = Literal["joint", "separate"]
+
+
+@dataclass(frozen=True)
+class LinearGroup:
+    """A group: its members' weights stacked by rows form one (rows x columns) matrix W.
+
+    members: module names, in stacking order; member_rows: output width of each member;
+    columns: input width; side: where the PivGa skeleton is chosen, i.e. the side that tensor
+    parallelism replicates; source: first layer that reads this input, the key of its Gram matrix.
+    """
+
+    members: tuple[str, ...]
+    member_rows: tuple[int, ...]
+    columns: int
+    side: Side
+    source: str
+
+    @property
+    def name(self) -> str:
+        """The first member's name: shared tensors are stored under it."""
+        return self.members[0]
+
+    @property
+    def rows(self) -> int:
+        return sum(self.member_rows)
+
+    @property
+    def full_rank(self) -> int:
+        """k = min(m, n)."""
+        return min(self.rows, self.columns)
+
+    @property
+    def dense_parameters(self) -> int:
+        return self.rows * self.columns
+
+
+class StructureError(FermiSVDError):
+    """The model has no decoder blocks with linear layers that can be compressed."""
+
+
+def decoder_blocks(model: nn.Module) -> str:
+    """Name of the ModuleList that holds the decoder blocks: the outermost one with most linear parameters.
+
+    Raises StructureError if the model has no ModuleList with linear layers.
+    """
+    best, most = None, 0
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList):
+            size = sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+            if size > most:
+                best, most = name, size
+    if best is None:
+        raise StructureError(f"{type(model).__name__} has no list of decoder blocks with linear layers")
+    return best
+
+
+@torch.no_grad()
+def find_groups(model: nn.Module, partition: Partition = "joint") -> list[LinearGroup]:
+    """Groups of all linear layers of the decoder blocks, in the order the forward pass calls them.
+
+    Found by running a few tokens: layers called with one and the same tensor are a group (`joint`), or
+    each a group of its own that shares the Gram matrix (`separate`). A parent module's last group
+    gives the parent's output, so it is row-parallel under tensor parallelism and takes its skeleton
+    from rows; all others take columns (DESIGN: the side that tensor parallelism replicates).
+    Raises StructureError if a layer is never or more than once called, so that no rank could be judged.
+    """
+    blocks = decoder_blocks(model)
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if name.startswith(f"{blocks}.") and isinstance(module, nn.Linear)
+    }
+    calls: list[tuple[str, torch.Tensor]] = []  # holds the inputs, so that no address is used twice
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, inputs, name=name: calls.append((name, inputs[0])))
+        for name, layer in layers.items()
+    ]
+    try:
+        device = next(model.parameters()).device
+        model(input_ids=torch.arange(4, device=device)[None])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    called = [name for name, _ in calls]
+    odd = sorted(name for name in layers if called.count(name) != 1)
+    if odd:
+        raise StructureError(f"layers not called exactly once in a forward pass: {', '.join(odd[:5])}")
+
+    readers: dict[tuple, list[str]] = {}
+    for name, x in calls:
+        readers.setdefault((x.data_ptr(), x.shape, x.stride()), []).append(name)
+    last_of_parent = {name.rpartition(".")[0]: names[0] for names in readers.values() for name in names}
+    inputs_of_parent = {
+        parent: {names[0] for names in readers.values() if names[0].rpartition(".")[0] == parent}
+        for parent in last_of_parent
+    }
+
+    groups = []
+    for names in readers.values():
+        parent = names[0].rpartition(".")[0]
+        is_output = last_of_parent[parent] == names[0] and len(inputs_of_parent[parent]) > 1 and len(names) == 1
+        for members in [names] if partition == "joint" else [[name] for name in names]:
+            groups.append(
+                LinearGroup(
+                    members=tuple(members),
+                    member_rows=tuple(layers[name].out_features for name in members),
+                    columns=layers[members[0]].in_features,
+                    side="rows" if is_output else "columns",
+                    source=names[0],
+                )
+            )
+    return groups
+
+
+def stacked_weight(model: nn.Module, group: LinearGroup) -> torch.Tensor:
+    """W of a group: the members' weights stacked by rows, (rows x columns)."""
+    return torch.cat([model.get_submodule(name).weight.detach() for name in group.members])

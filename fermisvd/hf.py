@@ -1,0 +1,83 @@
+"""transformers: after `import fermisvd`, AutoModelForCausalLM.from_pretrained loads a FermiSVD checkpoint.
+
+The reference modules take the place of the compressed layers; a broken checkpoint is refused; save_pretrained
+writes the model at its small size again.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from fermisvd.format import QUANT_METHOD, FormatError, expected_tensors, parse_config, read_headers, validate_checkpoint
+from fermisvd.modules import replace_group
+
+
+@register_quantization_config(QUANT_METHOD)
+class FermiSVDQuantizationConfig(QuantizationConfigMixin):
+    """transformers' view of fermisvd.format.FermiSVDConfig; to_dict gives back the validated entry."""
+
+    def __init__(self, **entry: Any):
+        self.quant_method = QUANT_METHOD
+        self.fermisvd = parse_config({"quant_method": QUANT_METHOD, **entry})
+
+    @classmethod
+    def from_dict(cls, config_dict, return_unused_kwargs=False, **kwargs):
+        config = cls(**config_dict)
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.fermisvd.model_dump(mode="json", exclude_none=True)
+
+
+@register_quantizer(QUANT_METHOD)
+class FermiSVDQuantizer(HfQuantizer):
+    """Puts reference modules in place of the compressed layers before the weights are loaded."""
+
+    requires_calibration = True  # a dense model is compressed by `fermisvd convert`, not while it loads
+
+    def _process_model_before_weight_loading(self, model: nn.Module, checkpoint_files=None, **kwargs) -> None:
+        config = self.quantization_config.fermisvd
+        linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+        if checkpoint_files:
+            # transformers fills what a checkpoint lacks with random numbers; so everything is checked beforehand
+            folder = Path(checkpoint_files[0]).parent
+            validate_checkpoint(folder, linear)
+            headers = read_headers(folder)
+            for group in config.groups:
+                rows = [linear[name].out_features for name in group.members]
+                for name, shape in expected_tensors(group, rows, linear[group.name].in_features).items():
+                    if headers[name].shape != shape:
+                        raise FormatError(
+                            f"{headers[name].file}: {name}: shape {headers[name].shape}, the model needs {shape}"
+                        )
+            _refuse_missing(model, {m for g in config.groups for m in g.members}, headers)
+        for group in config.groups:
+            replace_group(model, group)
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def _refuse_missing(model: nn.Module, compressed: set[str], headers) -> None:
+    """Raises FormatError if a dense parameter of the model is in no file."""
+    tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
+    for name, _ in model.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        if name not in headers and name not in tied and not (owner in compressed and leaf == "weight"):
+            raise FormatError(f"{name}: missing from the checkpoint; convert again or copy the shard again")
+
+
+def load_model(path: str | Path, dtype: torch.dtype = torch.float32, **kwargs) -> nn.Module:
+    """A causal language model, dense or compressed, in evaluation mode. kwargs go to from_pretrained."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **kwargs).eval()

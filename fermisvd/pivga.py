@@ -1,0 +1,102 @@
+"""PivGa: pivoted gauge fixing, which saves r^2 numbers of a rank-r factorisation without loss.
+
+columns: A B = C_skel [I_r | D] P^T     C_skel = A B_0 (m x r),   D = B_0^{-1} B_1 (r x (n-r))
+rows:    A B = P [I_r ; D] R_skel       R_skel = A_0 B (r x n),   D = A_1 A_0^{-1} ((m-r) x r)
+
+Rows are the columns of the transpose, so one implementation serves both.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.linalg
+import torch
+
+from fermisvd.errors import FermiSVDError
+from fermisvd.groups import Side
+
+
+@dataclass(frozen=True)
+class PivGa:
+    """skeleton: C_skel or R_skel; interpolation: D; permutation: skeleton indices, then the rest, each ascending."""
+
+    skeleton: torch.Tensor
+    interpolation: torch.Tensor
+    permutation: torch.Tensor
+    side: Side
+
+
+class PivGaError(FermiSVDError):
+    """The product has fewer independent columns than its rank, or does not fit the storage type."""
+
+
+def choose_skeleton(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Permutation (n,) that puts r well-conditioned columns of A B first; both parts sorted, so gathers run forward.
+
+    Pivoted QR of R B, A = Q R: same column geometry as A B at r rows instead of m.
+    """
+    rank = len(b)
+    reduced = (torch.linalg.qr(a.double(), mode="r")[1] @ b.double()).cpu().numpy()
+    pivots = scipy.linalg.qr(reduced, mode="r", pivoting=True)[-1]
+    order = np.concatenate([np.sort(pivots[:rank]), np.sort(pivots[rank:])])
+    return torch.from_numpy(order).to(torch.int32)
+
+
+def round_with_error_feedback(d: torch.Tensor, skeleton: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """D rounded to `dtype` row by row, each row's error carried into the rows not yet rounded.
+
+    d: (r x q) float64; skeleton: C (m x r). Greedily minimises |C (D_rounded - D)|_F: with C^T C = R^T R the error is
+    |R (D_rounded - D)|_F, and rounding rows from the last up, row i can still absorb what rows below it left behind.
+    """
+    r_factor = torch.linalg.qr(skeleton.double(), mode="r")[1]
+    diagonal = r_factor.diagonal()
+    rounded, error = torch.empty_like(d), torch.zeros_like(d)
+    for i in range(len(d) - 1, -1, -1):
+        carried = (r_factor[i, i + 1 :] @ error[i + 1 :]) / diagonal[i]
+        rounded[i] = (d[i] - carried).to(dtype).double()
+        error[i] = rounded[i] - d[i]
+    return rounded
+
+
+def fix_gauge(a: torch.Tensor, b: torch.Tensor, side: Side, dtype: torch.dtype = torch.float64) -> PivGa:
+    """PivGa form of A B, (m x r)(r x n), stored in `dtype`.
+
+    In float64 the product is kept exactly. In a narrower type rounding is part of the method: the skeleton is rounded
+    first, D is solved by least squares against the rounded skeleton in float64 and rounded with error feedback in the
+    skeleton's metric. Raises PivGaError if A B has a rank below r, or a value overflows `dtype`.
+    """
+    if side == "rows":
+        columns = fix_gauge(b.T, a.T, "columns", dtype)
+        return PivGa(columns.skeleton.T.contiguous(), columns.interpolation.T.contiguous(), columns.permutation, "rows")
+    a, b = a.double(), b.double()
+    rank = b.shape[0]
+    permutation = choose_skeleton(a, b)
+    skeleton_columns, rest = permutation[:rank].long(), permutation[rank:].long()
+    skeleton = (a @ b[:, skeleton_columns]).to(dtype)
+    if not skeleton.isfinite().all():
+        raise PivGaError(f"the skeleton overflows {dtype}")
+    if dtype == torch.float64:
+        interpolation = _solve(b[:, skeleton_columns], b[:, rest])
+    else:
+        exact = _solve(skeleton.double(), a @ b[:, rest])
+        interpolation = round_with_error_feedback(exact, skeleton, dtype).to(dtype)
+    if not interpolation.isfinite().all():
+        raise PivGaError(f"the product has fewer than {rank} independent columns")
+    return PivGa(skeleton, interpolation, permutation, "columns")
+
+
+def _solve(matrix: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Least-squares solution by QR, float64; infinite where `matrix` lacks full column rank."""
+    q, r = torch.linalg.qr(matrix)
+    return torch.linalg.solve_triangular(r, q.T @ right, upper=True)
+
+
+def dense_product(form: PivGa) -> torch.Tensor:
+    """The matrix that the three tensors stand for, float64."""
+    if form.side == "rows":
+        transposed = PivGa(form.skeleton.T, form.interpolation.T, form.permutation, "columns")
+        return dense_product(transposed).T
+    skeleton, d = form.skeleton.double(), form.interpolation.double()
+    product = torch.empty(len(skeleton), len(form.permutation), dtype=torch.float64, device=skeleton.device)
+    product[:, form.permutation.long()] = torch.cat([skeleton, skeleton @ d], dim=1)
+    return product

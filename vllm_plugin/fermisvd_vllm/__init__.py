@@ -1,0 +1,16 @@
+"""The serving program: a vLLM plugin that serves FermiSVD checkpoints with no flag."""
+
+
+def register() -> None:
+    """Entry point of vllm.general_plugins: registers the quantization method and the strict loader.
+
+    vLLM calls it in every process and for every model on the host, so it does nothing else; a second call is harmless.
+    """
+    from vllm.model_executor.layers.quantization import register_quantization_config
+    from vllm.model_executor.model_loader import register_model_loader
+
+    from fermisvd_vllm.config import FermiSVDConfig
+    from fermisvd_vllm.loader import FermiSVDModelLoader
+
+    register_quantization_config("fermisvd")(FermiSVDConfig)
+    register_model_loader("fermisvd")(FermiSVDModelLoader)

@@ -1,0 +1,72 @@
+"""vLLM's quantization config for quant_method fermisvd."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+
+from fermisvd.format import Group, parse_config, validate_before_serving
+from fermisvd_vllm.layout import parts_of
+from fermisvd_vllm.linear import FermiSVDLinearMethod
+
+
+class FermiSVDConfig(QuantizationConfig):
+    """The groups of a checkpoint, looked up by the names of vLLM's layers."""
+
+    def __init__(self, entry: dict[str, Any]):
+        super().__init__()
+        self.checkpoint = parse_config(entry)
+        self.groups: dict[str, Group] = self.checkpoint.group_of()
+
+    def __repr__(self) -> str:
+        return f"FermiSVDConfig({len(self.checkpoint.groups)} groups)"
+
+    @classmethod
+    def get_name(cls) -> str:
+        return "fermisvd"
+
+    @classmethod
+    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 70  # as vLLM itself: the factors are plain matrices
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "FermiSVDConfig":
+        return cls(config)
+
+    def maybe_update_config(self, model_name: str, *args, **kwargs) -> None:
+        """Refuses a broken local checkpoint before any process is started for it.
+
+        vLLM passes over a missing tensor in silence. A folder without weights is one for --load-format dummy.
+        """
+        folder = Path(model_name)
+        if any(folder.glob("*.safetensors")):
+            validate_before_serving(folder)
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper) -> None:
+        """Renames members as vLLM renames the model's modules."""
+        self.groups = {
+            (hf_to_vllm_mapper.apply_list([name]) or [name])[0]: group for name, group in self.groups.items()
+        }
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        if not isinstance(layer, LinearBase):
+            return None
+        parts = parts_of(self.member_names(prefix), self.groups, prefix)
+        return UnquantizedLinearMethod() if parts is None else FermiSVDLinearMethod(parts, prefix)
+
+    def member_names(self, prefix: str) -> list[str]:
+        """Checkpoint names of a layer's members: a fused layer is expanded, unless it is fused on disk already."""
+        parent, dot, name = prefix.rpartition(".")
+        if prefix in self.groups or name not in self.packed_modules_mapping:
+            return [prefix]
+        return [f"{parent}{dot}{member}" for member in self.packed_modules_mapping[name]]

@@ -1,0 +1,202 @@
+"""The linear method of a compressed layer: loads, checks and multiplies its factors.
+
+Each tensor name of the checkpoint is one flat parameter while loading, since members and groups of a fused layer differ
+in shape. After loading the factors are cut out of it, as views, and vLLM's own dense GEMM dispatch runs each of them.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.linear import (
+    LinearMethodBase,
+    ReplicatedLinear,
+    RowParallelLinear,
+    UnquantizedLinearMethod,
+)
+from vllm.model_executor.utils import set_weight_attrs
+
+from fermisvd.format import (
+    INTERPOLATION,
+    LOWRANK_A,
+    LOWRANK_B,
+    PERMUTATION,
+    SKELETON,
+    FormatError,
+    check_finite,
+    check_permutation,
+)
+from fermisvd_vllm.layout import WEIGHT, Part, Slot, shard_of, slots_of
+
+SHARD_NAMES = {"q": 0, "k": 1, "v": 2}
+
+
+class FermiSVDLinearMethod(LinearMethodBase):
+    """One instance a layer: it carries the layer's parts. `layer_name` is for error messages."""
+
+    def __init__(self, parts: list[Part], layer_name: str):
+        self.parts = parts
+        self.layer_name = layer_name
+        self.dense_gemm = UnquantizedLinearMethod()
+        self.slots: dict[tuple[str, int], Slot] = {}
+        self.filled: set[tuple[str, int]] = set()
+        # --load-format dummy fills nothing through our loaders, and that is right
+        self.loads_checkpoint = get_current_vllm_config().load_config.load_format != "dummy"
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs,
+    ) -> None:
+        """Flat parameters, one a tensor name. The permutation starts valid: dummy loading leaves integers alone."""
+        kind = (
+            "row"
+            if isinstance(layer, RowParallelLinear)
+            else "replicated"
+            if isinstance(layer, ReplicatedLinear)
+            else "column"
+        )
+        tp_size = getattr(layer, "tp_size", 1)
+        self.member_rows = list(output_partition_sizes)
+        if len(self.parts) == 1 and self.parts[0].members == (0,) and len(self.member_rows) > 1:
+            if tp_size > 1:
+                raise FormatError(
+                    f"{self.layer_name}: fused in the checkpoint; tensor parallelism cannot split it, serve with 1"
+                )
+            self.member_rows = [sum(self.member_rows)]
+        self.slots = slots_of(
+            self.parts, self.member_rows, input_size_per_partition, input_size, kind, tp_size, self.layer_name
+        )
+        for name in dict.fromkeys(name for name, _ in self.slots):
+            own = {member: slot for (other, member), slot in self.slots.items() if other == name}
+            if name == PERMUTATION:
+                data = torch.cat([torch.arange(slot.size, dtype=torch.int32) for slot in own.values()])
+            else:
+                data = torch.empty(sum(slot.size for slot in own.values()), dtype=params_dtype)
+            parameter = nn.Parameter(data, requires_grad=False)
+            set_weight_attrs(parameter, {"weight_loader": self._loader(layer, name)})
+            layer.register_parameter(name, parameter)
+
+    def _loader(self, layer: nn.Module, name: str) -> Callable:
+        """vLLM's weight_loader of one flat parameter."""
+
+        def load_member(
+            param: nn.Parameter, loaded_weight: torch.Tensor, loaded_shard_id: str | int | None = None
+        ) -> None:
+            if loaded_shard_id is None:
+                loaded_shard_id = getattr(loaded_weight, "shard_id", 0)
+            member = SHARD_NAMES[loaded_shard_id] if isinstance(loaded_shard_id, str) else loaded_shard_id
+            where = f"{self.layer_name}: {name} of member {loaded_shard_id}"
+            if (name, member) not in self.slots:
+                raise FormatError(f"{where}: not expected there by the config's groups")
+            slot = self.slots[name, member]
+            check_finite(where, loaded_weight)
+            if name == PERMUTATION:
+                check_permutation(where, loaded_weight)
+            piece = shard_of(loaded_weight, slot, getattr(layer, "tp_rank", 0), getattr(layer, "tp_size", 1), where)
+            param.data[slot.offset : slot.offset + slot.size].view(slot.shape).copy_(piece)
+            self.filled.add((name, member))
+
+        return load_member
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Cuts the factors out of the flat parameters. Raises FormatError naming every tensor that was never filled."""
+        missing = self.slots.keys() - self.filled
+        if missing and self.loads_checkpoint:
+            names = ", ".join(f"{name} of member {member}" for name, member in sorted(missing))
+            raise FormatError(
+                f"{self.layer_name}: missing from the checkpoint: {names}; convert again or copy the shard again"
+            )
+        self.filled.clear()
+        flat = {name: getattr(layer, name).data for name in dict.fromkeys(name for name, _ in self.slots)}
+        for name in flat:
+            delattr(layer, name)
+        for number, part in enumerate(self.parts):
+            for name, matrix in self._matrices(part, flat).items():
+                if name == PERMUTATION:
+                    self._register_permutation(layer, number, part, matrix)
+                else:
+                    self._register_factor(layer, f"{name}_{number}", matrix)
+        if LOWRANK_B in flat:  # the first products of all svd groups are one
+            columns = next(slot.shape[1] for (name, _), slot in self.slots.items() if name == LOWRANK_B)
+            self._register_factor(layer, LOWRANK_B, flat[LOWRANK_B].view(-1, columns))
+        self.ranks = [part.group.rank for part in self.parts if part.group and part.group.form == "svd"]
+
+    def _matrices(self, part: Part, flat: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The part's own tensors, members stacked by rows, as views of the flat parameters."""
+        matrices = {}
+        for name in flat.keys() - {LOWRANK_B}:
+            own = [self.slots[name, member] for member in part.members if (name, member) in self.slots]
+            if own:
+                start, size = own[0].offset, sum(slot.size for slot in own)
+                matrices[name] = flat[name][start : start + size].view(-1, *own[0].shape[1:])
+        return matrices
+
+    def _register_factor(self, layer: nn.Module, name: str, matrix: torch.Tensor) -> None:
+        """A submodule that vLLM's dense method can prepack and multiply."""
+        factor = nn.Module()
+        factor.register_parameter("weight", nn.Parameter(matrix, requires_grad=False))
+        layer.register_module(f"{name}_factor", factor)
+        if matrix.numel():
+            self.dense_gemm.process_weights_after_loading(factor)
+
+    def _register_permutation(self, layer: nn.Module, number: int, part: Part, permutation: torch.Tensor) -> None:
+        """columns: skeleton and other input indices; rows: where each output lies in [z ; z D^T]."""
+        assert part.group is not None
+        rank = part.group.rank
+        if part.group.side == "rows":
+            layer.register_buffer(f"inverse_{number}", torch.argsort(permutation.long()), persistent=False)
+        else:
+            layer.register_buffer(f"skeleton_index_{number}", permutation[:rank].long(), persistent=False)
+            layer.register_buffer(f"rest_index_{number}", permutation[rank:].long(), persistent=False)
+
+    def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x: (..., n) -> (..., m), this rank's share. Nothing here depends on data, so it traces and captures."""
+        projected = iter(self._multiply(layer, LOWRANK_B, x).split(self.ranks, dim=-1) if self.ranks else ())
+        outputs = []
+        for number, part in enumerate(self.parts):
+            if part.group is None:
+                outputs.append(self._multiply(layer, f"{WEIGHT}_{number}", x))
+            elif part.group.form == "svd":
+                outputs.append(self._multiply(layer, f"{LOWRANK_A}_{number}", next(projected)))
+            elif part.group.side == "columns":
+                outputs.append(self._pivga_columns(layer, number, x))
+            else:
+                outputs.append(self._pivga_rows(layer, number, x))
+        y = outputs[0] if len(outputs) == 1 else self._in_member_order(outputs)
+        return y if bias is None else y + bias
+
+    def _pivga_columns(self, layer: nn.Module, number: int, x: torch.Tensor) -> torch.Tensor:
+        """t = x[skel] + x[rest] D^T; y = t C_skel^T."""
+        t = x.index_select(-1, getattr(layer, f"skeleton_index_{number}"))
+        rest = getattr(layer, f"rest_index_{number}")
+        if rest.numel():
+            t = t + self._multiply(layer, f"{INTERPOLATION}_{number}", x.index_select(-1, rest))
+        return self._multiply(layer, f"{SKELETON}_{number}", t)
+
+    def _pivga_rows(self, layer: nn.Module, number: int, x: torch.Tensor) -> torch.Tensor:
+        """z = x R_skel^T; y = P [z ; z D^T]."""
+        z = self._multiply(layer, f"{SKELETON}_{number}", x)
+        inverse = getattr(layer, f"inverse_{number}")
+        if inverse.numel() > z.shape[-1]:
+            z = torch.cat([z, self._multiply(layer, f"{INTERPOLATION}_{number}", z)], dim=-1)
+        return z.index_select(-1, inverse)
+
+    def _multiply(self, layer: nn.Module, name: str, x: torch.Tensor) -> torch.Tensor:
+        return self.dense_gemm.apply(getattr(layer, f"{name}_factor"), x.contiguous())
+
+    def _in_member_order(self, outputs: list[torch.Tensor]) -> torch.Tensor:
+        """Parts joined; where a group's members are not neighbours they are put back in the layer's order."""
+        order = [member for part in self.parts for member in part.members]
+        if order == sorted(order):
+            return torch.cat(outputs, dim=-1)
+        pieces = {}
+        for part, y in zip(self.parts, outputs, strict=True):
+            pieces |= dict(zip(part.members, y.split([self.member_rows[i] for i in part.members], dim=-1), strict=True))
+        return torch.cat([pieces[member] for member in sorted(pieces)], dim=-1)

@@ -1,0 +1,27 @@
+"""--load-format fermisvd: the whole checkpoint is checked before any weight is copied."""
+
+from pathlib import Path
+
+from torch import nn
+from vllm.config import ModelConfig
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+from fermisvd.format import FormatError, validate_checkpoint
+
+
+class FermiSVDModelLoader(DefaultModelLoader):
+    """vLLM's default loader behind fermisvd.format.validate_checkpoint, every value included."""
+
+    def __init__(self, load_config):
+        load_config.load_format = "safetensors"  # from here on it is the default loader; pickles are never read
+        super().__init__(load_config)
+
+    def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
+        """Raises FormatError if the checkpoint is not what its config says, or leaves a parameter unfilled."""
+        folder = self._prepare_weights(model_config.model, None, model_config.revision, False, None)[0]
+        validate_checkpoint(Path(folder))
+        loaded = model.load_weights(self.get_all_weights(model_config, model))
+        if loaded is not None:
+            missing = sorted({name for name, _ in model.named_parameters()} - loaded)
+            if missing:
+                raise FormatError(f"{folder}: parameters that no tensor filled: {', '.join(missing[:5])}")
