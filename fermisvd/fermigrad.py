@@ -194,6 +194,7 @@ def optimise_ranks(
         if settings.constraint == "penalty":
             rho = settings.penalty * settings.penalty_growth**step
             excess = budget.fraction(state.detach()) - kept
+            assert state.grad is not None
             state.grad += 2 * rho * excess * budget.price(state.detach())
             optimizer.step()
             with torch.no_grad():

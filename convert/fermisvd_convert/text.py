@@ -96,7 +96,7 @@ def _jsonl(tokenizer, path: Path) -> Iterator[str]:
 
 def _dataset(tokenizer, source: str) -> Iterator[str]:
     try:
-        import datasets
+        import datasets  # pyright: ignore[reportMissingImports]  (an extra)
     except ImportError:
         raise TextError(f"{source}: no such file; for data sets of the hub, pip install datasets") from None
     name, _, configuration = source.partition(":")

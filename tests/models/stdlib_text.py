@@ -4,6 +4,7 @@ Every machine with Python has it, so the demo needs no download. Whole modules a
 validation; their own unit tests are left out of training too.
 """
 
+import random
 import sysconfig
 from pathlib import Path
 
@@ -58,3 +59,15 @@ def training_documents(with_tests: bool = True) -> list[str]:
         except UnicodeDecodeError:  # the test suite holds files in other encodings on purpose
             continue
     return documents
+
+
+def write_texts(folder: Path) -> dict[str, Path]:
+    """calibration.txt (training modules without tests, shuffled) and validation.txt in `folder`, by those stems."""
+    documents = training_documents(with_tests=False)
+    random.Random(0).shuffle(documents)
+    texts = {"calibration": "\n\n".join(documents), "validation": validation_text()}
+    paths = {}
+    for stem, text in texts.items():
+        paths[stem] = folder / f"{stem}.txt"
+        paths[stem].write_text(text, encoding="utf-8")
+    return paths

@@ -18,9 +18,10 @@ import time
 from pathlib import Path
 
 import torch
-from stdlib_text import training_documents, validation_text
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from stdlib_text import training_documents, validation_text
 
 END_OF_TEXT = "<|endoftext|>"
 VOCABULARY, LENGTH, BATCH = 2048, 512, 16

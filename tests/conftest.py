@@ -1,0 +1,67 @@
+"""Shared models and texts. Engines and servers are in tests/vllm_plugin/conftest.py."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+TESTS = Path(__file__).parent
+DEMO_MODEL = TESTS / "models" / "stdlib-2m"
+SHARED = TESTS.parent.parent / "shared" / "data"
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for a hub
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    return DEMO_MODEL
+
+
+@pytest.fixture(scope="session")
+def demo_text(tmp_path_factory) -> dict[str, Path]:
+    """The demo model's texts as files: calibration (shuffled training modules) and validation."""
+    from stdlib_text import write_texts
+
+    return write_texts(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="session")
+def stories260k() -> Path:
+    """A real checkpoint of others; only where shared data lies beside the repository."""
+    folder = SHARED / "checkpoints" / "stories260K"
+    if not folder.is_dir():
+        pytest.skip("no shared data here")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory) -> Path:
+    """A random Llama with grouped-query attention, biased q/k/v and odd widths, float32, with the demo's tokenizer."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("tiny")
+    config = LlamaConfig(
+        vocab_size=2048,
+        hidden_size=96,
+        intermediate_size=136,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=128,
+        attention_bias=True,
+        initializer_range=0.2,
+    )
+    model = LlamaForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.5)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(DEMO_MODEL).save_pretrained(folder)
+    return folder

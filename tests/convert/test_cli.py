@@ -1,0 +1,132 @@
+import json
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from fermisvd_convert.cli import app
+
+runner = CliRunner()
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    for name, line in (("a.txt", "def f(x):\n    return x\n\n"), ("b.txt", "class C:\n    pass\n\n")):
+        (folder / name).write_text(line * 400)
+    return folder
+
+
+def run(*arguments):
+    return runner.invoke(app, [str(a) for a in arguments])
+
+
+@pytest.fixture(scope="module")
+def converted(tiny_llama, texts, tmp_path_factory):
+    out = tmp_path_factory.mktemp("cli") / "out"
+    result = run(
+        "convert",
+        tiny_llama,
+        out,
+        "--remove",
+        0.25,
+        "--form",
+        "pivga",
+        "--ranks",
+        "fermigrad",
+        "--groups",
+        "joint",
+        "--calibration",
+        texts / "a.txt",
+        texts / "b.txt",
+        "--samples",
+        8,
+        "--gradient-samples",
+        8,
+        "--sequence-length",
+        32,
+        "--batch-size",
+        4,
+        "--constraint",
+        "projection",
+        "--temperature",
+        0.02,
+        "--steps",
+        4,
+        "--align",
+        "auto",
+        "--dtype",
+        "auto",
+        "--device",
+        "cpu",
+        "--seed",
+        1,
+    )
+    assert result.exit_code == 0, result.output
+    return out, result.output
+
+
+def test_convert_prints_the_closing_table(converted):
+    out, output = converted
+    report = json.loads((out / "fermisvd.json").read_text())
+    assert "before" in output and f"-{report['totals']['removed']:.2%}" in output
+    assert f"{report['perplexity']['after']:.4f}" in output
+    assert report["settings"]["calibration"] == ["a.txt", "b.txt"]
+    assert report["totals"]["removed"] >= 0.25
+    for key in ("rank", "form", "parameters_before", "parameters_after"):
+        assert all(key in group for group in report["groups"])
+
+
+def test_evaluate_json_is_one_object(converted, tiny_llama, texts):
+    out, _ = converted
+    result = run(
+        "evaluate", out, "--text", texts / "a.txt", "--reference", tiny_llama, "--sequence-length", 32, "--json"
+    )
+    assert result.exit_code == 0, result.output
+    values = json.loads(result.stdout)
+    assert values.keys() == {"perplexity", "tokens", "kl", "top1_agreement"}
+    assert values["kl"] > 0 and 0 <= values["top1_agreement"] <= 1
+    alone = json.loads(run("evaluate", out, "--text", texts / "a.txt", "--sequence-length", 32, "--json").stdout)
+    assert alone == {**values, "kl": None, "top1_agreement": None}
+
+
+def test_inspect(converted):
+    out, _ = converted
+    values = json.loads(run("inspect", out, "--json").stdout)
+    ranks = {tuple(g["members"]): g["rank"] for g in json.loads((out / "fermisvd.json").read_text())["groups"]}
+    assert {tuple(g["members"]): g["rank"] for g in values["groups"]}.items() <= ranks.items()
+    assert run("inspect", out).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["inspect", "nowhere"], "config.json"),
+        (["evaluate", "./nowhere", "--text", "x"], "./nowhere"),
+        (["convert", "./nowhere", "out", "--remove", "0.2"], "no such folder"),
+        (["convert", "m", "out"], "--remove"),
+        (["convert", "m", "out", "--remove", "x"], "--remove"),
+        (["convert", "m", "out", "more", "--remove", "0.2"], "more"),
+        (["convert", "m", "out", "--remove", "0.2", "--form", "qr"], "--form"),
+        (["convert", "m", "out", "--remove", "0.2", "--ranks", "greedy"], "greedy"),
+        (["convert", "m", "out", "--remove", "0.2", "--align", "0"], "--align"),
+        (["convert", "m", "out", "--remove", "0.2", "--device", "cuda"], "m"),
+    ],
+)
+def test_bad_input_is_one_clear_error(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert message in result.output
+    assert "Traceback" not in result.output
+
+
+def test_help_is_quick_and_names_the_commands():
+    """The command line imports torch only once a command runs."""
+    result = subprocess.run(
+        [sys.executable, "-m", "fermisvd_convert", "--help"], capture_output=True, text=True, check=True
+    )
+    assert all(name in result.stdout for name in ("convert", "evaluate", "inspect"))
+    code = "import sys, fermisvd_convert.cli; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"

@@ -1,0 +1,212 @@
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fermisvd.budget import BudgetError
+from fermisvd.errors import FermiSVDError
+from fermisvd.format import validate_checkpoint
+from fermisvd_convert import convert as convert_module
+from fermisvd_convert.convert import OutputError, convert
+from fermisvd_convert.inspect import inspect_checkpoint
+from fermisvd_convert.source import SourceError
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "calibration.txt"
+    path.write_text("".join(f"def f{i}(x):\n    return x * {i * i}\n\n" for i in range(600)))
+    return str(path)
+
+
+@pytest.fixture
+def settings(text, tmp_path):
+    return dict(
+        calibration=[text], samples=12, sequence_length=32, steps=6, batch_size=4, align=1, work=tmp_path / "work"
+    )
+
+
+@pytest.mark.parametrize("form", ["svd", "pivga"])
+@pytest.mark.parametrize("groups", ["joint", "separate"])
+@pytest.mark.parametrize("ranks", ["uniform", "fermigrad"])
+def test_every_way_writes_a_valid_checkpoint_on_the_budget(tiny_llama, tmp_path, settings, form, groups, ranks):
+    out = tmp_path / "out"
+    report = convert(str(tiny_llama), out, 0.3, form=form, groups=groups, ranks=ranks, **settings)
+    config = validate_checkpoint(out)
+    assert {g.form for g in config.groups} == {form}
+    source, small = load_file(tiny_llama / "model.safetensors"), load_file(out / "model.safetensors")
+    compressible = {n for n in source if n.startswith("model.layers.") and n.endswith("_proj.weight")}
+    before = sum(source[n].numel() for n in compressible)
+    others = source.keys() - compressible
+    assert all(torch.equal(source[n], small[n]) for n in others)
+    after = sum(t.numel() for n, t in small.items() if n not in others and not n.endswith("permutation"))
+    assert report["totals"]["parameters_before"] == before
+    assert report["totals"]["parameters_after"] == after
+    assert after <= 0.7 * before < after + 400  # one step of one group is at most m + n <= 368 numbers
+    assert json.loads((out / "fermisvd.json").read_text())["totals"] == report["totals"]
+    summary = inspect_checkpoint(out)
+    assert sum(g["parameters_after"] for g in summary["groups"]) <= after
+
+
+def test_more_removed_is_worse_and_little_removed_is_close(tiny_llama, tmp_path, settings):
+    after = []
+    for remove in (0.02, 0.5):
+        report = convert(str(tiny_llama), tmp_path / f"out{remove}", remove, ranks="uniform", **settings)
+        after.append(report["perplexity"]["after"])
+    before = report["perplexity"]["before"]
+    assert abs(after[0] / before - 1) < abs(after[1] / before - 1)
+
+
+def test_second_removal_reuses_calibration_and_decomposition(tiny_llama, tmp_path, settings, monkeypatch):
+    convert(str(tiny_llama), tmp_path / "a", 0.2, ranks="fermigrad", **settings)
+
+    def forbidden(*args, **kwargs):
+        raise AssertionError("run again")
+
+    monkeypatch.setattr(convert_module.stages, "gram_matrices", forbidden)
+    monkeypatch.setattr(convert_module.stages, "data_aware_svd", forbidden)
+    convert(str(tiny_llama), tmp_path / "b", 0.4, ranks="fermigrad", **settings)
+    monkeypatch.setattr(convert_module.stages, "optimise_ranks", forbidden)
+    convert(str(tiny_llama), tmp_path / "c", 0.4, ranks="fermigrad", **settings)
+    same = ("model.safetensors", "config.json")
+    assert all((tmp_path / "b" / n).read_bytes() == (tmp_path / "c" / n).read_bytes() for n in same)
+
+
+@pytest.mark.parametrize("change", ["samples", "sequence_length", "text", "model"])
+def test_changed_inputs_are_calibrated_again(tiny_llama, tmp_path, settings, change):
+    first = convert(str(tiny_llama), tmp_path / "a", 0.2, ranks="uniform", **settings)
+    assert first["seconds"]["calibrate"] > 0
+    stages_before = set((tmp_path / "work").glob("gram-*"))
+    model = tiny_llama
+    if change == "samples":
+        settings["samples"] = 10
+    elif change == "sequence_length":
+        settings["sequence_length"] = 24
+    elif change == "text":
+        other = tmp_path / "other.txt"
+        other.write_text("while True:\n    break\n" * 2000)
+        settings["calibration"] = [str(other)]
+    else:
+        model = shutil.copytree(tiny_llama, tmp_path / "model")
+        tensors = load_file(model / "model.safetensors")
+        tensors["model.norm.weight"] *= 2
+        save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    convert(str(model), tmp_path / "b", 0.2, ranks="uniform", **settings)
+    assert set((tmp_path / "work").glob("gram-*")) > stages_before
+
+
+def test_ranks_of_an_earlier_conversion(tiny_llama, tmp_path, settings):
+    first = convert(str(tiny_llama), tmp_path / "a", 0.3, ranks="fermigrad", **settings)
+    again = convert(str(tiny_llama), tmp_path / "b", 0.3, ranks=str(tmp_path / "a" / "fermisvd.json"), **settings)
+    assert [g["rank"] for g in again["groups"]] == [g["rank"] for g in first["groups"]]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "not a file of ranks"),
+        ('{"x": 3}', "x is no group"),
+        ('{"model.layers.0.self_attn.q_proj": 3}', "has no rank"),
+    ],
+)
+def test_bad_rank_files_are_named(tiny_llama, tmp_path, settings, content, message):
+    path = tmp_path / "ranks.json"
+    path.write_text(content)
+    with pytest.raises(FermiSVDError, match=rf"ranks\.json.*{message}"):
+        convert(str(tiny_llama), tmp_path / "out", 0.3, ranks=str(path), **settings)
+
+
+def test_shards_and_index(tiny_llama, tmp_path, settings, monkeypatch):
+    from fermisvd_convert import writer
+
+    whole = convert(str(tiny_llama), tmp_path / "whole", 0.3, ranks="uniform", **settings)
+    monkeypatch.setattr(writer, "SHARD_BYTES", 200_000)
+    convert(str(tiny_llama), tmp_path / "out", 0.3, ranks="uniform", **settings)
+    shards = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert len(shards) > 2
+    assert shards[0].name == f"model-00001-of-{len(shards):05d}.safetensors"
+    reference = load_file(tmp_path / "whole" / "model.safetensors")
+    together = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
+    assert together.keys() == reference.keys()
+    assert all(torch.equal(together[n], reference[n]) for n in reference)
+    assert inspect_checkpoint(tmp_path / "out")["totals"]["parameters_after"] == whole["totals"]["parameters_after"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_storage_type(tiny_llama, tmp_path, settings, dtype):
+    convert(str(tiny_llama), tmp_path / "out", 0.3, ranks="uniform", dtype=dtype, **settings)
+    types = {t.dtype for t in load_file(tmp_path / "out" / "model.safetensors").values()}
+    assert types == {getattr(torch, dtype), torch.int32}
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == dtype
+
+
+def test_every_other_file_comes_along(tiny_llama, tmp_path, settings):
+    source = shutil.copytree(tiny_llama, tmp_path / "model")
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    (source / "pytorch_model.bin").write_bytes(b"pickle")
+    convert(str(source), tmp_path / "out", 0.3, ranks="uniform", **settings)
+    names = {p.name for p in (tmp_path / "out").iterdir()}
+    assert {"chat_template.jinja", "tokenizer.json", "generation_config.json", "README.md", "fermisvd.json"} <= names
+    assert "pytorch_model.bin" not in names
+
+
+def test_failure_leaves_no_output(tiny_llama, tmp_path, settings, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("disk full")
+
+    monkeypatch.setattr(convert_module, "load_model", fail)
+    with pytest.raises(RuntimeError, match="disk full"):
+        convert(str(tiny_llama), tmp_path / "out", 0.3, ranks="uniform", **settings)
+    assert {p.name for p in tmp_path.iterdir()} == {"work"}
+
+
+def test_out_is_not_overwritten_unless_asked(tiny_llama, tmp_path, settings):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine").write_text("keep")
+    with pytest.raises(OutputError, match="--overwrite"):
+        convert(str(tiny_llama), out, 0.3, ranks="uniform", **settings)
+    assert (out / "mine").read_text() == "keep"
+    convert(str(tiny_llama), out, 0.3, ranks="uniform", overwrite=True, **settings)
+    assert not (out / "mine").exists() and (out / "model.safetensors").exists()
+    assert {p.name for p in tmp_path.iterdir()} == {"work", "out"}
+
+
+def test_bad_models_are_named(tiny_llama, tmp_path, settings):
+    def refused(model, match, **kwargs):
+        with pytest.raises(SourceError, match=match):
+            convert(str(model), tmp_path / "out", 0.3, **{**settings, "ranks": "uniform", **kwargs})
+
+    refused(tmp_path / "nowhere", "no such folder")
+    refused("not a hub id", "neither a folder nor a model on the hub")
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", r"no config\.json")
+    for name, change, message in [
+        ("quantized", {"quantization_config": {"quant_method": "awq"}}, "already awq"),
+        ("remote", {"auto_map": {"AutoModelForCausalLM": "x.Y"}}, "--trust-remote-code"),
+    ]:
+        folder = shutil.copytree(tiny_llama, tmp_path / name)
+        config = json.loads((folder / "config.json").read_text()) | change
+        (folder / "config.json").write_text(json.dumps(config))
+        refused(folder, message)
+    pickled = shutil.copytree(tiny_llama, tmp_path / "pickled")
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    refused(pickled, "no safetensors file")
+    inside = tiny_llama / "out"
+    with pytest.raises(OutputError, match="inside MODEL"):
+        convert(str(tiny_llama), inside, 0.3, **settings)
+    refused(tiny_llama, "--sequence-length 4096", sequence_length=4096)
+
+
+def test_compressed_model_is_not_compressed_again(tiny_llama, tmp_path, settings):
+    convert(str(tiny_llama), tmp_path / "out", 0.3, ranks="uniform", **settings)
+    with pytest.raises(SourceError, match="already fermisvd"):
+        convert(str(tmp_path / "out"), tmp_path / "again", 0.3, ranks="uniform", **settings)
+
+
+@pytest.mark.parametrize("remove", [0.0, 1.0, -1.0])
+def test_remove_out_of_range(tiny_llama, tmp_path, settings, remove):
+    with pytest.raises(BudgetError, match="--remove"):
+        convert(str(tiny_llama), tmp_path / "out", remove, **settings)

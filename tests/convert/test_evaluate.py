@@ -1,0 +1,40 @@
+import pytest
+import torch
+from torch.nn import functional
+
+from fermisvd.hf import load_model
+from fermisvd_convert.evaluate import evaluate, evaluate_files
+from fermisvd_convert.source import SourceError
+
+
+def test_perplexity_is_the_mean_over_predicted_tokens(tiny_llama):
+    """Reference: one window at a time, cross entropy of the shifted logits in float64."""
+    model = load_model(tiny_llama)
+    windows = torch.randint(2048, (5, 24))
+    losses = []
+    with torch.no_grad():
+        for window in windows:
+            logits = model(input_ids=window[None]).logits[0].double()
+            losses.append(functional.cross_entropy(logits[:-1], window[1:], reduction="none"))
+    result = evaluate(model, windows, batch_size=2)
+    assert result.perplexity == pytest.approx(torch.cat(losses).mean().exp().item(), rel=1e-5)
+    assert result.tokens == 5 * 23
+    assert result.kl is None and result.top1_agreement is None
+
+
+def test_comparison_with_itself_and_with_a_perturbed_reference(tiny_llama):
+    model, other = load_model(tiny_llama), load_model(tiny_llama)
+    windows = torch.randint(2048, (5, 24))
+    same = evaluate(model, windows, model)
+    assert same.kl == pytest.approx(0, abs=1e-6) and same.top1_agreement == 1
+    with torch.no_grad():
+        other.model.layers[0].mlp.down_proj.weight.mul_(0.5)
+        p, q = (m(input_ids=windows).logits[:, :-1].double().log_softmax(-1) for m in (other, model))
+    result = evaluate(model, windows, other, batch_size=2)
+    assert result.kl == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-4)
+    assert result.top1_agreement == pytest.approx((p.argmax(-1) == q.argmax(-1)).double().mean().item())
+
+
+def test_missing_model_is_named():
+    with pytest.raises(SourceError, match=r"\./nowhere"):
+        evaluate_files("./nowhere", "text", None, None, None, 8, "cpu")

@@ -1,0 +1,181 @@
+"""make demo: the main job on the demo model, as a new user would run it, with every step checked.
+
+Converts at 20 % removed to both forms, evaluates dense and compressed on held-back text, serves the pivga checkpoint
+with `vllm serve` and asks it over the OpenAI API. Ends with one table; exit code 0 only if every check holds.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE / "models"))
+from stdlib_text import write_texts  # noqa: E402
+
+MODEL = HERE / "models" / "stdlib-2m"
+BIN = Path(sys.executable).parent
+PROMPT = "def main():\n    parser = argparse.ArgumentParser("
+REMOVE = "0.2"
+
+
+def run(*arguments: object) -> str:
+    print("$ fermisvd", *arguments, flush=True)
+    command = [str(BIN / "fermisvd"), *map(str, arguments)]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+@contextmanager
+def server(folder: Path, log: Path) -> Iterator[str]:
+    """`vllm serve` on a free loopback port; yields its address when healthy; stopped also when interrupted."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [str(BIN / "vllm"), "serve", str(folder), "--host", "127.0.0.1", "--port", str(port)]
+    print("$ vllm serve", folder, "--port", port, flush=True)
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", **os.environ}
+    with log.open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
+    try:
+        address = f"http://127.0.0.1:{port}"
+        wait_until_healthy(address, process, log)
+        yield address
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def wait_until_healthy(address: str, process: subprocess.Popen, log: Path, limit: float = 300) -> None:
+    begin = time.time()
+    while time.time() - begin < limit:
+        if process.poll() is not None:
+            raise SystemExit(f"vllm serve ended with {process.returncode}:\n{log.read_text()[-3000:]}")
+        try:
+            urllib.request.urlopen(f"{address}/health", timeout=5)
+            return
+        except (urllib.error.URLError, OSError):
+            time.sleep(1)
+    raise SystemExit(f"vllm serve not healthy after {limit:.0f} s:\n{log.read_text()[-3000:]}")
+
+
+def ask(address: str, path: str, body: dict | None = None) -> dict:
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(f"{address}{path}", data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=300) as response:
+        return json.load(response)
+
+
+def greedy_by_transformers(folder: Path, tokens: int) -> tuple[str, list[float]]:
+    """Greedy continuation of PROMPT by Hugging Face's forward in the server's type, and each step's logit margin."""
+    import torch
+
+    from fermisvd import load_model
+    from fermisvd_convert.source import load_tokenizer
+
+    tokenizer, model = load_tokenizer(folder), load_model(folder, torch.bfloat16)
+    ids = tokenizer(PROMPT)["input_ids"]
+    begin, margins = len(ids), []
+    for _ in range(tokens):
+        with torch.no_grad():
+            best = model(input_ids=torch.tensor([ids])).logits[0, -1].float().topk(2)
+        margins.append((best.values[0] - best.values[1]).item())
+        ids.append(best.indices[0].item())
+    return [tokenizer.decode(i) for i in ids[begin:]], margins
+
+
+def check(holds: bool, what: str) -> None:
+    print("ok  " if holds else "FAIL", what, flush=True)
+    if not holds:
+        raise SystemExit(1)
+
+
+def main() -> None:
+    out = Path(sys.argv[1] if len(sys.argv) > 1 else "demo-out").resolve()
+    out.mkdir(exist_ok=True)
+    texts = write_texts(out)
+    rows: dict[str, dict] = {}
+    evaluation = ["--text", texts["validation"], "--sequence-length", "256", "--windows", "96", "--json"]
+    rows["dense"] = json.loads(run("evaluate", MODEL, *evaluation))
+    for form in ("svd", "pivga"):
+        options = [
+            "--remove",
+            REMOVE,
+            "--form",
+            form,
+            "--calibration",
+            texts["calibration"],
+            "--sequence-length",
+            "256",
+        ]
+        print(run("convert", MODEL, out / form, *options, "--work", out / "work", "--overwrite"))
+        rows[form] = json.loads(run("evaluate", out / form, "--reference", MODEL, *evaluation))
+    report = {form: json.loads((out / form / "fermisvd.json").read_text()) for form in ("svd", "pivga")}
+    for form in report:
+        check(report[form]["totals"]["removed"] >= float(REMOVE), f"{form}: at least {REMOVE} removed")
+    check(rows["pivga"]["perplexity"] < rows["svd"]["perplexity"], "pivga beats svd at equal parameters")
+    check(rows["pivga"]["perplexity"] < 1.5 * rows["dense"]["perplexity"], "pivga stays near dense")
+
+    with server(out / "pivga", out / "server.log") as address:
+        models = ask(address, "/v1/models")
+        check(models["data"][0]["id"] == str(out / "pivga"), "/v1/models lists the checkpoint")
+        body = {"model": str(out / "pivga"), "prompt": PROMPT, "max_tokens": 24, "temperature": 0, "logprobs": 1}
+        answer = ask(address, "/v1/completions", body)["choices"][0]
+        expected, margins = greedy_by_transformers(out / "pivga", 24)
+        same = agree_up_to_ties(answer["logprobs"]["tokens"], expected, margins)
+        check(same, f"greedy continuation equals Hugging Face's: {answer['text']!r}")
+        batch = {**body, "max_tokens": 64, "logprobs": None, "ignore_eos": True}
+        begin = time.perf_counter()
+        with ThreadPoolExecutor(32) as pool:
+            answers = list(pool.map(lambda _: ask(address, "/v1/completions", batch), range(32)))
+        seconds = time.perf_counter() - begin
+        tokens = sum(a["usage"]["completion_tokens"] for a in answers)
+        check(tokens == 32 * 64, "32 concurrent completions answered in full")
+        rows["pivga"]["tokens_per_second"] = tokens / seconds
+
+    print_table(rows, report)
+
+
+def agree_up_to_ties(ours: list[str], reference: list[str], margins: list[float]) -> bool:
+    """Equal tokens; from a step on where bfloat16 cannot tell the two best logits apart, either is right."""
+    for mine, theirs, margin in zip(ours, reference, margins, strict=True):
+        if mine != theirs:
+            return margin < 0.1
+    return True
+
+
+def print_table(rows: dict[str, dict], report: dict[str, dict]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"demo model, {REMOVE} of the linear parameters removed")
+    for column in ("", "linear parameters", "MB on disk", "perplexity", "KL to dense", "tokens/s served"):
+        table.add_column(column, justify="right")
+    for name, row in rows.items():
+        some = report.get(name, report["svd"])
+        which = "before" if name == "dense" else "after"
+        table.add_row(
+            name,
+            f"{some['totals'][f'parameters_{which}']:,}",
+            f"{some['bytes'][which] / 1e6:.2f}",
+            f"{row['perplexity']:.3f}",
+            "" if row["kl"] is None else f"{row['kl']:.4f}",
+            f"{row['tokens_per_second']:.0f}" if "tokens_per_second" in row else "",
+        )
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server is stopped then too
+    main()

@@ -1,0 +1,111 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fermisvd.budget import (
+    BudgetError,
+    auto_alignment,
+    factor_parameters,
+    group_parameters,
+    kept_parameters,
+    rank_ladder,
+    round_to_budget,
+    stays_dense,
+    total_parameters,
+    uniform_rank,
+    uniform_ranks,
+)
+from fermisvd.groups import LinearGroup
+
+
+def make_group(rows: int, columns: int, name: str = "w") -> LinearGroup:
+    return LinearGroup((name,), (rows,), columns, "columns", name)
+
+
+shapes = st.tuples(st.integers(2, 300), st.integers(2, 300))
+forms = st.sampled_from(["svd", "pivga"])
+
+
+@given(shapes, st.integers(1, 300), forms)
+def test_parameters_count_the_stored_tensors(shape, rank, form):
+    rows, columns = shape
+    rank = min(rank, *shape)
+    stored = rows * rank + rank * columns if form == "svd" else rows * rank + rank * (columns - rank)
+    assert factor_parameters(rank, rows, columns, form) == stored
+
+
+@given(shapes, st.integers(1, 300), forms)
+def test_dense_is_stored_where_factors_are_no_smaller(shape, rank, form):
+    group, rank = make_group(*shape), min(rank, *shape)
+    count = factor_parameters(rank, *shape, form)
+    assert stays_dense(group, rank, form) == (count >= shape[0] * shape[1])
+    assert group_parameters(group, rank, form) == min(count, shape[0] * shape[1])
+
+
+def test_pivga_meets_dense_exactly_at_full_rank():
+    assert factor_parameters(40, 40, 70, "pivga") == 40 * 70
+    assert not stays_dense(make_group(40, 70), 39, "pivga")
+
+
+@given(shapes, st.floats(0.01, 0.99), forms)
+def test_uniform_rank_solves_its_equation(shape, remove, form):
+    count = factor_parameters(uniform_rank(make_group(*shape), remove, form), *shape, form)
+    assert count == pytest.approx((1 - remove) * shape[0] * shape[1], rel=1e-9)
+
+
+@given(
+    st.lists(shapes, min_size=1, max_size=8),
+    st.data(),
+    st.floats(0.05, 0.6),
+    forms,
+    st.sampled_from([1, 1, 2, 8]),
+)
+def test_rounded_ranks_meet_the_budget_within_one_step(group_shapes, data, remove, form, align):
+    groups = [make_group(*shape, name=f"w{i}") for i, shape in enumerate(group_shapes)]
+    ideal = [data.draw(st.floats(0, g.full_rank)) for g in groups]
+    budget = kept_parameters(groups, remove)
+    try:
+        ranks = round_to_budget(groups, ideal, budget, form, align)
+    except BudgetError:
+        lowest = [rank_ladder(g, form, align)[0] for g in groups]
+        assert total_parameters(groups, lowest, form) > budget
+        return
+    spent = total_parameters(groups, ranks, form)
+    assert spent <= budget
+    for g, rank in zip(groups, ranks, strict=True):
+        ladder = rank_ladder(g, form, align)
+        assert rank in ladder
+        if rank != ladder[-1]:
+            step = ladder[ladder.index(rank) + 1]
+            assert spent + group_parameters(g, step, form) - group_parameters(g, rank, form) > budget
+
+
+def test_ideal_ranks_that_fit_are_kept():
+    groups = [make_group(64, 64, "a"), make_group(32, 64, "b")]
+    ideal = [20.0, 10.0]
+    budget = int(total_parameters(groups, ideal, "pivga"))
+    assert round_to_budget(groups, ideal, budget, "pivga", 1) == [20, 10]
+
+
+@pytest.mark.parametrize("remove", [0, 1, -0.1, 1.5])
+def test_remove_out_of_range_is_refused(remove):
+    with pytest.raises(BudgetError, match="--remove"):
+        kept_parameters([make_group(8, 8)], remove)
+
+
+def test_unreachable_budget_is_refused():
+    with pytest.raises(BudgetError, match="align"):
+        round_to_budget([make_group(64, 64)], [1], 100, "pivga", 32)
+
+
+@pytest.mark.parametrize(("width", "step"), [(64, 1), (192, 2), (512, 8), (4096, 64), (16384, 64)])
+def test_auto_alignment_grows_with_width(width, step):
+    assert auto_alignment(make_group(width, width)) == step
+
+
+def test_uniform_ranks_remove_what_was_asked():
+    groups = [make_group(96, 64, "a"), make_group(64, 170, "b")]
+    dense = sum(g.dense_parameters for g in groups)
+    for form in ("svd", "pivga"):
+        removed = 1 - total_parameters(groups, uniform_ranks(groups, 0.3, form, 1), form) / dense
+        assert 0.3 <= removed < 0.3 + 240 / dense  # one step of one group is at most m + n numbers

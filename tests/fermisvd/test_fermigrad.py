@@ -1,0 +1,170 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from fermisvd.budget import group_parameters
+from fermisvd.decomposition import data_aware_svd
+from fermisvd.fermigrad import (
+    FermiGradSettings,
+    GatedLinear,
+    SoftBudget,
+    fermi_gate,
+    install_gates,
+    kl_divergence,
+    optimise_ranks,
+)
+from fermisvd.groups import find_groups, stacked_weight
+
+
+def test_gate_is_the_printed_formula():
+    n, temperature, mu = 50, 0.02, 20.3
+    expected = [1 / (1 + math.exp((j - mu) / (n * temperature))) for j in range(n)]
+    gate = fermi_gate(torch.tensor(mu, dtype=torch.float64), n, temperature)
+    torch.testing.assert_close(gate, torch.tensor(expected, dtype=torch.float64))
+
+
+def test_gate_opens_fully_above_the_box():
+    gate = fermi_gate(torch.tensor(64 * (1 + 6 * 0.01)), 64, 0.01)
+    assert gate.min() > 0.997
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_gated_layer_is_the_formula_in_float64(bias):
+    """Reference: U diag(F) U^T W x by plain matrix products, its gradients by autograd."""
+    w = torch.randn(6, 9, dtype=torch.float64)
+    u, _ = data_aware_svd(w, torch.eye(9, dtype=torch.float64))
+    b = torch.randn(6, dtype=torch.float64) if bias else None
+    layer = GatedLinear(u, u.T @ w, b)
+    x = torch.randn(2, 5, 9, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, w, b))  # teacher
+    gate = torch.rand(6, dtype=torch.float64, requires_grad=True)
+    layer.gate = gate
+    direct = nn.functional.linear(x, u @ torch.diag(gate) @ u.T @ w, b)
+    torch.testing.assert_close(layer(x), direct)
+    weight = torch.randn_like(direct)
+    ours = torch.autograd.grad((layer(x) * weight).sum(), [x, gate])
+    reference = torch.autograd.grad((direct * weight).sum(), [x, gate])
+    for got, want in zip(ours, reference, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def gated_model(folder, partition="joint", dtype=torch.float64):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().requires_grad_(False)
+    groups = find_groups(model, partition)
+    bases = {}
+    for group in groups:
+        mixing = torch.randn(group.columns, group.columns, dtype=torch.float64)
+        bases[group.name] = data_aware_svd(stacked_weight(model, group), mixing @ mixing.T)[0]
+    return model, groups, install_gates(model, groups, lambda g: bases[g.name])
+
+
+@pytest.mark.parametrize("partition", ["joint", "separate"])
+def test_open_gates_give_the_teacher(tiny_llama, partition):
+    dense = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float64).eval()
+    model, _, _ = gated_model(tiny_llama, partition)
+    ids = torch.randint(2048, (2, 12))
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=ids).logits, dense(input_ids=ids).logits)
+
+
+def test_gradient_in_mu_equals_finite_differences(tiny_llama):
+    model, groups, gated = gated_model(tiny_llama)
+    ids = torch.randint(2048, (2, 12))
+    with torch.no_grad():
+        teacher = model(input_ids=ids).logits
+
+    def loss(mus):
+        for group, layers, mu in zip(groups, gated, mus, strict=True):
+            for layer in layers:
+                layer.gate = fermi_gate(mu, group.full_rank, 0.02)
+        log_p, log_q = teacher.log_softmax(-1), model(input_ids=ids).logits.log_softmax(-1)
+        return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+
+    mus = torch.tensor([0.6 * g.full_rank for g in groups], dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(loss(mus), mus)
+    for i in range(len(groups)):
+        step = torch.zeros_like(mus)
+        step[i] = 1e-4
+        with torch.no_grad():
+            difference = (loss(mus + step) - loss(mus - step)) / 2e-4
+        assert gradient[i].item() == pytest.approx(difference.item(), rel=1e-4, abs=1e-9)
+    assert (gradient < 0).any()
+
+
+def test_kl_is_the_definition():
+    p, q = torch.randn(2, 3, 7), torch.randn(2, 3, 7)
+    expected = (p.softmax(-1) * (p.softmax(-1) / q.softmax(-1)).log()).sum(-1).mean()
+    torch.testing.assert_close(kl_divergence(p, q), expected)
+
+
+@pytest.mark.parametrize("form", ["svd", "pivga"])
+def test_soft_budget_equals_integer_counts(tiny_llama, form):
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    groups = find_groups(model)
+    budget = SoftBudget(groups, form)
+    ranks = torch.tensor([g.full_rank // 3 for g in groups])
+    counts = budget.counts(ranks / budget.full_rank)
+    assert counts.tolist() == pytest.approx(
+        [group_parameters(g, r.item(), form) for g, r in zip(groups, ranks, strict=True)]
+    )
+    assert budget.fraction(torch.full_like(budget.full_rank, 1.06)) == 1
+
+
+@pytest.mark.parametrize("form", ["svd", "pivga"])
+def test_price_is_the_derivative_of_the_fraction(tiny_llama, form):
+    budget = SoftBudget(find_groups(AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)), form)
+    state = torch.full_like(budget.full_rank, 0.3).requires_grad_()
+    (derivative,) = torch.autograd.grad(budget.fraction(state), state)
+    torch.testing.assert_close(budget.price(state.detach()), derivative)
+
+
+@pytest.mark.parametrize("form", ["svd", "pivga"])
+@pytest.mark.parametrize("kept", [0.3, 0.6, 0.9])
+def test_projection_lands_on_the_budget(tiny_llama, form, kept):
+    budget = SoftBudget(find_groups(AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)), form)
+    low = 1 / budget.full_rank
+    state = torch.rand(len(budget.full_rank), dtype=torch.float64) * 1.06
+    projected = budget.project(state, kept, low, 1.06)
+    assert budget.fraction(projected).item() == pytest.approx(kept, abs=1e-9)
+    assert (projected >= low).all() and (projected <= 1.06).all()
+    inside = (projected > low) & (projected < 1.06)
+    shifts = (projected - state)[inside]
+    assert shifts.max() - shifts.min() < 1e-9  # one shift for all that are inside the box
+
+
+@pytest.mark.parametrize("constraint", ["projection", "penalty"])
+@pytest.mark.parametrize("form", ["svd", "pivga"])
+def test_optimised_ranks_hold_the_budget_and_lower_the_loss(tiny_llama, constraint, form):
+    """One group's spectrum is cut down to four directions that matter: it must give its ranks to the others."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval().requires_grad_(False)
+    groups = find_groups(model)
+    poor = 3
+    with torch.no_grad():
+        weight = model.get_submodule(groups[poor].name).weight
+        weight.copy_(torch.randn(weight.shape[0], 4) @ torch.randn(4, weight.shape[1]) * 0.2)
+    bases = {g.name: data_aware_svd(stacked_weight(model, g), torch.eye(g.columns))[0] for g in groups}
+    gated = install_gates(model, groups, lambda g: bases[g.name])
+    windows = torch.randint(2048, (8, 24))
+    settings = FermiGradSettings(constraint=constraint, steps=60, batch_size=4, learning_rate=0.03, penalty_growth=1.08)
+    mus, records = optimise_ranks(model, groups, gated, windows, 0.7, form, settings)
+    dense = sum(g.dense_parameters for g in groups)
+    kept = sum(group_parameters(g, mu, form) for g, mu in zip(groups, mus, strict=True)) / dense
+    assert kept == pytest.approx(0.7, abs=1e-6)
+    assert len(records) == 60 and all(math.isfinite(r["kl"]) for r in records)
+    shares = [mu / g.full_rank for g, mu in zip(groups, mus, strict=True)]
+    assert shares[poor] == min(shares) and shares[poor] < 0.6 * sum(shares) / len(shares)
+    again, _ = optimise_ranks(model, groups, gated, windows, 0.7, form, settings)
+    assert again == mus  # deterministic for a seed
+
+
+def test_infinite_loss_is_an_error(tiny_llama):
+    from fermisvd.fermigrad import FermiGradError
+
+    model, groups, gated = gated_model(tiny_llama, dtype=torch.float32)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(FermiGradError, match="step 0"):
+        optimise_ranks(model, groups, gated, torch.randint(2048, (2, 8)), 0.8, "pivga", FermiGradSettings(steps=2))

@@ -1,0 +1,54 @@
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from fermisvd.groups import StructureError, find_groups, stacked_weight
+
+
+@pytest.fixture
+def model(tiny_llama):
+    return AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval()
+
+
+def test_joint_groups_of_llama(model):
+    groups = find_groups(model)
+    assert len(groups) == 8
+    attention, output, up, down = groups[:4]
+    prefix = "model.layers.0."
+    assert attention.members == tuple(f"{prefix}self_attn.{x}_proj" for x in "qkv")
+    assert attention.member_rows == (96, 32, 32) and attention.columns == 96
+    assert output.members == (f"{prefix}self_attn.o_proj",)
+    assert up.members == (f"{prefix}mlp.gate_proj", f"{prefix}mlp.up_proj")
+    assert down.members == (f"{prefix}mlp.down_proj",) and down.full_rank == 96
+    assert [g.side for g in groups[:4]] == ["columns", "rows", "columns", "rows"]
+
+
+def test_separate_groups_share_the_gram_matrix(model):
+    groups = find_groups(model, "separate")
+    assert len(groups) == 14
+    assert {g.source for g in groups[:3]} == {"model.layers.0.self_attn.q_proj"}
+    assert [g.side for g in groups[:7]] == ["columns"] * 3 + ["rows"] + ["columns"] * 2 + ["rows"]
+
+
+def test_head_and_embeddings_are_left_alone(model):
+    assert not any("lm_head" in m or "embed" in m for g in find_groups(model) for m in g.members)
+
+
+def test_stacked_weight(model):
+    group = find_groups(model)[0]
+    attention = model.model.layers[0].self_attn
+    expected = torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight])
+    assert torch.equal(stacked_weight(model, group), expected)
+    assert stacked_weight(model, group).shape == (group.rows, group.columns)
+
+
+def test_model_without_blocks_is_refused():
+    with pytest.raises(StructureError, match="Linear"):
+        find_groups(nn.Linear(3, 3))
+
+
+def test_layer_that_is_never_called_is_refused(model):
+    model.model.layers[0].mlp.extra = nn.Linear(4, 4)
+    with pytest.raises(StructureError, match=r"mlp\.extra"):
+        find_groups(model)

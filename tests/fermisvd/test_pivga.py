@@ -1,0 +1,115 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fermisvd.decomposition import data_aware_svd, low_rank_factors
+from fermisvd.pivga import PivGaError, choose_skeleton, dense_product, fix_gauge, round_with_error_feedback
+
+SIDES = ["columns", "rows"]
+
+
+def random_factors(m, n, r, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return (
+        torch.randn(m, r, dtype=torch.float64, generator=generator),
+        torch.randn(r, n, dtype=torch.float64, generator=generator),
+    )
+
+
+@settings(deadline=None)
+@given(st.integers(1, 40), st.integers(1, 40), st.data(), st.sampled_from(SIDES))
+def test_lossless_in_float64(m, n, data, side):
+    r = data.draw(st.integers(1, min(m, n)))
+    a, b = random_factors(m, n, r, seed=m * 41 + n)
+    gauge = fix_gauge(a, b, side)
+    product = a @ b
+    assert (dense_product(gauge) - product).abs().max() <= 1e-10 * product.abs().max()
+    stored = gauge.skeleton.numel() + gauge.interpolation.numel()
+    assert stored == r * (m + n) - r * r
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_skeleton_is_a_part_of_the_product(side):
+    a, b = random_factors(20, 30, 7)
+    gauge = fix_gauge(a, b, side)
+    skeleton = gauge.permutation[:7].long()
+    product = a @ b
+    torch.testing.assert_close(gauge.skeleton, product[:, skeleton] if side == "columns" else product[skeleton])
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_permutation_is_sorted_in_both_halves(side):
+    a, b = random_factors(20, 30, 7)
+    permutation = fix_gauge(a, b, side).permutation
+    assert permutation.dtype == torch.int32
+    assert sorted(permutation.tolist()) == list(range(30 if side == "columns" else 20))
+    assert (permutation[:7].diff() > 0).all() and (permutation[7:].diff() > 0).all()
+
+
+def test_skeleton_is_well_conditioned():
+    """Pivoted QR keeps the interpolation small even where the first r columns are almost dependent."""
+    a, b = random_factors(40, 60, 10)
+    b[:, :10] = b[:, :1] + 1e-9 * b[:, :10]
+    assert dense_product(fix_gauge(a, b, "columns")).sub(a @ b).abs().max() < 1e-9
+    assert fix_gauge(a, b, "columns").interpolation.abs().max() < 20
+
+
+def test_skeleton_does_not_depend_on_the_gauge_of_the_factors():
+    a, b = random_factors(20, 30, 7)
+    mixing = torch.randn(7, 7, dtype=torch.float64) + 3 * torch.eye(7)
+    assert torch.equal(choose_skeleton(a, b), choose_skeleton(a @ mixing, torch.linalg.solve(mixing, b)))
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_product_of_lower_rank_is_refused(side):
+    a, b = random_factors(20, 30, 7)
+    b[3] = b[2]
+    a[:, 3] = a[:, 2] = 0
+    with pytest.raises(PivGaError, match="independent"):
+        fix_gauge(a, b, side)
+
+
+def test_overflow_is_refused():
+    a, b = random_factors(20, 30, 7)
+    with pytest.raises(PivGaError, match="float16"):
+        fix_gauge(1e6 * a, b, "columns", torch.float16)
+
+
+def calibrated_factors(m, n, r, seed):
+    generator = torch.Generator().manual_seed(seed)
+    w = torch.randn(m, n, dtype=torch.float64, generator=generator)
+    x = torch.randn(n, n, dtype=torch.float64, generator=generator) @ torch.randn(
+        n, 500, dtype=torch.float64, generator=generator
+    )
+    u, _ = data_aware_svd(w, x @ x.T)
+    return low_rank_factors(u, w, r)
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", [(48, 96, 32), (96, 48, 20), (64, 64, 60)])
+def test_rounding_is_no_worse_than_plain_casting(side, dtype, shape):
+    for seed in range(3):
+        a, b = calibrated_factors(*shape, seed)
+        exact, product = fix_gauge(a, b, side), a @ b
+        cast = type(exact)(exact.skeleton.to(dtype), exact.interpolation.to(dtype), exact.permutation, side)
+        rounded = fix_gauge(a, b, side, dtype)
+        assert rounded.skeleton.dtype == rounded.interpolation.dtype == dtype
+        assert (dense_product(rounded) - product).norm() <= (dense_product(cast) - product).norm() * (1 + 1e-9)
+
+
+def test_error_feedback_beats_rounding_to_nearest():
+    generator = torch.Generator().manual_seed(0)
+    skeleton = torch.randn(80, 40, dtype=torch.float64, generator=generator)
+    skeleton = skeleton @ torch.randn(40, 40, dtype=torch.float64, generator=generator)
+    d = torch.randn(40, 30, dtype=torch.float64, generator=generator)
+    plain = (skeleton @ (d.bfloat16().double() - d)).norm()
+    feedback = (skeleton @ (round_with_error_feedback(d, skeleton, torch.bfloat16) - d)).norm()
+    assert feedback < 0.8 * plain
+
+
+def test_error_feedback_lands_on_the_types_grid():
+    d = torch.randn(6, 5, dtype=torch.float64)
+    rounded = round_with_error_feedback(d, torch.randn(9, 6, dtype=torch.float64), torch.bfloat16)
+    assert torch.equal(rounded, rounded.bfloat16().double())

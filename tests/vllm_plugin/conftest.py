@@ -1,0 +1,34 @@
+"""Compressed checkpoints of the demo model, and the environment of real vLLM processes."""
+
+import os
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def vllm_environment() -> dict[str, str]:
+    return {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING", "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.fixture(scope="session")
+def compressed(demo_model, demo_text, tmp_path_factory):
+    """form -> a folder with 30 % removed, float32, odd ranks; pivga joint, svd separate (partly dense layers)."""
+    from fermisvd_convert.convert import convert
+
+    folder = tmp_path_factory.mktemp("compressed")
+    for form, groups in (("pivga", "joint"), ("svd", "separate")):
+        convert(
+            str(demo_model),
+            folder / form,
+            0.3,
+            form=form,
+            groups=groups,
+            steps=20,
+            align=1,
+            dtype="float32",
+            calibration=[str(demo_text["calibration"])],
+            samples=32,
+            sequence_length=128,
+            work=folder / "work",
+        )
+    return {form: folder / form for form in ("pivga", "svd")}

@@ -1,0 +1,110 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fermisvd.format import FormatError, Group, expected_tensors
+from fermisvd_vllm.layout import Part, parts_of, shard_of, slots_of
+
+QKV = ["q", "k", "v"]
+
+
+def group(members, form="svd", side=None, rank=4):
+    return Group(members=tuple(members), form=form, side=side, rank=rank)
+
+
+def by_member(*groups):
+    return {member: g for g in groups for member in g.members}
+
+
+def test_joint_group_is_one_part():
+    g = group(QKV)
+    assert parts_of(QKV, by_member(g), "qkv") == [Part((0, 1, 2), g)]
+
+
+def test_any_partition():
+    qv, k = group(["q", "v"]), group(["k"], rank=2)
+    assert parts_of(QKV, by_member(qv, k), "qkv") == [Part((0, 2), qv), Part((1,), k)]
+
+
+def test_member_without_group_is_a_dense_part():
+    q = group(["q"])
+    assert parts_of(QKV, by_member(q), "qkv") == [Part((0,), q), Part((1,), None), Part((2,), None)]
+
+
+def test_layer_without_groups_is_not_ours():
+    assert parts_of(QKV, {}, "qkv") is None
+
+
+def test_group_beyond_the_fused_layer_is_refused():
+    with pytest.raises(FormatError, match="o is no part of qkv"):
+        parts_of(QKV, by_member(group(["q", "o"])), "qkv")
+
+
+@given(
+    st.lists(st.integers(1, 20), min_size=1, max_size=4),
+    st.integers(1, 20),
+    st.sampled_from([("svd", None), ("pivga", "columns")]),
+)
+def test_slots_are_the_formats_tensors_side_by_side(rows, columns, form):
+    """Without tensor parallelism the slots are exactly what the format stores, and they do not overlap."""
+    names = [f"m{i}" for i in range(len(rows))]
+    g = group(names, *form, rank=min(sum(rows), columns))
+    slots = slots_of([Part(tuple(range(len(rows))), g)], rows, columns, columns, "column", 1, "layer")
+    assert {f"m{member}.{name}": slot.shape for (name, member), slot in slots.items()} == expected_tensors(
+        g, rows, columns
+    )
+    for name in {name for name, _ in slots}:
+        spans = sorted((s.offset, s.offset + s.size) for (other, _), s in slots.items() if other == name)
+        assert spans[0][0] == 0 and all(a[1] == b[0] for a, b in zip(spans, spans[1:], strict=False))
+
+
+@pytest.mark.parametrize("tp_size", [1, 2, 4, 8])
+@pytest.mark.parametrize("kind", ["column", "row"])
+@pytest.mark.parametrize("form", ["svd", "pivga"])
+def test_shards_of_all_ranks_make_the_tensor(tp_size, kind, form):
+    rows, columns, rank = 32, 48, 7
+    side = None if form == "svd" else "columns" if kind == "column" else "rows"
+    g = group(["w"], form, side, rank)
+    local = ([rows // tp_size], columns) if kind == "column" else ([rows], columns // tp_size)
+    slots = slots_of([Part((0,), g)], *local, columns, kind, tp_size, "layer")
+    sharded = {"column": {"lowrank_a", "skeleton"}, "row": {"lowrank_b", "skeleton"}}[kind]
+    for (name, _), slot in slots.items():
+        whole = torch.randn(expected_tensors(g, [rows], columns)[f"w.{name}"])
+        pieces = [shard_of(whole, slot, tp_rank, tp_size, name) for tp_rank in range(tp_size)]
+        assert all(tuple(piece.shape) == slot.shape for piece in pieces)
+        if name in sharded:
+            assert torch.equal(torch.cat(pieces, dim=slot.shard), whole)
+        else:
+            assert slot.shard is None and all(torch.equal(piece, whole) for piece in pieces)
+
+
+def test_kv_heads_fewer_than_ranks_are_replicated():
+    """vLLM gives rank t the kv head t // (tp_size / kv_heads)."""
+    head, kv_heads, tp_size, rank = 8, 2, 8, 3
+    g = group(["k"], rank=rank)
+    slot = slots_of([Part((0,), g)], [head], 16, 16, "column", tp_size, "layer")["lowrank_a", 0]
+    whole = torch.randn(kv_heads * head, rank)
+    for t in range(tp_size):
+        expected = whole[t // (tp_size // kv_heads) * head :][:head]
+        assert torch.equal(shard_of(whole, slot, t, tp_size, "k"), expected)
+
+
+@pytest.mark.parametrize(("kind", "side"), [("column", "rows"), ("row", "columns")])
+def test_skeleton_on_the_split_side_is_refused(kind, side):
+    g = group(["w"], "pivga", side)
+    with pytest.raises(FormatError, match="tensor-parallel-size 1"):
+        slots_of([Part((0,), g)], [16], 16, 32, kind, 2, "layer")
+    assert slots_of([Part((0,), g)], [16], 16, 16, kind, 1, "layer")
+
+
+@pytest.mark.parametrize("shape", [(9, 4), (32, 5), (24, 4), (4,), (0, 4)])
+def test_tensor_that_does_not_split_is_refused(shape):
+    slot = slots_of([Part((0,), group(["w"]))], [8], 16, 16, "column", 2, "layer")["lowrank_a", 0]
+    with pytest.raises(FormatError, match="w: shape"):
+        shard_of(torch.zeros(shape), slot, 0, 2, "w")
+
+
+def test_rank_above_the_matrix_is_refused():
+    with pytest.raises(FormatError, match="rank 17"):
+        slots_of([Part((0,), group(["w"], rank=17))], [32], 16, 16, "column", 1, "layer")

@@ -1,0 +1,199 @@
+"""Fused loading and the forward of one layer, with vLLM's real linear layers but no engine."""
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("vllm")
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+
+from fermisvd.format import FermiSVDConfig as CheckpointConfig
+from fermisvd.format import FormatError, Group
+from fermisvd.pivga import dense_product, fix_gauge
+from fermisvd_vllm.config import FermiSVDConfig
+
+HIDDEN, HEAD, HEADS, KV_HEADS = 96, 32, 3, 1
+ROWS = {"q_proj": 96, "k_proj": 32, "v_proj": 32, "o_proj": 96, "gate_proj": 136, "up_proj": 136}
+SHARDS = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "gate_proj": 0, "up_proj": 1, "o_proj": None}
+PARTITIONS = {
+    "joint": [["q_proj", "k_proj", "v_proj"]],
+    "separate": [["q_proj"], ["k_proj"], ["v_proj"]],
+    "mixed": [["q_proj", "v_proj"], ["k_proj"]],
+    "partly dense": [["q_proj"], ["k_proj"]],
+}
+
+
+@pytest.fixture(autouse=True)
+def vllm_config():
+    with set_current_vllm_config(VllmConfig()):
+        yield
+
+
+def make_group(members, form, side, rank):
+    """A group, its checkpoint tensors, and the dense weight of each member they stand for (float64)."""
+    names = tuple(f"m.{x}" for x in members)
+    rows = [ROWS[x] for x in members]
+    a, b = torch.randn(sum(rows), rank, dtype=torch.float64), torch.randn(rank, HIDDEN, dtype=torch.float64)
+    if form == "svd":
+        tensors = {(members[0], "lowrank_b"): b}
+        tensors |= {(x, "lowrank_a"): part for x, part in zip(members, a.split(rows), strict=True)}
+        dense = a @ b
+    else:
+        gauge = fix_gauge(a, b, side)
+        tensors = {(members[0], "interpolation"): gauge.interpolation, (members[0], "permutation"): gauge.permutation}
+        parts = [gauge.skeleton] if side == "rows" else gauge.skeleton.split(rows)
+        tensors |= {(x, "skeleton"): part for x, part in zip(members, parts, strict=True)}
+        dense = dense_product(gauge)
+    group = Group(members=names, form=form, side=side if form == "pivga" else None, rank=rank)
+    return group, tensors, dict(zip(members, dense.split(rows), strict=True))
+
+
+def make_layer(kind, groups, bias=False):
+    entry = CheckpointConfig(groups=tuple(groups)).model_dump(mode="json", exclude_none=True)
+    config = FermiSVDConfig.from_config(entry)
+    config.packed_modules_mapping = {
+        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+        "gate_up_proj": ["gate_proj", "up_proj"],
+    }
+    common = dict(bias=bias, quant_config=config, prefix=f"m.{kind}", disable_tp=True, params_dtype=torch.float32)
+    if kind == "qkv_proj":
+        return QKVParallelLinear(HIDDEN, HEAD, HEADS, KV_HEADS, **common)
+    if kind == "gate_up_proj":
+        return MergedColumnParallelLinear(HIDDEN, [136, 136], **common)
+    return RowParallelLinear(HIDDEN, 96, **common)
+
+
+def load(layer, tensors):
+    for (member, name), tensor in tensors.items():
+        parameter = getattr(layer, name)
+        value = tensor if name == "permutation" else tensor.float()
+        shard = SHARDS[member]
+        parameter.weight_loader(parameter, value) if shard is None else parameter.weight_loader(parameter, value, shard)
+
+
+def check_forward(layer, dense, members, bias=None):
+    layer.quant_method.process_weights_after_loading(layer)
+    x = torch.randn(7, HIDDEN)
+    weight = torch.cat([dense[m] for m in members]).float()
+    y = layer(x)
+    y = y[0] if isinstance(y, tuple) else y
+    torch.testing.assert_close(
+        y, nn.functional.linear(x, weight, bias), rtol=1e-3, atol=1e-3 * weight.abs().max().item()
+    )
+    assert not any(p.ndim == 1 and p.numel() > 136 for p in layer.parameters()), "flat parameters must be gone"
+
+
+@pytest.mark.parametrize("partition", PARTITIONS)
+@pytest.mark.parametrize("form", ["svd", "pivga"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_fused_qkv_equals_the_dense_product(partition, form, bias):
+    made = [make_group(m, form, "columns", 5 + 3 * i) for i, m in enumerate(PARTITIONS[partition])]
+    tensors = {key: value for _, part, _ in made for key, value in part.items()}
+    dense = {key: value for _, _, part in made for key, value in part.items()}
+    for member in ("q_proj", "k_proj", "v_proj"):
+        if member not in dense:
+            dense[member] = torch.randn(ROWS[member], HIDDEN, dtype=torch.float64)
+            tensors[member, "weight"] = dense[member]
+    layer = make_layer("qkv_proj", [g for g, _, _ in made], bias)
+    load(layer, tensors)
+    if bias:
+        nn.init.normal_(layer.bias)
+    check_forward(layer, dense, ["q_proj", "k_proj", "v_proj"], layer.bias if bias else None)
+
+
+@pytest.mark.parametrize("form", ["svd", "pivga"])
+@pytest.mark.parametrize("rank", [1, 33, 96])
+def test_fused_gate_up_at_extreme_ranks(form, rank):
+    group, tensors, dense = make_group(["gate_proj", "up_proj"], form, "columns", rank)
+    layer = make_layer("gate_up_proj", [group])
+    load(layer, tensors)
+    check_forward(layer, dense, ["gate_proj", "up_proj"])
+
+
+@pytest.mark.parametrize(("form", "side"), [("svd", "rows"), ("pivga", "rows"), ("pivga", "columns")])
+@pytest.mark.parametrize("rank", [1, 33, 96])
+def test_row_parallel_layer(form, side, rank):
+    group, tensors, dense = make_group(["o_proj"], form, side, rank)
+    layer = make_layer("o_proj", [group])
+    load(layer, tensors)
+    check_forward(layer, dense, ["o_proj"])
+
+
+def test_layer_in_no_group_is_vllms_own():
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+
+    group, _, _ = make_group(["gate_proj", "up_proj"], "svd", None, 4)
+    assert isinstance(make_layer("o_proj", [group]).quant_method, UnquantizedLinearMethod)
+
+
+@pytest.mark.parametrize("form", ["svd", "pivga"])
+def test_every_missing_tensor_is_named(form):
+    group, tensors, _ = make_group(["q_proj", "k_proj", "v_proj"], form, "columns", 6)
+    for missing in tensors:
+        layer = make_layer("qkv_proj", [group])
+        load(layer, {key: value for key, value in tensors.items() if key != missing})
+        position = {"q_proj": 0, "k_proj": 1, "v_proj": 2}[missing[0]]
+        with pytest.raises(FormatError, match=rf"m\.qkv_proj: missing.*{missing[1]} of member {position}"):
+            layer.quant_method.process_weights_after_loading(layer)
+
+
+def test_bad_values_are_refused_while_loading():
+    group, tensors, _ = make_group(["q_proj", "k_proj", "v_proj"], "pivga", "columns", 6)
+    broken = tensors["q_proj", "permutation"].clone()
+    broken[0] = broken[1]
+    for key, value, message in [
+        (("q_proj", "permutation"), broken, "permutation"),
+        (("k_proj", "skeleton"), tensors["k_proj", "skeleton"] * float("nan"), "NaN"),
+        (("v_proj", "skeleton"), tensors["v_proj", "skeleton"][:, 1:], "shape"),
+    ]:
+        layer = make_layer("qkv_proj", [group])
+        with pytest.raises(FormatError, match=rf"m\.qkv_proj: .*{message}"):
+            load(layer, tensors | {key: value})
+
+
+def test_tensor_that_the_config_does_not_expect_is_refused():
+    group, tensors, _ = make_group(["q_proj", "k_proj", "v_proj"], "svd", None, 6)
+    layer = make_layer("qkv_proj", [group])
+    with pytest.raises(FormatError, match="not expected"):
+        load(layer, {("k_proj", "lowrank_b"): tensors["q_proj", "lowrank_b"]})
+
+
+@pytest.mark.parametrize(("form", "side"), [("svd", None), ("pivga", "columns"), ("pivga", "rows")])
+def test_apply_traces_with_dynamic_token_counts(form, side):
+    """Nothing data-dependent: one graph, no breaks, any number of tokens."""
+    member = "o_proj"
+    group, tensors, dense = make_group([member], form, side, 33)
+    layer = make_layer("o_proj", [group])
+    load(layer, tensors)
+    layer.quant_method.process_weights_after_loading(layer)
+    traced = torch.compile(lambda x: layer.quant_method.apply(layer, x), fullgraph=True, dynamic=True, backend="eager")
+    weight = dense[member].float()
+    for tokens in (3, 17, 64):
+        x = torch.randn(tokens, HIDDEN)
+        torch.testing.assert_close(traced(x), x @ weight.T, rtol=1e-3, atol=1e-3 * weight.abs().max().item())
+
+
+def test_permutation_is_valid_before_anything_is_loaded():
+    """--load-format dummy leaves integer tensors alone."""
+    group, _, _ = make_group(["o_proj"], "pivga", "rows", 33)
+    layer = make_layer("o_proj", [group])
+    assert sorted(layer.permutation.tolist()) == list(range(96))
+
+
+def test_register_is_light_and_can_be_called_twice():
+    import subprocess
+    import sys
+
+    code = "import sys, fermisvd_vllm; print('vllm' in sys.modules, 'torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split() == [
+        "False",
+        "False",
+    ]
+    import fermisvd_vllm
+
+    fermisvd_vllm.register()
+    fermisvd_vllm.register()
+    from vllm.model_executor.layers.quantization import get_quantization_config
+
+    assert get_quantization_config("fermisvd") is FermiSVDConfig
