@@ -27,7 +27,7 @@ class PivGa:
 
 
 class PivGaError(FermiSVDError):
-    """The product has fewer independent columns than its rank, or does not fit the storage type."""
+    """The factors do not fit the storage type."""
 
 
 def choose_skeleton(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -50,9 +50,10 @@ def round_with_error_feedback(d: torch.Tensor, skeleton: torch.Tensor, dtype: to
     """
     r_factor = torch.linalg.qr(skeleton.double(), mode="r")[1]
     diagonal = r_factor.diagonal()
+    negligible = 1e-12 * diagonal.abs().max()  # a skeleton column that the others span can absorb nothing
     rounded, error = torch.empty_like(d), torch.zeros_like(d)
     for i in range(len(d) - 1, -1, -1):
-        carried = (r_factor[i, i + 1 :] @ error[i + 1 :]) / diagonal[i]
+        carried = (r_factor[i, i + 1 :] @ error[i + 1 :]) / diagonal[i] if diagonal[i].abs() > negligible else 0.0
         rounded[i] = (d[i] - carried).to(dtype).double()
         error[i] = rounded[i] - d[i]
     return rounded
@@ -63,7 +64,7 @@ def fix_gauge(a: torch.Tensor, b: torch.Tensor, side: Side, dtype: torch.dtype =
 
     In float64 the product is kept exactly. In a narrower type rounding is part of the method: the skeleton is rounded
     first, D is solved by least squares against the rounded skeleton in float64 and rounded with error feedback in the
-    skeleton's metric. Raises PivGaError if A B has a rank below r, or a value overflows `dtype`.
+    skeleton's metric. A B may have a rank below r. Raises PivGaError if a value overflows `dtype`.
     """
     if side == "rows":
         columns = fix_gauge(b.T, a.T, "columns", dtype)
@@ -73,22 +74,25 @@ def fix_gauge(a: torch.Tensor, b: torch.Tensor, side: Side, dtype: torch.dtype =
     permutation = choose_skeleton(a, b)
     skeleton_columns, rest = permutation[:rank].long(), permutation[rank:].long()
     skeleton = (a @ b[:, skeleton_columns]).to(dtype)
-    if not skeleton.isfinite().all():
-        raise PivGaError(f"the skeleton overflows {dtype}")
+    _refuse_overflow(skeleton, dtype)
     if dtype == torch.float64:
         interpolation = _solve(b[:, skeleton_columns], b[:, rest])
     else:
         exact = _solve(skeleton.double(), a @ b[:, rest])
         interpolation = round_with_error_feedback(exact, skeleton, dtype).to(dtype)
-    if not interpolation.isfinite().all():
-        raise PivGaError(f"the product has fewer than {rank} independent columns")
-    return PivGa(skeleton, interpolation, permutation, "columns")
+    _refuse_overflow(interpolation, dtype)
+    return PivGa(skeleton, interpolation.contiguous(), permutation, "columns")
+
+
+def _refuse_overflow(tensor: torch.Tensor, dtype: torch.dtype) -> None:
+    if not tensor.isfinite().all():
+        raise PivGaError(f"the factors overflow {dtype}; choose a wider storage type")
 
 
 def _solve(matrix: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Least-squares solution by QR, float64; infinite where `matrix` lacks full column rank."""
-    q, r = torch.linalg.qr(matrix)
-    return torch.linalg.solve_triangular(r, q.T @ right, upper=True)
+    """Least-squares solution in float64, on the CPU: LAPACK's gelsy copes with dependent columns (dead channels)."""
+    solution = torch.linalg.lstsq(matrix.cpu(), right.cpu(), driver="gelsy").solution
+    return solution.to(matrix.device)
 
 
 def dense_product(form: PivGa) -> torch.Tensor:
