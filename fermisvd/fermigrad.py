@@ -200,6 +200,11 @@ def optimise_ranks(
             with torch.no_grad():
                 state.copy_(torch.maximum(state.clamp(max=high), low))
         else:
+            import os
+            if os.environ.get("TANGENT"):
+                price=budget.price(state.detach()); inside=(state.detach()>low)&(state.detach()<high)
+                if not inside.any(): inside=torch.ones_like(inside)
+                g=state.grad; lam=(g*price)[inside].sum()/(price**2)[inside].sum(); state.grad=g-lam*price
             allowed = 1 + (kept - 1) * min(1.0, (step + 1) / (settings.anneal * settings.steps))
             optimizer.step()
             with torch.no_grad():

@@ -1,0 +1,139 @@
+"""The README's quality table: perplexity of every form, grouping and rank rule at 20, 30 and 40 % removed.
+
+    python benchmarks/quality.py --out benchmarks/results/quality.json        # run what is missing, then rewrite README
+    python benchmarks/quality.py --out benchmarks/results/quality.json --table-only
+
+Finished cells are kept in the JSON file and skipped the next time. stories260K needs the shared data beside the
+repository; without it only the demo model is measured.
+"""
+
+import argparse
+import itertools
+import json
+import platform
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from fermisvd import load_model
+from fermisvd_convert.convert import convert
+from fermisvd_convert.evaluate import evaluate
+from fermisvd_convert.source import load_tokenizer
+from fermisvd_convert.text import windows_of
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared" / "data"
+sys.path.insert(0, str(ROOT / "tests" / "models"))
+from stdlib_text import write_texts  # noqa: E402
+
+RULES = {
+    "uniform": {"ranks": "uniform"},
+    "FermiGrad, penalty": {"ranks": "fermigrad", "constraint": "penalty"},
+    "FermiGrad, projection": {"ranks": "fermigrad", "constraint": "projection"},
+}
+REMOVALS = (0.2, 0.3, 0.4)
+FORMS, GROUPS = ("svd", "pivga"), ("separate", "joint")
+PROTOCOL = {"samples": 256, "gradient_samples": 256, "sequence_length": 256, "align": 1}
+EVALUATION_WINDOWS = 96
+
+
+def models(folder: Path) -> dict[str, dict]:
+    """Name -> path, calibration text and evaluation text."""
+    texts = write_texts(folder)
+    found = {
+        "stdlib-2m": {
+            "path": ROOT / "tests" / "models" / "stdlib-2m",
+            "calibration": texts["calibration"],
+            "evaluation": texts["validation"],
+        }
+    }
+    stories = SHARED / "checkpoints" / "stories260K"
+    if stories.is_dir():
+        text = SHARED / "text"
+        found["stories260K"] = {
+            "path": stories,
+            "calibration": text / "tinystories.train.txt",
+            "evaluation": text / "tinystories.valid.txt",
+        }
+    return found
+
+
+def measure(out: Path) -> None:
+    """Fill the JSON file cell by cell."""
+    results = json.loads(out.read_text()) if out.exists() else {"cells": {}}
+    results["protocol"] = {**PROTOCOL, "evaluation_windows": EVALUATION_WINDOWS}
+    results["command"] = f"python benchmarks/quality.py --out {out}"
+    results["machine"] = {"processor": platform.machine(), "threads": torch.get_num_threads(), "date": time.strftime("%F")}
+    results["versions"] = {name: version(name) for name in ("fermisvd", "torch", "transformers")}
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, model in models(Path(scratch)).items():
+            windows = windows_of(load_tokenizer(model["path"]), str(model["evaluation"]), 256, EVALUATION_WINDOWS)
+            cells = results["cells"].setdefault(name, {})
+            if "dense" not in cells:
+                cells["dense"] = evaluate(load_model(model["path"]), windows).as_dict()
+            for form, groups, rule, remove in itertools.product(FORMS, GROUPS, RULES, REMOVALS):
+                key = f"{form} | {groups} | {rule} | {remove}"
+                if key in cells:
+                    continue
+                folder = Path(scratch) / "out"
+                begin = time.perf_counter()
+                report = convert(
+                    str(model["path"]),
+                    folder,
+                    remove,
+                    form=form,
+                    groups=groups,
+                    calibration=[str(model["calibration"])],
+                    work=Path(scratch) / "work" / name,
+                    overwrite=True,
+                    **PROTOCOL,
+                    **RULES[rule],
+                )
+                result = evaluate(load_model(folder), windows, load_model(model["path"]))
+                cells[key] = {
+                    **result.as_dict(),
+                    "removed": report["totals"]["removed"],
+                    "seconds": round(time.perf_counter() - begin, 1),
+                }
+                print(name, key, f"{result.perplexity:.3f}", f"{cells[key]['seconds']} s", flush=True)
+                out.parent.mkdir(parents=True, exist_ok=True)
+                out.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def table(results: dict) -> str:
+    """Markdown: a row for form, groups and rule, a column for each model and fraction."""
+    names = list(results["cells"])
+    columns = [(name, remove) for name in names for remove in REMOVALS]
+    dense = {name: results["cells"][name]["dense"]["perplexity"] for name in names}
+    head = [f"{name} ({dense[name]:.3f}), {remove:.0%}" for name, remove in columns]
+    lines = ["| form, groups, ranks | " + " | ".join(head) + " |", "|---" * (len(columns) + 1) + "|"]
+    for form, groups, rule in itertools.product(FORMS, GROUPS, RULES):
+        values = []
+        for name, remove in columns:
+            cell = results["cells"][name].get(f"{form} | {groups} | {rule} | {remove}")
+            values.append(f"{cell['perplexity']:.3f}" if cell else "")
+        lines.append(f"| {form}, {groups}, {rule} | " + " | ".join(values) + " |")
+    return "\n".join(lines)
+
+
+def write_readme(results: dict) -> None:
+    """Put the table between its marks in README.md."""
+    begin, end = "<!-- quality table: make table -->\n", "<!-- end of quality table -->"
+    path = ROOT / "README.md"
+    before, rest = path.read_text(encoding="utf-8").split(begin)
+    after = rest.split(end)[1]
+    path.write_text(f"{before}{begin}\n{table(results)}\n\n{end}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--table-only", action="store_true")
+    arguments = parser.parse_args()
+    if not arguments.table_only:
+        measure(arguments.out)
+    write_readme(json.loads(arguments.out.read_text()))
