@@ -19,7 +19,7 @@ lint: .venv/installed
 
 # The README's quality table: an hour or two on two cores.
 table: .venv/installed
-	$(BIN)/python benchmarks/quality.py --out benchmarks/results/quality.json
+	$(BIN)/python benchmarks/quality.py
 
 .venv/installed: pyproject.toml Makefile
 	$(PYTHON) -m venv .venv

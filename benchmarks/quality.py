@@ -1,10 +1,11 @@
 """The README's quality table: perplexity of every form, grouping and rank rule at 20, 30 and 40 % removed.
 
-    python benchmarks/quality.py --out benchmarks/results/quality.json        # run what is missing, then rewrite README
-    python benchmarks/quality.py --out benchmarks/results/quality.json --table-only
+    python benchmarks/quality.py                       # run what is missing, then rewrite the table in README.md
+    python benchmarks/quality.py --only stories260K    # one model
+    python benchmarks/quality.py --table-only
 
-Finished cells are kept in the JSON file and skipped the next time. stories260K needs the shared data beside the
-repository; without it only the demo model is measured.
+Finished cells are kept in benchmarks/results/quality-MODEL.json and skipped the next time. stories260K needs the shared
+data beside the repository; without it only the demo model is measured.
 """
 
 import argparse
@@ -62,17 +63,25 @@ def models(folder: Path) -> dict[str, dict]:
     return found
 
 
-def measure(out: Path) -> None:
-    """Fill the JSON file cell by cell."""
-    results = json.loads(out.read_text()) if out.exists() else {"cells": {}}
-    results["protocol"] = {**PROTOCOL, "evaluation_windows": EVALUATION_WINDOWS}
-    results["command"] = f"python benchmarks/quality.py --out {out}"
-    results["machine"] = {"processor": platform.machine(), "threads": torch.get_num_threads(), "date": time.strftime("%F")}
-    results["versions"] = {name: version(name) for name in ("fermisvd", "torch", "transformers")}
+def results_file(name: str) -> Path:
+    return ROOT / "benchmarks" / "results" / f"quality-{name}.json"
+
+
+def measure(only: str | None) -> None:
+    """Fill the JSON files cell by cell."""
     with tempfile.TemporaryDirectory() as scratch:
         for name, model in models(Path(scratch)).items():
+            if only not in (None, name):
+                continue
+            out = results_file(name)
+            results = json.loads(out.read_text()) if out.exists() else {"cells": {}}
+            results["protocol"] = {**PROTOCOL, "evaluation_windows": EVALUATION_WINDOWS}
+            results["command"] = "python benchmarks/quality.py"
+            results["machine"] = {"processor": platform.machine(), "threads": torch.get_num_threads()}
+            results["date"] = time.strftime("%F")
+            results["versions"] = {package: version(package) for package in ("fermisvd", "torch", "transformers")}
             windows = windows_of(load_tokenizer(model["path"]), str(model["evaluation"]), 256, EVALUATION_WINDOWS)
-            cells = results["cells"].setdefault(name, {})
+            cells = results["cells"]
             if "dense" not in cells:
                 cells["dense"] = evaluate(load_model(model["path"]), windows).as_dict()
             for form, groups, rule, remove in itertools.product(FORMS, GROUPS, RULES, REMOVALS):
@@ -100,40 +109,39 @@ def measure(out: Path) -> None:
                     "seconds": round(time.perf_counter() - begin, 1),
                 }
                 print(name, key, f"{result.perplexity:.3f}", f"{cells[key]['seconds']} s", flush=True)
-                out.parent.mkdir(parents=True, exist_ok=True)
                 out.write_text(json.dumps(results, indent=1) + "\n")
 
 
-def table(results: dict) -> str:
+def table() -> str:
     """Markdown: a row for form, groups and rule, a column for each model and fraction."""
-    names = list(results["cells"])
-    columns = [(name, remove) for name in names for remove in REMOVALS]
-    dense = {name: results["cells"][name]["dense"]["perplexity"] for name in names}
-    head = [f"{name} ({dense[name]:.3f}), {remove:.0%}" for name, remove in columns]
+    found = {name: results_file(name) for name in ("stdlib-2m", "stories260K")}
+    cells = {name: json.loads(path.read_text())["cells"] for name, path in found.items() if path.exists()}
+    columns = [(name, remove) for name in cells for remove in REMOVALS]
+    head = [f"{name} ({cells[name]['dense']['perplexity']:.3f}), {remove:.0%}" for name, remove in columns]
     lines = ["| form, groups, ranks | " + " | ".join(head) + " |", "|---" * (len(columns) + 1) + "|"]
     for form, groups, rule in itertools.product(FORMS, GROUPS, RULES):
         values = []
         for name, remove in columns:
-            cell = results["cells"][name].get(f"{form} | {groups} | {rule} | {remove}")
+            cell = cells[name].get(f"{form} | {groups} | {rule} | {remove}")
             values.append(f"{cell['perplexity']:.3f}" if cell else "")
         lines.append(f"| {form}, {groups}, {rule} | " + " | ".join(values) + " |")
     return "\n".join(lines)
 
 
-def write_readme(results: dict) -> None:
+def write_readme() -> None:
     """Put the table between its marks in README.md."""
     begin, end = "<!-- quality table: make table -->\n", "<!-- end of quality table -->"
     path = ROOT / "README.md"
     before, rest = path.read_text(encoding="utf-8").split(begin)
     after = rest.split(end)[1]
-    path.write_text(f"{before}{begin}\n{table(results)}\n\n{end}{after}", encoding="utf-8")
+    path.write_text(f"{before}{begin}\n{table()}\n\n{end}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only")
     parser.add_argument("--table-only", action="store_true")
     arguments = parser.parse_args()
     if not arguments.table_only:
-        measure(arguments.out)
-    write_readme(json.loads(arguments.out.read_text()))
+        measure(arguments.only)
+    write_readme()

@@ -26,7 +26,7 @@ class FermiGradSettings:
     penalty, rho (N - N_target)^2 with both counts as fractions of the dense count."""
 
     constraint: Constraint = "projection"
-    steps: int = 300
+    steps: int = 150
     batch_size: int = 8
     temperature: float = 0.01
     learning_rate: float = 0.02
@@ -127,10 +127,25 @@ class SoftBudget:
         return self.counts(state).sum() / self.dense.sum()
 
     def price(self, state: torch.Tensor) -> torch.Tensor:
-        """d fraction / d state, (groups,): what one unit of mu/k costs each group."""
+        """d fraction / d state, (groups,): what one unit of mu/k costs each group.
+
+        In svd form the price goes on above the rank where dense is cheaper, so that a dense group can be drawn down.
+        """
         rank = state.clamp(0, 1) * self.full_rank
         slope = self.width - 2 * rank if self.form == "pivga" else self.width
         return slope * self.full_rank / self.dense.sum()
+
+    def tangent(self, gradient: torch.Tensor, state: torch.Tensor, low: torch.Tensor, high: float) -> torch.Tensor:
+        """The gradient less its part along the price: what is left trades parameters between groups.
+
+        Loss falls with every rank, so Adam, which looks at signs, would raise all groups alike. The Lagrangian's
+        gradient raises those that gain more per parameter than the others and lowers the rest; its multiplier is the
+        least-squares one over the groups inside the box.
+        """
+        price = self.price(state)
+        inside = (state > low) & (state < high)
+        weight = price * inside if inside.any() else price
+        return gradient - (gradient @ weight) / (weight @ weight).clamp(min=1e-30) * price
 
     def project(self, state: torch.Tensor, kept: float, low: torch.Tensor, high: float) -> torch.Tensor:
         """All mu/k shifted together, inside the box, so that the kept fraction is `kept` (bisection on the shift)."""
@@ -190,22 +205,18 @@ def optimise_ranks(
             raise FermiGradError(f"KL is {kl.item()} at FermiGrad step {step}; ranks kept so far are lost")
         optimizer.zero_grad()
         kl.backward()
+        assert state.grad is not None
         _anneal_learning_rate(optimizer, settings, step)
         if settings.constraint == "penalty":
             rho = settings.penalty * settings.penalty_growth**step
             excess = budget.fraction(state.detach()) - kept
-            assert state.grad is not None
             state.grad += 2 * rho * excess * budget.price(state.detach())
             optimizer.step()
             with torch.no_grad():
                 state.copy_(torch.maximum(state.clamp(max=high), low))
         else:
-            import os
-            if os.environ.get("TANGENT"):
-                price=budget.price(state.detach()); inside=(state.detach()>low)&(state.detach()<high)
-                if not inside.any(): inside=torch.ones_like(inside)
-                g=state.grad; lam=(g*price)[inside].sum()/(price**2)[inside].sum(); state.grad=g-lam*price
             allowed = 1 + (kept - 1) * min(1.0, (step + 1) / (settings.anneal * settings.steps))
+            state.grad = budget.tangent(state.grad, state.detach(), low, high)
             optimizer.step()
             with torch.no_grad():
                 state.copy_(budget.project(state, allowed, low, high))

@@ -13,7 +13,15 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from fermisvd.format import QUANT_METHOD, FormatError, expected_tensors, parse_config, read_headers, validate_checkpoint
+from fermisvd.format import (
+    QUANT_METHOD,
+    FermiSVDConfig,
+    FormatError,
+    expected_tensors,
+    parse_config,
+    read_headers,
+    validate_checkpoint,
+)
 from fermisvd.modules import replace_group
 
 
@@ -47,15 +55,7 @@ class FermiSVDQuantizer(HfQuantizer):
             # transformers fills what a checkpoint lacks with random numbers; so everything is checked beforehand
             folder = Path(checkpoint_files[0]).parent
             validate_checkpoint(folder, linear)
-            headers = read_headers(folder)
-            for group in config.groups:
-                rows = [linear[name].out_features for name in group.members]
-                for name, shape in expected_tensors(group, rows, linear[group.name].in_features).items():
-                    if headers[name].shape != shape:
-                        raise FormatError(
-                            f"{headers[name].file}: {name}: shape {headers[name].shape}, the model needs {shape}"
-                        )
-            _refuse_missing(model, {m for g in config.groups for m in g.members}, headers)
+            _check_against_model(model, linear, config, read_headers(folder))
         for group in config.groups:
             replace_group(model, group)
 
@@ -67,13 +67,20 @@ class FermiSVDQuantizer(HfQuantizer):
         return False
 
 
-def _refuse_missing(model: nn.Module, compressed: set[str], headers) -> None:
-    """Raises FormatError if a dense parameter of the model is in no file."""
+def _check_against_model(model: nn.Module, linear: dict[str, nn.Linear], config: FermiSVDConfig, headers) -> None:
+    """Raises FormatError if a tensor that the model needs is in no file, or not in the model's shape."""
+    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    for group in config.groups:
+        for member in group.members:
+            del expected[f"{member}.weight"]
+        rows = [linear[name].out_features for name in group.members]
+        expected |= expected_tensors(group, rows, linear[group.name].in_features)
     tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
-    for name, _ in model.named_parameters():
-        owner, _, leaf = name.rpartition(".")
-        if name not in headers and name not in tied and not (owner in compressed and leaf == "weight"):
+    for name, shape in expected.items():
+        if name not in headers and name not in tied:
             raise FormatError(f"{name}: missing from the checkpoint; convert again or copy the shard again")
+        if name in headers and headers[name].shape != shape:
+            raise FormatError(f"{headers[name].file}: {name}: shape {headers[name].shape}, the model needs {shape}")
 
 
 def load_model(path: str | Path, dtype: torch.dtype = torch.float32, **kwargs) -> nn.Module:

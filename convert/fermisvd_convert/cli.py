@@ -95,7 +95,7 @@ def convert(
     batch_size: Annotated[int, typer.Option(min=1, help="Windows a forward pass.")] = 8,
     constraint: Annotated[Constraint, typer.Option(help="How FermiGrad holds the budget.")] = Constraint.projection,
     temperature: Annotated[float, typer.Option(min=1e-6, help="T of the Fermi gate.")] = 0.01,
-    steps: Annotated[int, typer.Option(min=1, help="FermiGrad steps.")] = 300,
+    steps: Annotated[int, typer.Option(min=1, help="FermiGrad steps.")] = 150,
     align: Annotated[str, typer.Option(help="Step of the ranks.", callback=_align)] = "auto",
     dtype: Annotated[Dtype, typer.Option(help="Storage type; auto keeps the model's.")] = Dtype.auto,
     device: Annotated[Device, typer.Option()] = Device.auto,

@@ -46,7 +46,7 @@ def convert(
     batch_size: int = 8,
     constraint: Constraint = "projection",
     temperature: float = 0.01,
-    steps: int = 300,
+    steps: int = 150,
     align: int | None = None,
     dtype: str = "auto",
     device: str = "auto",

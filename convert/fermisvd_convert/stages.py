@@ -131,9 +131,10 @@ def ranks_from_file(path: Path, groups: list[LinearGroup]) -> list[float]:
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise RankFileError(f"{path}: not a file of ranks ({error})") from None
     names = {group.name for group in groups}
-    if odd := sorted(names ^ ranks.keys()):
-        where = "is no group of the model" if odd[0] in ranks else "has no rank in the file"
-        raise RankFileError(f"{path}: {odd[0]} {where} (--groups must be the same)")
+    if strangers := ranks.keys() - names:
+        raise RankFileError(f"{path}: {min(strangers)} is no group of the model (--groups must be the same)")
+    if missing := names - ranks.keys():
+        raise RankFileError(f"{path}: {min(missing)} has no rank in the file (--groups must be the same)")
     return [ranks[group.name] for group in groups]
 
 

@@ -29,8 +29,8 @@ class CalibrationText:
 def calibration_text(tokenizer, sources: Sequence[str], samples: int, length: int) -> CalibrationText:
     """The first `samples` windows of the texts, taken in turn from each, and the windows after them held back.
 
-    At most a tenth of a short text is held back. Raises TextError for a text that gives no window, or fewer than two
-    windows in all.
+    A text with no windows to spare gives up a tenth of them. Raises TextError for a text that gives no window, or
+    fewer than two in all.
     """
     wanted = samples + HELD_BACK_WINDOWS
     per_source = [windows_of(tokenizer, source, length, -(-wanted // len(sources))) for source in sources]
@@ -41,7 +41,7 @@ def calibration_text(tokenizer, sources: Sequence[str], samples: int, length: in
             f"{', '.join(sources)}: {len(windows)} window of {length} tokens, two are needed; "
             "give more text or a smaller --sequence-length"
         )
-    held_back = min(HELD_BACK_WINDOWS, max(1, len(windows) // 10))
+    held_back = min(HELD_BACK_WINDOWS, max(len(windows) - samples, len(windows) // 10, 1))
     calibration = windows[: min(samples, len(windows) - held_back)]
     return CalibrationText(calibration, windows[len(calibration) :][:held_back])
 

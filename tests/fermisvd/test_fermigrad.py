@@ -87,10 +87,10 @@ def test_gradient_in_mu_equals_finite_differences(tiny_llama):
     (gradient,) = torch.autograd.grad(loss(mus), mus)
     for i in range(len(groups)):
         step = torch.zeros_like(mus)
-        step[i] = 1e-4
+        step[i] = 0.02  # Hugging Face's norms and softmax compute in float32, so a smaller step drowns in rounding
         with torch.no_grad():
-            difference = (loss(mus + step) - loss(mus - step)) / 2e-4
-        assert gradient[i].item() == pytest.approx(difference.item(), rel=1e-4, abs=1e-9)
+            difference = (loss(mus + step) - loss(mus - step)) / 0.04
+        assert gradient[i].item() == pytest.approx(difference.item(), rel=2e-3, abs=1e-5)
     assert (gradient < 0).any()
 
 
@@ -133,6 +133,19 @@ def test_projection_lands_on_the_budget(tiny_llama, form, kept):
     inside = (projected > low) & (projected < 1.06)
     shifts = (projected - state)[inside]
     assert shifts.max() - shifts.min() < 1e-9  # one shift for all that are inside the box
+
+
+@pytest.mark.parametrize("form", ["svd", "pivga"])
+def test_tangent_spends_nothing_and_follows_the_gain_per_parameter(tiny_llama, form):
+    budget = SoftBudget(find_groups(AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)), form)
+    state = torch.full_like(budget.full_rank, 0.4)
+    low, price = 1 / budget.full_rank, budget.price(state)
+    gradient = -torch.rand(len(state), dtype=torch.float64) * price
+    tangent = budget.tangent(gradient, state, low, 1.06)
+    assert (tangent @ price).abs().item() < 1e-12
+    gain = gradient / price
+    assert tangent[gain.argmin()] < 0 < tangent[gain.argmax()]  # descent raises the first and lowers the second
+    assert budget.tangent(-3 * price, state, low, 1.06).abs().max().item() < 1e-12  # at the optimum nothing moves
 
 
 @pytest.mark.parametrize("constraint", ["projection", "penalty"])

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -56,7 +58,7 @@ def test_slots_are_the_formats_tensors_side_by_side(rows, columns, form):
     )
     for name in {name for name, _ in slots}:
         spans = sorted((s.offset, s.offset + s.size) for (other, _), s in slots.items() if other == name)
-        assert spans[0][0] == 0 and all(a[1] == b[0] for a, b in zip(spans, spans[1:], strict=False))
+        assert spans[0][0] == 0 and all(a[1] == b[0] for a, b in pairwise(spans))
 
 
 @pytest.mark.parametrize("tp_size", [1, 2, 4, 8])

@@ -135,7 +135,8 @@ class FermiSVDLinearMethod(LinearMethodBase):
             own = [self.slots[name, member] for member in part.members if (name, member) in self.slots]
             if own:
                 start, size = own[0].offset, sum(slot.size for slot in own)
-                matrices[name] = flat[name][start : start + size].view(-1, *own[0].shape[1:])
+                shape = (sum(slot.shape[0] for slot in own), *own[0].shape[1:])
+                matrices[name] = flat[name][start : start + size].view(shape)
         return matrices
 
     def _register_factor(self, layer: nn.Module, name: str, matrix: torch.Tensor) -> None:
