@@ -17,7 +17,7 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-# The README's quality table: an hour or two on two cores.
+# The README's quality table: about two hours on two cores; finished cells are kept (--fresh starts over).
 table: .venv/installed
 	$(BIN)/python benchmarks/quality.py
 

@@ -4,7 +4,8 @@
     python benchmarks/quality.py --only stories260K    # one model
     python benchmarks/quality.py --table-only
 
-Finished cells are kept in benchmarks/results/quality-MODEL.json and skipped the next time. stories260K needs the shared
+Finished cells are kept in benchmarks/results/quality-MODEL.json and skipped the next time, unless the protocol or the
+version has changed, or --fresh is given. stories260K needs the shared
 data beside the repository; without it only the demo model is measured.
 """
 
@@ -15,12 +16,19 @@ import platform
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from fermisvd import load_model
+from fermisvd.budget import Form, uniform_rank
+from fermisvd.calibration import gram_matrices
+from fermisvd.decomposition import data_aware_svd, low_rank_factors
+from fermisvd.fermigrad import FermiGradSettings
+from fermisvd.groups import Partition, find_groups, stacked_weight
 from fermisvd_convert.convert import convert
 from fermisvd_convert.evaluate import evaluate
 from fermisvd_convert.source import load_tokenizer
@@ -36,6 +44,7 @@ RULES = {
     "FermiGrad, penalty": {"ranks": "fermigrad", "constraint": "penalty"},
     "FermiGrad, projection": {"ranks": "fermigrad", "constraint": "projection"},
 }
+ROUNDED_DOWN = "uniform, rounded down"
 REMOVALS = (0.2, 0.3, 0.4)
 FORMS, GROUPS = ("svd", "pivga"), ("separate", "joint")
 PROTOCOL = {"samples": 256, "gradient_samples": 256, "sequence_length": 256, "align": 1}
@@ -67,23 +76,57 @@ def results_file(name: str) -> Path:
     return ROOT / "benchmarks" / "results" / f"quality-{name}.json"
 
 
-def measure(only: str | None) -> None:
+def new_results() -> dict:
+    return {
+        "protocol": {**PROTOCOL, "evaluation_windows": EVALUATION_WINDOWS, "fermigrad": asdict(FermiGradSettings())},
+        "command": "python benchmarks/quality.py",
+        "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
+        "date": time.strftime("%F"),
+        "versions": {package: version(package) for package in ("fermisvd", "torch", "transformers")},
+        "cells": {},
+    }
+
+
+def rounded_down(path: Path, groups: Partition, form: Form, remove: float, windows: torch.Tensor) -> nn.Module:
+    """The dense model with every group at its uniform rank rounded down, in its own type: DESIGN's uniform rows.
+
+    They leave up to one rank a group unspent, so the converter does not write them. windows: calibration text.
+    """
+    model = load_model(path)
+    layers = find_groups(model, groups)
+    grams = gram_matrices(model, [group.source for group in layers], windows.split(8))
+    for group in layers:
+        u, _ = data_aware_svd(stacked_weight(model, group), grams[group.source])
+        a, b = low_rank_factors(u, stacked_weight(model, group), int(uniform_rank(group, remove, form)))
+        with torch.no_grad():
+            for member, part in zip(group.members, (a @ b).split(list(group.member_rows)), strict=True):
+                model.get_submodule(member).weight.copy_(part)
+    return model
+
+
+def measure(only: str | None, fresh: bool) -> None:
     """Fill the JSON files cell by cell."""
     with tempfile.TemporaryDirectory() as scratch:
         for name, model in models(Path(scratch)).items():
             if only not in (None, name):
                 continue
             out = results_file(name)
-            results = json.loads(out.read_text()) if out.exists() else {"cells": {}}
-            results["protocol"] = {**PROTOCOL, "evaluation_windows": EVALUATION_WINDOWS}
-            results["command"] = "python benchmarks/quality.py"
-            results["machine"] = {"processor": platform.machine(), "threads": torch.get_num_threads()}
-            results["date"] = time.strftime("%F")
-            results["versions"] = {package: version(package) for package in ("fermisvd", "torch", "transformers")}
+            results = new_results()
+            if out.exists() and not fresh:
+                earlier = json.loads(out.read_text())
+                if all(earlier.get(key) == results[key] for key in ("protocol", "versions")):
+                    results["cells"] = earlier["cells"]
             windows = windows_of(load_tokenizer(model["path"]), str(model["evaluation"]), 256, EVALUATION_WINDOWS)
             cells = results["cells"]
             if "dense" not in cells:
                 cells["dense"] = evaluate(load_model(model["path"]), windows).as_dict()
+            text = windows_of(load_tokenizer(model["path"]), str(model["calibration"]), 256, PROTOCOL["samples"])
+            for form, groups, remove in itertools.product(FORMS, GROUPS, REMOVALS):
+                key = f"{form} | {groups} | {ROUNDED_DOWN} | {remove}"
+                if key not in cells:
+                    down = rounded_down(model["path"], groups, form, remove, text)
+                    cells[key] = evaluate(down, windows).as_dict()
+                    print(name, key, f"{cells[key]['perplexity']:.3f}", flush=True)
             for form, groups, rule, remove in itertools.product(FORMS, GROUPS, RULES, REMOVALS):
                 key = f"{form} | {groups} | {rule} | {remove}"
                 if key in cells:
@@ -119,7 +162,7 @@ def table() -> str:
     columns = [(name, remove) for name in cells for remove in REMOVALS]
     head = [f"{name} ({cells[name]['dense']['perplexity']:.3f}), {remove:.0%}" for name, remove in columns]
     lines = ["| form, groups, ranks | " + " | ".join(head) + " |", "|---" * (len(columns) + 1) + "|"]
-    for form, groups, rule in itertools.product(FORMS, GROUPS, RULES):
+    for form, groups, rule in itertools.product(FORMS, GROUPS, [ROUNDED_DOWN, *RULES]):
         values = []
         for name, remove in columns:
             cell = cells[name].get(f"{form} | {groups} | {rule} | {remove}")
@@ -140,8 +183,9 @@ def write_readme() -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--only")
+    parser.add_argument("--fresh", action="store_true")
     parser.add_argument("--table-only", action="store_true")
     arguments = parser.parse_args()
     if not arguments.table_only:
-        measure(arguments.only)
+        measure(arguments.only, arguments.fresh)
     write_readme()

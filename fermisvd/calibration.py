@@ -22,6 +22,7 @@ def gram_matrices(model: nn.Module, sources: Sequence[str], batches: Iterable[to
     Raises CalibrationError naming the layer whose input is NaN or infinite.
     """
     device = next(model.parameters()).device
+    body = getattr(model, "base_model", model)  # without the head: its logits would outweigh the matrices
     widths = {name: model.get_submodule(name).in_features for name in sources}
     grams = {name: torch.zeros(n, n, dtype=torch.float64, device=device) for name, n in widths.items()}
 
@@ -35,7 +36,7 @@ def gram_matrices(model: nn.Module, sources: Sequence[str], batches: Iterable[to
     ]
     try:
         for batch in batches:
-            model(input_ids=batch.to(device), use_cache=False)
+            body(input_ids=batch.to(device), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()

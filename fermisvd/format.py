@@ -129,7 +129,12 @@ def read_headers(folder: Path, allow_pickles: bool = False) -> dict[str, TensorI
     if pickles and not allow_pickles:
         raise FormatError(f"{folder}: pickled files are never loaded, remove {', '.join(pickles)}")
     index = _read_index(folder)
-    files = sorted({folder / name for name in index.values()}) if index else sorted(folder.glob("*.safetensors"))
+    if index:
+        files = sorted({folder / name for name in index.values()})
+    elif (folder / "model.safetensors").is_file():  # beside other forms of the same weights, as transformers chooses
+        files = [folder / "model.safetensors"]
+    else:
+        files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise FormatError(f"{folder}: no safetensors file")
     headers: dict[str, TensorInfo] = {}

@@ -98,19 +98,19 @@ def find_groups(model: nn.Module, partition: Partition = "joint") -> list[Linear
     if odd:
         raise StructureError(f"layers not called exactly once in a forward pass: {', '.join(odd[:5])}")
 
-    readers: dict[tuple, list[str]] = {}
+    readers: dict[
+        tuple, list[str]
+    ] = {}  # the parent belongs to the key: a parallel block's MLP is no part of attention
     for name, x in calls:
-        readers.setdefault((x.data_ptr(), x.shape, x.stride()), []).append(name)
-    last_of_parent = {name.rpartition(".")[0]: names[0] for names in readers.values() for name in names}
-    inputs_of_parent = {
-        parent: {names[0] for names in readers.values() if names[0].rpartition(".")[0] == parent}
-        for parent in last_of_parent
-    }
+        readers.setdefault((parent_of(name), x.data_ptr(), x.shape, x.stride()), []).append(name)
+    inputs_of: dict[str, list[str]] = {}
+    for names in readers.values():
+        inputs_of.setdefault(parent_of(names[0]), []).append(names[0])
 
     groups = []
     for names in readers.values():
-        parent = names[0].rpartition(".")[0]
-        is_output = last_of_parent[parent] == names[0] and len(inputs_of_parent[parent]) > 1 and len(names) == 1
+        inputs = inputs_of[parent_of(names[0])]
+        is_output = len(names) == 1 and len(inputs) > 1 and names[0] == inputs[-1]
         for members in [names] if partition == "joint" else [[name] for name in names]:
             groups.append(
                 LinearGroup(
@@ -122,6 +122,11 @@ def find_groups(model: nn.Module, partition: Partition = "joint") -> list[Linear
                 )
             )
     return groups
+
+
+def parent_of(name: str) -> str:
+    """Name of the module that holds this one."""
+    return name.rpartition(".")[0]
 
 
 def stacked_weight(model: nn.Module, group: LinearGroup) -> torch.Tensor:

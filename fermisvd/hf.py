@@ -84,7 +84,7 @@ def _check_against_model(model: nn.Module, linear: dict[str, nn.Linear], config:
 
 
 def load_model(path: str | Path, dtype: torch.dtype = torch.float32, **kwargs) -> nn.Module:
-    """A causal language model, dense or compressed, in evaluation mode. kwargs go to from_pretrained."""
+    """A causal language model, dense or compressed, for evaluation; never from pickles. kwargs: from_pretrained's."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **kwargs).eval()
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **kwargs).eval()

@@ -15,7 +15,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -50,11 +50,12 @@ def server(folder: Path, log: Path) -> Iterator[str]:
         wait_until_healthy(address, process, log)
         yield address
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError, subprocess.TimeoutExpired):  # it may have ended by itself
+            os.killpg(process.pid, signal.SIGTERM)
+            try:
+                process.wait(60)
+            finally:  # also when interrupted a second time
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def wait_until_healthy(address: str, process: subprocess.Popen, log: Path, limit: float = 300) -> None:

@@ -1,6 +1,7 @@
 """The whole conversion, top to bottom: calibrate, decompose, choose ranks, fix the gauge, write, measure."""
 
 import json
+import logging
 import os
 import platform
 import shutil
@@ -16,6 +17,7 @@ import torch
 from fermisvd.budget import Form, kept_parameters, stays_dense
 from fermisvd.errors import FermiSVDError
 from fermisvd.fermigrad import Constraint, FermiGradSettings
+from fermisvd.format import FormatError, read_config
 from fermisvd.groups import Partition
 from fermisvd.hf import load_model
 from fermisvd_convert import stages
@@ -25,6 +27,8 @@ from fermisvd_convert.source import open_source, resolve_device, window_length
 from fermisvd_convert.text import DEFAULT_DATASET, calibration_text
 from fermisvd_convert.workspace import Workspace, settings_key
 from fermisvd_convert.writer import storage_type, weight_bytes, write_checkpoint
+
+logger = logging.getLogger("fermisvd")
 
 
 class OutputError(FermiSVDError):
@@ -63,14 +67,17 @@ def convert(
     kept and found again, None for .fermisvd/<model> beside `out`. `out` appears whole or not at all.
     Raises FermiSVDError for bad input, naming it.
     """
-    out, seconds = Path(out), {}
-    _check_out(out, model, overwrite)
+    out, seconds = Path(out).resolve(), {}
+    workspace = Workspace((Path(work) if work else out.parent / ".fermisvd" / Path(model).name).resolve())
+    _check_out(out, model, workspace.folder, overwrite)
     source = open_source(model, revision, trust_remote_code)
     device = resolve_device(device)
     storage = storage_type(dtype, source)
     length = window_length(sequence_length, source.context_length())
-    workspace = Workspace(Path(work) if work else out.parent / ".fermisvd" / Path(model).name)
-    text = calibration_text(source.tokenizer(), calibration, samples, length)
+    text = calibration_text(source.tokenizer(), calibration, max(samples, gradient_samples), length)
+    windows, gradient_windows = text.windows[:samples], text.windows[:gradient_samples]
+    if len(text.windows) < max(samples, gradient_samples):
+        logger.warning("the text gives %d windows of %d tokens; more were asked for", len(text.windows), length)
     key = source.key
 
     @cache
@@ -79,9 +86,10 @@ def convert(
 
     with _timed(seconds, "calibrate"):
         linear = stages.structure(workspace, key, groups, dense)
+        source.check_linear_layers(linear)
         kept_parameters(linear, remove)  # an impossible --remove is refused before the long work
         gram = stages.calibrate(
-            workspace, key, linear, text.windows, batch_size, dense, limit_bytes=weight_bytes(source.folder)
+            workspace, key, linear, windows, batch_size, dense, limit_bytes=weight_bytes(source.folder)
         )
         before = workspace.json(
             f"dense-{settings_key(key, stages.windows_key(text.held_back))}",
@@ -94,7 +102,6 @@ def convert(
         settings = FermiGradSettings(
             constraint=constraint, steps=steps, batch_size=batch_size, temperature=temperature, seed=seed
         )
-        gradient_windows = text.windows[:gradient_samples]
         chosen, trace = stages.choose_ranks(
             ranks,
             linear,
@@ -107,7 +114,7 @@ def convert(
         )
     rows = group_rows(linear, chosen, form)
     report = {
-        "model": model,
+        "model": Path(model).name if Path(model).is_dir() else model,
         "revision": revision,
         "model_sha256": key,
         "settings": {
@@ -116,7 +123,7 @@ def convert(
             "ranks": ranks,
             "groups": groups,
             "calibration": [Path(c).name for c in calibration],
-            "samples": len(text.windows),
+            "samples": len(windows),
             "gradient_samples": len(gradient_windows),
             "sequence_length": length,
             "batch_size": batch_size,
@@ -147,6 +154,7 @@ def convert(
                 form,
                 lambda g: workspace.load_tensors(spectra, g.name)["u"],
                 storage,
+                dtype != "auto",
                 provenance,
                 device,
             )
@@ -164,20 +172,33 @@ def convert(
     return report
 
 
-def _check_out(out: Path, model: str, overwrite: bool) -> None:
-    if out.exists() and not overwrite:
+def _check_out(out: Path, model: str, work: Path, overwrite: bool) -> None:
+    """Nothing but an earlier checkpoint of ours is ever replaced."""
+    source = Path(model).resolve()
+    if Path(model).is_dir() and (source in (out, *out.parents) or out in source.parents):
+        raise OutputError(f"{out}: lies inside MODEL, or MODEL inside it; choose another OUT")
+    if out in (work, *work.parents):
+        raise OutputError(f"{work}: the work directory lies inside OUT; choose another --work")
+    if not out.exists():
+        return
+    if not overwrite:
         raise OutputError(f"{out}: exists; choose another OUT or pass --overwrite")
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"{out}: is a file; OUT is a folder")
-    if Path(model).is_dir() and Path(model).resolve() in (out.resolve(), *out.resolve().parents):
-        raise OutputError(f"{out}: lies inside MODEL; choose another OUT")
+    try:
+        read_config(out)
+    except FormatError:
+        raise OutputError(f"{out}: --overwrite replaces FermiSVD checkpoints only, and this is none") from None
 
 
 def _move_into_place(partial: Path, out: Path) -> None:
     old = out.with_name(f".{out.name}.old-{os.getpid()}")
     if out.exists():
         out.rename(old)
-    partial.rename(out)
+    try:
+        partial.rename(out)
+    except OSError:
+        if old.exists():
+            old.rename(out)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 

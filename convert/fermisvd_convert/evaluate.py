@@ -8,8 +8,7 @@ from torch import nn
 from tqdm import tqdm
 
 from fermisvd.fermigrad import kl_divergence
-from fermisvd.hf import load_model
-from fermisvd_convert.source import SourceError, load_tokenizer, resolve_device, window_length
+from fermisvd_convert.source import SourceError, load_dense_or_compressed, load_tokenizer, resolve_device, window_length
 from fermisvd_convert.text import windows_of
 
 
@@ -68,15 +67,11 @@ def evaluate_files(
     Raises FermiSVDError for an unreadable model or a text shorter than one window.
     """
     where = resolve_device(device)
-    loaded = _load(model, where, trust_remote_code)
-    compared = None if reference is None else _load(reference, where, trust_remote_code)
+    loaded = load_dense_or_compressed(model, where, trust_remote_code)
+    compared = None if reference is None else load_dense_or_compressed(reference, where, trust_remote_code)
+    if compared is not None and compared.config.vocab_size != loaded.config.vocab_size:
+        sizes = f"{compared.config.vocab_size} and {loaded.config.vocab_size}"
+        raise SourceError(f"--reference {reference}: another vocabulary than {model} ({sizes} tokens)")
     length = window_length(sequence_length, getattr(loaded.config, "max_position_embeddings", None))
     ids = windows_of(load_tokenizer(model, trust_remote_code), text, length, windows)
     return evaluate(loaded, ids, compared, batch_size)
-
-
-def _load(model: str, device: str, trust_remote_code: bool) -> nn.Module:
-    try:
-        return load_model(model, torch.float32, trust_remote_code=trust_remote_code).to(device)
-    except OSError as error:
-        raise SourceError(f"{model}: {str(error).splitlines()[0]}") from None

@@ -17,13 +17,13 @@ from fermisvd_convert.report import totals
 
 
 def inspect_checkpoint(folder: Path) -> dict:
-    """Groups with their ranks and parameters, tensors, bytes and provenance. Raises FormatError if broken."""
+    """Compressed groups, their ranks and parameters, tensors, bytes, provenance. Raises FormatError if broken."""
     config, headers = validate_checkpoint(folder), read_headers(folder)
     rows = [_group_row(group, headers) for group in config.groups]
     return {
         "format_version": config.format_version,
         "groups": rows,
-        "totals": totals(rows) if rows else None,
+        "totals": totals(rows),
         "tensors": len(headers),
         "bytes": sum(file.stat().st_size for file in {info.file for info in headers.values()}),
         "provenance": config.provenance,

@@ -28,7 +28,11 @@ def group_rows(groups: list[LinearGroup], ranks: list[int], form: Form) -> list[
 
 def totals(rows: list[dict]) -> dict:
     before, after = (sum(row[key] for row in rows) for key in ("parameters_before", "parameters_after"))
-    return {"parameters_before": before, "parameters_after": after, "removed": 1 - after / before}
+    return {
+        "parameters_before": before,
+        "parameters_after": after,
+        "removed": (before - after) / before if before else 0.0,
+    }
 
 
 def short_name(members: list[str], prefix: str) -> str:

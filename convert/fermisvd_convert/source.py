@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import nn
 
 from fermisvd.errors import FermiSVDError
 from fermisvd.format import TensorInfo, read_headers
+from fermisvd.groups import LinearGroup
 from fermisvd.hf import load_model
 
 TORCH_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -51,6 +53,14 @@ class Source:
         with safe_open(self.headers[name].file, framework="pt") as shard:
             return shard.get_tensor(name)
 
+    def check_linear_layers(self, groups: Sequence[LinearGroup]) -> None:
+        """Raises SourceError if a group's weight is not in the files under its module's name and in its shape."""
+        for group in groups:
+            for member, rows in zip(group.members, group.member_rows, strict=True):
+                info = self.headers.get(f"{member}.weight")
+                if info is None or info.shape != (rows, group.columns):
+                    raise SourceError(f"{self.folder}: no tensor {member}.weight of shape {(rows, group.columns)}")
+
     def weight_type(self) -> torch.dtype:
         """Type of the largest tensor: that of the linear layers, whatever norms are kept in."""
         largest = max(self.headers.values(), key=lambda info: torch.Size(info.shape).numel())
@@ -64,12 +74,22 @@ class Source:
         return self.config.get("max_position_embeddings")
 
     def load(self, device: str) -> nn.Module:
-        """The model in float32, ready for forward passes."""
-        return load_model(self.folder, torch.float32, trust_remote_code=self.trust_remote_code).to(device)
+        """The model in float32, ready for forward passes. Raises SourceError if transformers cannot load it."""
+        return load_dense_or_compressed(self.folder, device, self.trust_remote_code)
 
     def tokenizer(self):
         """Raises SourceError if the folder has none."""
         return load_tokenizer(self.folder, self.trust_remote_code)
+
+
+def load_dense_or_compressed(model: str | Path, device: str, trust_remote_code: bool = False) -> nn.Module:
+    """A causal language model in float32. Raises SourceError if transformers cannot load it."""
+    try:
+        return load_model(model, torch.float32, trust_remote_code=trust_remote_code).to(device)
+    except FermiSVDError:
+        raise
+    except (OSError, ValueError, KeyError) as error:
+        raise SourceError(f"{model}: transformers cannot load it: {str(error).strip().splitlines()[0]}") from None
 
 
 def load_tokenizer(folder: str | Path, trust_remote_code: bool = False):

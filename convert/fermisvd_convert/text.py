@@ -98,7 +98,7 @@ def _dataset(tokenizer, source: str) -> Iterator[str]:
     try:
         import datasets  # pyright: ignore[reportMissingImports]  (an extra)
     except ImportError:
-        raise TextError(f"{source}: no such file; for data sets of the hub, pip install datasets") from None
+        raise TextError(f"--calibration {source}: no such file; for data sets, pip install datasets") from None
     name, _, configuration = source.partition(":")
     try:
         rows = datasets.load_dataset(name, configuration or None, split="train", streaming=True)
@@ -106,6 +106,8 @@ def _dataset(tokenizer, source: str) -> Iterator[str]:
             text = _row_text(tokenizer, row, f"{source}: row {number}")
             if text.strip():
                 yield text
+    except TextError:
+        raise
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise TextError(
             f"{source}: neither a file nor a data set that can be loaded ({error.__class__.__name__}: {error})"
@@ -115,6 +117,8 @@ def _dataset(tokenizer, source: str) -> Iterator[str]:
 def _row_text(tokenizer, row: dict, where: str) -> str:
     """`messages` through the chat template, else `text`, else all string fields, one a line."""
     if isinstance(row, dict) and isinstance(row.get("messages"), list):
+        if not tokenizer.chat_template:
+            raise TextError(f"{where}: messages, but the model's tokenizer has no chat template")
         return tokenizer.apply_chat_template(row["messages"], tokenize=False)
     if isinstance(row, dict) and isinstance(row.get("text"), str):
         return row["text"]

@@ -57,12 +57,14 @@ def write_checkpoint(
     form: Form,
     basis_of: Callable[[LinearGroup], torch.Tensor],
     dtype: torch.dtype,
+    cast_dense: bool,
     provenance: dict,
     device: str = "cpu",
 ) -> None:
     """Everything of the checkpoint but the model card, into `folder`, which must be empty.
 
-    compressed: groups that do not stay dense, with their ranks; basis_of: gives U of a group.
+    compressed: groups that do not stay dense, with their ranks; basis_of: gives U of a group; dtype: of the factors;
+    cast_dense: whether the other tensors take it too, or stay as they are.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for path in source.folder.iterdir():
@@ -82,7 +84,7 @@ def write_checkpoint(
         for name in tqdm(source.headers, desc="write", leave=False):
             if name not in by_weight:
                 tensor = source.tensor(name)
-                yield name, tensor.to(dtype) if tensor.is_floating_point() else tensor
+                yield name, tensor.to(dtype) if cast_dense and tensor.is_floating_point() else tensor
                 continue
             group, rank = by_weight[name]
             if name == f"{group.name}.weight":

@@ -111,7 +111,6 @@ def test_inspect(converted):
         (["convert", "m", "out", "--remove", "0.2", "--form", "qr"], "--form"),
         (["convert", "m", "out", "--remove", "0.2", "--ranks", "greedy"], "greedy"),
         (["convert", "m", "out", "--remove", "0.2", "--align", "0"], "--align"),
-        (["convert", "m", "out", "--remove", "0.2", "--device", "cuda"], "m"),
     ],
 )
 def test_bad_input_is_one_clear_error(tmp_path, monkeypatch, arguments, message):

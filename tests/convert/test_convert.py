@@ -166,12 +166,47 @@ def test_out_is_not_overwritten_unless_asked(tiny_llama, tmp_path, settings):
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine").write_text("keep")
-    with pytest.raises(OutputError, match="--overwrite"):
-        convert(str(tiny_llama), out, 0.3, ranks="uniform", **settings)
-    assert (out / "mine").read_text() == "keep"
-    convert(str(tiny_llama), out, 0.3, ranks="uniform", overwrite=True, **settings)
-    assert not (out / "mine").exists() and (out / "model.safetensors").exists()
+    for overwrite in (False, True):  # what is not ours is never replaced
+        with pytest.raises(OutputError, match="--overwrite"):
+            convert(str(tiny_llama), out, 0.3, ranks="uniform", overwrite=overwrite, **settings)
+        assert (out / "mine").read_text() == "keep"
+    shutil.rmtree(out)
+    for remove in (0.3, 0.4):
+        convert(str(tiny_llama), out, remove, ranks="uniform", overwrite=True, **settings)
+    assert json.loads((out / "fermisvd.json").read_text())["settings"]["remove"] == 0.4
     assert {p.name for p in tmp_path.iterdir()} == {"work", "out"}
+
+
+def test_overwrite_spares_the_source_and_the_work_directory(tiny_llama, tmp_path, settings):
+    model = shutil.copytree(tiny_llama, tmp_path / "out" / "model")
+    with pytest.raises(OutputError, match="MODEL inside it"):
+        convert(str(model), tmp_path / "out", 0.3, overwrite=True, **settings)
+    with pytest.raises(OutputError, match="work directory lies inside OUT"):
+        convert(str(tiny_llama), tmp_path / "o", 0.3, **{**settings, "work": tmp_path / "o" / "work"})
+    assert (model / "model.safetensors").exists()
+
+
+def test_fewer_windows_than_asked_for_is_said(tiny_llama, tmp_path, settings, caplog):
+    convert(str(tiny_llama), tmp_path / "out", 0.3, ranks="uniform", **{**settings, "samples": 100_000})
+    assert "more were asked for" in caplog.text
+
+
+def test_weight_named_unlike_its_module_is_refused_early(tiny_llama, tmp_path, settings, monkeypatch):
+    from fermisvd_convert.source import open_source
+
+    source = open_source(str(tiny_llama))
+    groups = convert_module.stages.find_groups(source.load("cpu"))
+    source.headers["renamed"] = source.headers.pop(f"{groups[2].members[1]}.weight")
+    with pytest.raises(SourceError, match=r"no tensor model\.layers\.0\.mlp\.up_proj\.weight"):
+        source.check_linear_layers(groups)
+
+
+def test_unknown_architecture_is_named(tiny_llama, tmp_path, settings):
+    folder = shutil.copytree(tiny_llama, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "unheard_of"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SourceError, match="unheard_of"):
+        convert(str(folder), tmp_path / "out", 0.3, **settings)
 
 
 def test_bad_models_are_named(tiny_llama, tmp_path, settings):

@@ -52,3 +52,21 @@ def test_layer_that_is_never_called_is_refused(model):
     model.model.layers[0].mlp.extra = nn.Linear(4, 4)
     with pytest.raises(StructureError, match=r"mlp\.extra"):
         find_groups(model)
+
+
+def test_parallel_block_keeps_attention_and_mlp_apart():
+    """In Cohere's block both read one norm's output; vLLM fuses q/k/v and gate/up, never across modules."""
+    from transformers import CohereConfig, CohereForCausalLM
+
+    config = CohereConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=0,
+    )
+    groups = find_groups(CohereForCausalLM(config).eval())
+    assert [len(g.members) for g in groups] == [3, 1, 2, 1]
+    assert [g.side for g in groups] == ["columns", "rows", "columns", "rows"]

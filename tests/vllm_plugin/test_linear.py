@@ -137,8 +137,7 @@ def test_every_missing_tensor_is_named(form):
     for missing in tensors:
         layer = make_layer("qkv_proj", [group])
         load(layer, {key: value for key, value in tensors.items() if key != missing})
-        position = {"q_proj": 0, "k_proj": 1, "v_proj": 2}[missing[0]]
-        with pytest.raises(FormatError, match=rf"m\.qkv_proj: missing.*{missing[1]} of member {position}"):
+        with pytest.raises(FormatError, match=rf"m\.qkv_proj: missing.*m\.{missing[0]}\.{missing[1]}"):
             layer.quant_method.process_weights_after_loading(layer)
 
 
@@ -152,7 +151,7 @@ def test_bad_values_are_refused_while_loading():
         (("v_proj", "skeleton"), tensors["v_proj", "skeleton"][:, 1:], "shape"),
     ]:
         layer = make_layer("qkv_proj", [group])
-        with pytest.raises(FormatError, match=rf"m\.qkv_proj: .*{message}"):
+        with pytest.raises(FormatError, match=rf"m\.qkv_proj: m\.{key[0]}\.{key[1]}: .*{message}"):
             load(layer, tensors | {key: value})
 
 
@@ -201,3 +200,27 @@ def test_register_is_light_and_can_be_called_twice():
     from vllm.model_executor.layers.quantization import get_quantization_config
 
     assert get_quantization_config("fermisvd") is FermiSVDConfig
+
+
+def test_members_are_renamed_as_vllm_renames_modules():
+    """OPT and vision models: names in the checkpoint differ from vLLM's."""
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    group, tensors, dense = make_group(["q_proj", "k_proj", "v_proj"], "pivga", "columns", 6)
+    entry = CheckpointConfig(groups=(group,)).model_dump(mode="json", exclude_none=True)
+    config = FermiSVDConfig.from_config(entry)
+    config.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+    config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"m.": "language_model.m."}))
+    layer = QKVParallelLinear(
+        HIDDEN,
+        HEAD,
+        HEADS,
+        KV_HEADS,
+        bias=False,
+        quant_config=config,
+        prefix="language_model.m.qkv_proj",
+        disable_tp=True,
+        params_dtype=torch.float32,
+    )
+    load(layer, tensors)
+    check_forward(layer, dense, ["q_proj", "k_proj", "v_proj"])

@@ -127,8 +127,7 @@ FAULTS = {
     "missing dense": (spoil_dense, "model.layers.2.input_layernorm.weight"),
     "shape": (spoil_shape, "model.layers.0.mlp.down_proj.skeleton"),
     "permutation": (spoil_permutation, "model.layers.1.mlp.gate_proj.permutation"),
-    # its values are read while the layer loads, so the message names the layer and the tensor
-    "NaN": (spoil_value, "model.layers.3.self_attn.o_proj: interpolation of member"),
+    "NaN": (spoil_value, "model.layers.3.self_attn.o_proj.interpolation"),
 }
 
 

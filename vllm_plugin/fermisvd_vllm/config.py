@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
-from fermisvd.format import Group, parse_config, validate_before_serving
+from fermisvd.format import PICKLE_SUFFIXES, Group, parse_config, validate_before_serving
 from fermisvd_vllm.layout import parts_of
 from fermisvd_vllm.linear import FermiSVDLinearMethod
 
@@ -43,26 +44,34 @@ class FermiSVDConfig(QuantizationConfig):
     def from_config(cls, config: dict[str, Any]) -> "FermiSVDConfig":
         return cls(config)
 
-    def maybe_update_config(self, model_name: str, *args, **kwargs) -> None:
-        """Refuses a broken local checkpoint before any process is started for it.
+    def maybe_update_config(self, model_name: str, hf_config=None, revision: str | None = None, **kwargs) -> None:
+        """Refuses a broken checkpoint before any process is started for it.
 
-        vLLM passes over a missing tensor in silence. A folder without weights is one for --load-format dummy.
+        vLLM passes over a missing tensor in silence. A folder without weights is one for --load-format dummy. A hub model is checked here if it has been downloaded;
+        layers check their own tensors in any case.
         """
         folder = Path(model_name)
-        if any(folder.glob("*.safetensors")):
+        if not folder.is_dir():
+            cached = try_to_load_from_cache(model_name, "config.json", revision=revision)
+            folder = Path(cached).parent if isinstance(cached, str) else folder
+        if folder.is_dir() and any(p.suffix in {".safetensors", *PICKLE_SUFFIXES} for p in folder.iterdir()):
             validate_before_serving(folder)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper) -> None:
         """Renames members as vLLM renames the model's modules."""
-        self.groups = {
-            (hf_to_vllm_mapper.apply_list([name]) or [name])[0]: group for name, group in self.groups.items()
-        }
+        renamed = []
+        for group in self.checkpoint.groups:
+            members = tuple((hf_to_vllm_mapper.apply_list([name]) or [name])[0] for name in group.members)
+            renamed.append(group.model_copy(update={"members": members}))
+        self.checkpoint = self.checkpoint.model_copy(update={"groups": tuple(renamed)})
+        self.groups = self.checkpoint.group_of()
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if not isinstance(layer, LinearBase):
             return None
-        parts = parts_of(self.member_names(prefix), self.groups, prefix)
-        return UnquantizedLinearMethod() if parts is None else FermiSVDLinearMethod(parts, prefix)
+        members = self.member_names(prefix)
+        parts = parts_of(members, self.groups, prefix)
+        return UnquantizedLinearMethod() if parts is None else FermiSVDLinearMethod(parts, members, prefix)
 
     def member_names(self, prefix: str) -> list[str]:
         """Checkpoint names of a layer's members: a fused layer is expanded, unless it is fused on disk already."""

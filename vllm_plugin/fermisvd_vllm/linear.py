@@ -33,10 +33,11 @@ SHARD_NAMES = {"q": 0, "k": 1, "v": 2}
 
 
 class FermiSVDLinearMethod(LinearMethodBase):
-    """One instance a layer: it carries the layer's parts. `layer_name` is for error messages."""
+    """One instance a layer: it carries the layer's parts. Names of members and layer are for error messages."""
 
-    def __init__(self, parts: list[Part], layer_name: str):
+    def __init__(self, parts: list[Part], member_names: list[str], layer_name: str):
         self.parts = parts
+        self.member_names = member_names
         self.layer_name = layer_name
         self.dense_gemm = UnquantizedLinearMethod()
         self.slots: dict[tuple[str, int], Slot] = {}
@@ -89,10 +90,10 @@ class FermiSVDLinearMethod(LinearMethodBase):
         def load_member(
             param: nn.Parameter, loaded_weight: torch.Tensor, loaded_shard_id: str | int | None = None
         ) -> None:
-            if loaded_shard_id is None:
+            if loaded_shard_id is None:  # newer vLLM hangs it on the tensor (WeightsMapper.apply)
                 loaded_shard_id = getattr(loaded_weight, "shard_id", 0)
             member = SHARD_NAMES[loaded_shard_id] if isinstance(loaded_shard_id, str) else loaded_shard_id
-            where = f"{self.layer_name}: {name} of member {loaded_shard_id}"
+            where = f"{self.layer_name}: {self.member_names[member]}.{name}"
             if (name, member) not in self.slots:
                 raise FormatError(f"{where}: not expected there by the config's groups")
             slot = self.slots[name, member]
@@ -109,7 +110,7 @@ class FermiSVDLinearMethod(LinearMethodBase):
         """Cuts the factors out of the flat parameters. Raises FormatError naming every tensor that was never filled."""
         missing = self.slots.keys() - self.filled
         if missing and self.loads_checkpoint:
-            names = ", ".join(f"{name} of member {member}" for name, member in sorted(missing))
+            names = ", ".join(f"{self.member_names[member]}.{name}" for name, member in sorted(missing))
             raise FormatError(
                 f"{self.layer_name}: missing from the checkpoint: {names}; convert again or copy the shard again"
             )
