@@ -47,8 +47,8 @@ class FermiSVDConfig(QuantizationConfig):
     def maybe_update_config(self, model_name: str, hf_config=None, revision: str | None = None, **kwargs) -> None:
         """Refuses a broken checkpoint before any process is started for it.
 
-        vLLM passes over a missing tensor in silence. A folder without weights is one for --load-format dummy. A hub model is checked here if it has been downloaded;
-        layers check their own tensors in any case.
+        vLLM passes over a missing tensor in silence. A folder without weights is one for --load-format dummy. A hub
+        model is checked here if it has been downloaded; layers check their own tensors in any case.
         """
         folder = Path(model_name)
         if not folder.is_dir():
