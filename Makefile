@@ -7,7 +7,7 @@ BIN := .venv/bin
 
 .PHONY: demo test lint table
 demo: .venv/installed
-	$(BIN)/python tests/demo.py
+	$(BIN)/python tests/models/demo.py
 
 test: .venv/installed lint
 	$(BIN)/python -m pytest tests

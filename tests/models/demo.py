@@ -18,11 +18,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE / "models"))
-from stdlib_text import write_texts  # noqa: E402
+from stdlib_text import write_texts
 
-MODEL = HERE / "models" / "stdlib-2m"
+MODEL = Path(__file__).parent / "stdlib-2m"
 BIN = Path(sys.executable).parent
 PROMPT = "def main():\n    parser = argparse.ArgumentParser("
 REMOVE = "0.2"
@@ -78,7 +76,7 @@ def ask(address: str, path: str, body: dict | None = None) -> dict:
         return json.load(response)
 
 
-def greedy_by_transformers(folder: Path, tokens: int) -> tuple[str, list[float]]:
+def greedy_by_transformers(folder: Path, tokens: int) -> tuple[list[str], list[float]]:
     """Greedy continuation of PROMPT by Hugging Face's forward in the server's type, and each step's logit margin."""
     import torch
 
