@@ -127,6 +127,7 @@ def measure(only: str | None, fresh: bool) -> None:
                     down = rounded_down(model["path"], groups, form, remove, text)
                     cells[key] = evaluate(down, windows).as_dict()
                     print(name, key, f"{cells[key]['perplexity']:.3f}", flush=True)
+                    out.write_text(json.dumps(results, indent=1) + "\n")
             for form, groups, rule, remove in itertools.product(FORMS, GROUPS, RULES, REMOVALS):
                 key = f"{form} | {groups} | {rule} | {remove}"
                 if key in cells:
