@@ -1,4 +1,4 @@
-"""Shared models and texts. Engines and servers are in tests/vllm_plugin/conftest.py."""
+"""Shared models and texts. Checkpoints for engines and servers are in tests/vllm_plugin/conftest.py."""
 
 import os
 from pathlib import Path
