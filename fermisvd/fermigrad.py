@@ -202,7 +202,9 @@ def optimise_ranks(
         )
         kl = kl_divergence(teacher, model(input_ids=batch, use_cache=False).logits)
         if not kl.isfinite():
-            raise FermiGradError(f"KL is {kl.item()} at FermiGrad step {step}; check the model and the calibration text")
+            raise FermiGradError(
+                f"KL is {kl.item()} at FermiGrad step {step}; check the model and the calibration text"
+            )
         optimizer.zero_grad()
         kl.backward()
         assert state.grad is not None
