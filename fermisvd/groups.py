@@ -1,5 +1,7 @@
 """Groups: linear layers of the decoder blocks that read the same input and are decomposed together."""
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -74,13 +76,14 @@ def find_groups(model: nn.Module, partition: Partition = "joint") -> list[Linear
     each a group of its own that shares the Gram matrix (`separate`). A parent module's last group
     gives the parent's output, so it is row-parallel under tensor parallelism and takes its skeleton
     from rows; all others take columns (DESIGN: the side that tensor parallelism replicates).
-    Raises StructureError if a layer is never or more than once called, so that no rank could be judged.
+    Layers that a token does not pass exactly once (experts), and routers, are in no group: see `left_dense`.
+    Raises StructureError if no layer is left to compress.
     """
     blocks = decoder_blocks(model)
     layers = {
         name: module
         for name, module in model.named_modules()
-        if name.startswith(f"{blocks}.") and isinstance(module, nn.Linear)
+        if name.startswith(f"{blocks}.") and isinstance(module, nn.Linear) and not is_router(model, name)
     }
     calls: list[tuple[str, torch.Tensor]] = []  # holds the inputs, so that no address is used twice
     hooks = [
@@ -93,10 +96,10 @@ def find_groups(model: nn.Module, partition: Partition = "joint") -> list[Linear
     finally:
         for hook in hooks:
             hook.remove()
-    called = [name for name, _ in calls]
-    odd = sorted(name for name in layers if called.count(name) != 1)
-    if odd:
-        raise StructureError(f"layers not called exactly once in a forward pass: {', '.join(odd[:5])}")
+    times = Counter(name for name, _ in calls)
+    calls = [(name, x) for name, x in calls if times[name] == 1]
+    if not calls:
+        raise StructureError(f"{type(model).__name__}: no linear layer of {blocks} is called once in a forward pass")
 
     readers: dict[
         tuple, list[str]
@@ -122,6 +125,32 @@ def find_groups(model: nn.Module, partition: Partition = "joint") -> list[Linear
                 )
             )
     return groups
+
+
+def is_router(model: nn.Module, name: str) -> bool:
+    """Whether a linear layer chooses among experts: its output is as wide as there are experts beside it.
+
+    Experts are one module with 3-D weights (experts x out x in) or a list of modules. A router is small, and an error
+    in it sends tokens elsewhere.
+    """
+    for child in model.get_submodule(parent_of(name)).children():
+        counts = {p.shape[0] for p in child.parameters(recurse=False) if p.dim() == 3}
+        if isinstance(child, nn.ModuleList):
+            counts.add(len(child))
+        if model.get_submodule(name).out_features in counts:
+            return True
+    return False
+
+
+def left_dense(model: nn.Module, groups: Iterable[LinearGroup]) -> dict[str, int]:
+    """Matrices of the decoder blocks that are in no group, such as experts and routers: name -> parameters."""
+    members = {f"{name}.weight" for group in groups for name in group.members}
+    blocks = model.get_submodule(prefix := decoder_blocks(model))
+    return {
+        f"{prefix}.{name}": parameter.numel()
+        for name, parameter in blocks.named_parameters()
+        if parameter.dim() > 1 and f"{prefix}.{name}" not in members
+    }
 
 
 def parent_of(name: str) -> str:

@@ -4,11 +4,14 @@ The reference modules take the place of the compressed layers; a broken checkpoi
 writes the model at its small size again.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.conversion_mapping import WeightConverter, WeightRenaming, get_model_conversion_mapping
+from transformers.core_model_loading import rename_source_key
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -76,11 +79,21 @@ def _check_against_model(model: nn.Module, linear: dict[str, nn.Linear], config:
         rows = [linear[name].out_features for name in group.members]
         expected |= expected_tensors(group, rows, linear[group.name].in_features)
     tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
+    loaded = _names_after_loading(model, headers)
     for name, shape in expected.items():
-        if name not in headers and name not in tied:
+        if name not in headers and name not in tied and name not in loaded:
             raise FormatError(f"{name}: missing from the checkpoint; convert again or copy the shard again")
         if name in headers and headers[name].shape != shape:
             raise FormatError(f"{headers[name].file}: {name}: shape {headers[name].shape}, the model needs {shape}")
+
+
+def _names_after_loading(model: nn.Module, names: Iterable[str]) -> set[str]:
+    """Parameters that transformers fills from tensors of these names: it renames some and stacks experts."""
+    conversions = get_model_conversion_mapping(model)
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    prefix, meta = model.base_model_prefix, model.state_dict()
+    return {rename_source_key(name, renamings, converters, prefix, meta)[0] for name in names}
 
 
 def load_model(path: str | Path, dtype: torch.dtype = torch.float32, **kwargs) -> nn.Module:

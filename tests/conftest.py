@@ -1,6 +1,7 @@
 """Shared models and texts. Checkpoints for engines and servers are in tests/vllm_plugin/conftest.py."""
 
 import os
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -65,3 +66,20 @@ def tiny_llama(tmp_path_factory) -> Path:
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(DEMO_MODEL).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def family_checkpoints(tmp_path_factory, demo_text):
+    """(family, form) -> (dense source, compressed checkpoint) of tests/models/families.py."""
+    import families
+
+    folder = tmp_path_factory.mktemp("families")
+
+    @cache
+    def make(family: str, form: str) -> tuple[Path, Path]:
+        source = folder / family
+        if not source.exists():
+            families.save(family, source)
+        return source, families.compress(source, form, demo_text["calibration"], folder / "work" / family)
+
+    return make

@@ -85,7 +85,7 @@ def convert(
         return source.load(device)
 
     with _timed(seconds, "calibrate"):
-        linear = stages.structure(workspace, key, groups, dense)
+        linear, others = stages.structure(workspace, key, groups, dense)
         source.check_linear_layers(linear)
         kept_parameters(linear, remove)  # an impossible --remove is refused before the long work
         gram = stages.calibrate(
@@ -136,6 +136,7 @@ def convert(
         },
         "totals": totals(rows),
         "groups": rows,
+        "left_dense": others,
         "versions": {name: version(name) for name in ("fermisvd", "torch", "transformers", "safetensors", "scipy")}
         | {"python": platform.python_version()},
         "trace": trace,

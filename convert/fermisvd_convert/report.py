@@ -1,5 +1,6 @@
 """What a conversion did: the closing table, fermisvd.json and the model card."""
 
+import re
 from itertools import takewhile
 from pathlib import Path
 
@@ -76,8 +77,18 @@ def print_groups(rows: list[dict], console: Console) -> None:
     console.print(table)
 
 
+def left_dense_lines(left_dense: dict[str, int]) -> list[str]:
+    """One line a kind of matrix that no group holds (experts, routers), layers counted."""
+    kinds: dict[str, list[int]] = {}
+    for name, count in left_dense.items():
+        kinds.setdefault(re.sub(r"\.\d+\.", ".*.", name), []).append(count)
+    return [f"left dense: {kind}, {len(c)} matrices, {sum(c):,} parameters" for kind, c in kinds.items()]
+
+
 def print_report(report: dict, console: Console) -> None:
     print_groups(report["groups"], console)
+    for line in left_dense_lines(report["left_dense"]):
+        console.print(line)
     before, after = report["perplexity"]["before"], report["perplexity"]["after"]
     console.print(
         f"perplexity on {report['perplexity']['tokens']:,} held-back tokens: {before:.4f} before, {after:.4f} after"
@@ -113,6 +124,7 @@ def model_card(report: dict, out: Path) -> str:
             "Load: `import fermisvd`, then `AutoModelForCausalLM.from_pretrained(PATH_OR_ID)`.",
             "",
             "Every group's rank is in `fermisvd.json`.",
+            *[f"\n{line[0].upper()}{line[1:]}." for line in left_dense_lines(report["left_dense"])],
             "",
         ]
     )

@@ -15,7 +15,7 @@ from fermisvd.calibration import gram_matrices
 from fermisvd.decomposition import data_aware_svd
 from fermisvd.errors import FermiSVDError
 from fermisvd.fermigrad import FermiGradSettings, install_gates, optimise_ranks
-from fermisvd.groups import LinearGroup, Partition, find_groups
+from fermisvd.groups import LinearGroup, Partition, find_groups, left_dense
 from fermisvd_convert.source import Source
 from fermisvd_convert.workspace import Workspace, settings_key
 
@@ -30,12 +30,21 @@ def windows_key(windows: torch.Tensor) -> str:
     return hashlib.sha256(windows.contiguous().numpy().tobytes()).hexdigest()
 
 
-def structure(workspace: Workspace, key: str, partition: Partition, load: Callable[[], nn.Module]) -> list[LinearGroup]:
-    """Groups of the model, found by a forward pass of a few tokens."""
-    found = workspace.json(
-        f"groups-{settings_key(key, partition)}", lambda: [asdict(group) for group in find_groups(load(), partition)]
-    )
-    return [LinearGroup(**{**g, "members": tuple(g["members"]), "member_rows": tuple(g["member_rows"])}) for g in found]
+def structure(
+    workspace: Workspace, key: str, partition: Partition, load: Callable[[], nn.Module]
+) -> tuple[list[LinearGroup], dict[str, int]]:
+    """Groups of the model, found by a forward pass of a few tokens, and the matrices in no group (experts, routers)."""
+
+    def run() -> dict:
+        groups = find_groups(load(), partition)
+        return {"groups": [asdict(group) for group in groups], "left_dense": left_dense(load(), groups)}
+
+    found = workspace.json(f"structure-{settings_key(key, partition)}", run)
+    groups = [
+        LinearGroup(**{**g, "members": tuple(g["members"]), "member_rows": tuple(g["member_rows"])})
+        for g in found["groups"]
+    ]
+    return groups, found["left_dense"]
 
 
 def calibrate(

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from fermisvd.groups import StructureError, find_groups, stacked_weight
+from fermisvd.groups import StructureError, find_groups, left_dense, stacked_weight
 
 
 @pytest.fixture
@@ -48,9 +48,29 @@ def test_model_without_blocks_is_refused():
         find_groups(nn.Linear(3, 3))
 
 
-def test_layer_that_is_never_called_is_refused(model):
-    model.model.layers[0].mlp.extra = nn.Linear(4, 4)
-    with pytest.raises(StructureError, match=r"mlp\.extra"):
+def test_layer_that_is_never_called_stays_dense(model):
+    """As experts do, which see only some tokens: no rank could be judged for all."""
+    before = find_groups(model)
+    assert left_dense(model, before) == {}
+    model.model.layers[0].mlp.extra = nn.Linear(4, 5)
+    assert find_groups(model) == before
+    assert left_dense(model, before) == {"model.layers.0.mlp.extra.weight": 20}
+
+
+def test_router_that_is_a_linear_layer_stays_dense(model):
+    """As wide as the experts beside it, and called for every token."""
+    mlp = model.model.layers[0].mlp
+    mlp.experts = nn.Module()
+    mlp.experts.gate_up_proj = nn.Parameter(torch.zeros(5, 8, 96))
+    mlp.router = nn.Linear(96, 5)
+    dense_forward = mlp.forward
+    mlp.forward = lambda x: dense_forward(x) + mlp.router(x).sum()
+    assert find_groups(model)[2].members == tuple(f"model.layers.0.mlp.{x}_proj" for x in ("gate", "up"))
+
+
+def test_model_whose_layers_are_never_called_is_refused(model):
+    model.forward = lambda input_ids: None
+    with pytest.raises(StructureError, match="called once"):
         find_groups(model)
 
 

@@ -5,11 +5,10 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
+from families import dense_twin
 from fermisvd.format import FormatError, validate_checkpoint
 from fermisvd.hf import load_model
-from fermisvd.pivga import PivGa, dense_product
 
 
 @pytest.fixture(scope="module", params=["pivga-joint", "pivga-separate", "svd-joint", "svd-separate"])
@@ -33,27 +32,6 @@ def compressed(request, tiny_llama, tmp_path_factory):
         sequence_length=32,
     )
     return folder
-
-
-def dense_twin(source, compressed):
-    """The source model with every compressed weight replaced by the dense product of the stored factors."""
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
-    tensors = load_file(compressed / "model.safetensors")
-    for group in validate_checkpoint(compressed).groups:
-        first = group.name
-        if group.form == "svd":
-            a = torch.cat([tensors[f"{m}.lowrank_a"] for m in group.members]).double()
-            weight = a @ tensors[f"{first}.lowrank_b"].double()
-        else:
-            names = [first] if group.side == "rows" else group.members
-            skeleton = torch.cat([tensors[f"{m}.skeleton"] for m in names])
-            gauge = PivGa(skeleton, tensors[f"{first}.interpolation"], tensors[f"{first}.permutation"], group.side)
-            weight = dense_product(gauge)
-        layers = [model.get_submodule(m) for m in group.members]
-        with torch.no_grad():
-            for layer, part in zip(layers, weight.split([layer.out_features for layer in layers]), strict=True):
-                layer.weight.copy_(part)
-    return model
 
 
 def test_logits_equal_the_dense_product(tiny_llama, compressed):

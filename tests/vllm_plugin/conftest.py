@@ -1,6 +1,10 @@
 """Compressed checkpoints of the demo model, and the environment of real vLLM processes."""
 
+import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -32,3 +36,24 @@ def compressed(demo_model, demo_text, tmp_path_factory):
             work=folder / "work",
         )
     return {form: folder / form for form in ("pivga", "svd")}
+
+
+@pytest.fixture(scope="session")
+def run_engines(vllm_environment, tmp_path_factory):
+    """Results of tests/vllm_plugin/engines.py for a list of tasks. An engine that died with its process is an error."""
+
+    def run(tasks: list[dict], **environment: str) -> list[dict]:
+        out = tmp_path_factory.mktemp("engines") / "results.json"
+        process = subprocess.run(
+            [sys.executable, str(Path(__file__).with_name("engines.py")), str(out)],
+            input=json.dumps(tasks),
+            text=True,
+            capture_output=True,
+            env=vllm_environment | environment,
+            timeout=90 + 120 * len(tasks),
+        )
+        results = json.loads(out.read_text()) if out.exists() else []
+        lost = {"error": (process.stdout + process.stderr)[-4000:]}
+        return results + [lost] * (len(tasks) - len(results))
+
+    return run

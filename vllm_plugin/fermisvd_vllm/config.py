@@ -5,12 +5,16 @@ from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
+from vllm.config import get_current_vllm_config
+from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
-from fermisvd.format import PICKLE_SUFFIXES, Group, parse_config, validate_before_serving
-from fermisvd_vllm.layout import parts_of
+from fermisvd.format import PICKLE_SUFFIXES, FormatError, Group, parse_config, validate_before_serving
+from fermisvd_vllm.layout import numbers_held, parts_of
 from fermisvd_vllm.linear import FermiSVDLinearMethod
+
+logger = init_logger("vllm.fermisvd")
 
 
 class FermiSVDConfig(QuantizationConfig):
@@ -20,6 +24,8 @@ class FermiSVDConfig(QuantizationConfig):
         super().__init__()
         self.checkpoint = parse_config(entry)
         self.groups: dict[str, Group] = self.checkpoint.group_of()
+        self.layers: dict[str, FermiSVDLinearMethod] = {}  # by prefix; filled while vLLM builds the model
+        self.waiting: set[str] = set()  # prefixes whose weights are not there yet
 
     def __repr__(self) -> str:
         return f"FermiSVDConfig({len(self.checkpoint.groups)} groups)"
@@ -71,7 +77,41 @@ class FermiSVDConfig(QuantizationConfig):
             return None
         members = self.member_names(prefix)
         parts = parts_of(members, self.groups, prefix)
-        return UnquantizedLinearMethod() if parts is None else FermiSVDLinearMethod(parts, members, prefix)
+        if parts is None:
+            return UnquantizedLinearMethod()
+        self.pipelined = get_current_vllm_config().parallel_config.pipeline_parallel_size > 1
+        self.waiting.add(prefix)
+        self.layers[prefix] = FermiSVDLinearMethod(parts, members, prefix, self._check_groups, self._layer_is_ready)
+        return self.layers[prefix]
+
+    def _check_groups(self) -> None:
+        """Raises FormatError if no layer of the model asked for a group; a pipeline stage has only some of them."""
+        claimed = {part.group.name for method in self.layers.values() for part in method.parts if part.group}
+        strangers = [group for group in self.checkpoint.groups if group.name not in claimed]
+        if strangers and not self.pipelined:
+            raise FormatError(
+                f"group {strangers[0].name}: the model that vLLM built has no layer for it; "
+                "config.json and the groups in it are not of one model, convert again"
+            )
+
+    def _layer_is_ready(self, method: FermiSVDLinearMethod) -> None:
+        """When the last layer is: says what this rank holds."""
+        if method.layer_name not in self.waiting:
+            return  # a reload
+        self.waiting.remove(method.layer_name)
+        if not self.waiting:
+            sharded, replicated = map(sum, zip(*(numbers_held(m.slots) for m in self.layers.values()), strict=True))
+            dense = sum(m.dense_numbers for m in self.layers.values())
+            logger.info(
+                "FermiSVD: %d compressed layers; this rank (tensor parallel %d of %d) holds %s numbers of which %s "
+                "replicated; dense %s",
+                len(self.layers),
+                method.tp_rank,
+                method.tp_size,
+                f"{sharded + replicated:,}",
+                f"{replicated:,}",
+                f"{dense:,}",
+            )
 
     def member_names(self, prefix: str) -> list[str]:
         """Checkpoint names of a layer's members: a fused layer is expanded, unless it is fused on disk already."""

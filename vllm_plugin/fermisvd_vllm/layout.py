@@ -30,11 +30,13 @@ class Slot:
     """Where one checkpoint tensor lies in the flat parameter of its name.
 
     shape: on this rank; shard: the dimension that tensor parallelism splits, None where every rank holds all of it.
+    sections: (full, local) rows of the layers that the checkpoint stores as one, each of which is split by itself.
     """
 
     offset: int
     shape: tuple[int, ...]
     shard: int | None
+    sections: tuple[tuple[int, int], ...] = ()
 
     @property
     def size(self) -> int:
@@ -68,10 +70,12 @@ def slots_of(
     kind: Kind,
     tp_size: int,
     layer: str,
+    sections: tuple[tuple[int, int], ...] = (),
 ) -> dict[tuple[str, int], Slot]:
     """(tensor name, member position) -> Slot. Shared tensors go under the group's first member.
 
-    member_rows, columns: sizes on this rank; full_columns: the whole input width; kind: how vLLM splits the layer.
+    member_rows, columns: sizes on this rank; full_columns: the whole input width; kind: how vLLM splits the layer;
+    sections: (full, local) rows of what the checkpoint stores as one member, such as Phi-3's qkv_proj.
     Parts of one name lie one after the other, so that a group's A, or all B together, are one matrix.
     Raises FormatError for a skeleton on the side that tensor parallelism splits, and for a rank above the matrix.
     """
@@ -82,7 +86,7 @@ def slots_of(
         name: str, member: int, shape: tuple[int, ...], output: int | None = None, inputs: int | None = None
     ) -> None:
         shard = output if kind == "column" else inputs if kind == "row" else None
-        slots[name, member] = Slot(filled.get(name, 0), shape, shard)
+        slots[name, member] = Slot(filled.get(name, 0), shape, shard, sections if shard == 0 else ())
         filled[name] = filled.get(name, 0) + prod(shape)
 
     for part in parts:
@@ -127,8 +131,27 @@ def shard_of(loaded: torch.Tensor, slot: Slot, tp_rank: int, tp_size: int, name:
         if shape != slot.shape:
             raise FormatError(f"{name}: shape {shape}, expected {slot.shape}")
         return loaded
-    local, rest = slot.shape[slot.shard], slot.shape[1 - slot.shard]
-    shards = shape[slot.shard] // local if len(shape) == 2 and local else 0
-    if shards == 0 or shape[slot.shard] != shards * local or shape[1 - slot.shard] != rest or tp_size % shards:
+    full = shape[slot.shard] if len(shape) == 2 else 0
+    sections = slot.sections or ((full, slot.shape[slot.shard]),)
+    splits = all(local and section // local and section % local == 0 for section, local in sections) and not any(
+        tp_size % (section // local) for section, local in sections
+    )
+    if (
+        full == 0
+        or not splits
+        or sum(s for s, _ in sections) != full
+        or shape[1 - slot.shard] != slot.shape[1 - slot.shard]
+    ):
         raise FormatError(f"{name}: shape {shape} does not split over {tp_size} ranks into {slot.shape}")
-    return loaded.narrow(slot.shard, tp_rank * shards // tp_size * local, local)
+    pieces = [
+        piece.narrow(slot.shard, tp_rank * (section // local) // tp_size * local, local)
+        for piece, (section, local) in zip(loaded.split([s for s, _ in sections], slot.shard), sections, strict=True)
+    ]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=slot.shard)
+
+
+def numbers_held(slots: Mapping[tuple[str, int], Slot]) -> tuple[int, int]:
+    """Numbers on this rank that tensor parallelism splits, and those that every rank holds in full; no permutations."""
+    sharded = sum(slot.size for slot in slots.values() if slot.shard is not None)
+    everywhere = sum(slot.size for (name, _), slot in slots.items() if slot.shard is None and name != PERMUTATION)
+    return sharded, everywhere

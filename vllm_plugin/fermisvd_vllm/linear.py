@@ -30,18 +30,31 @@ from fermisvd.format import (
 from fermisvd_vllm.layout import WEIGHT, Part, Slot, shard_of, slots_of
 
 SHARD_NAMES = {"q": 0, "k": 1, "v": 2}
+OUTPUT_NAMES = {WEIGHT, LOWRANK_A}  # first dimension is the layer's output; the skeleton's, too, where it is columns
 
 
 class FermiSVDLinearMethod(LinearMethodBase):
-    """One instance a layer: it carries the layer's parts. Names of members and layer are for error messages."""
+    """One instance a layer: it carries the layer's parts. Names of members and layer are for error messages.
 
-    def __init__(self, parts: list[Part], member_names: list[str], layer_name: str):
+    before_loading: called before the first tensor is taken or the first layer is finished; on_ready: when this one is.
+    """
+
+    def __init__(
+        self,
+        parts: list[Part],
+        member_names: list[str],
+        layer_name: str,
+        before_loading: Callable[[], None] = lambda: None,
+        on_ready: Callable[["FermiSVDLinearMethod"], None] = lambda _: None,
+    ):
+        self.before_loading, self.on_ready = before_loading, on_ready
         self.parts = parts
         self.member_names = member_names
         self.layer_name = layer_name
         self.dense_gemm = UnquantizedLinearMethod()
         self.slots: dict[tuple[str, int], Slot] = {}
         self.filled: set[tuple[str, int]] = set()
+        self.kept: dict[str, torch.Tensor] = {}  # what captured graphs read; a reload writes into it
         # --load-format dummy fills nothing through our loaders, and that is right
         self.loads_checkpoint = get_current_vllm_config().load_config.load_format != "dummy"
 
@@ -63,17 +76,22 @@ class FermiSVDLinearMethod(LinearMethodBase):
             if isinstance(layer, ReplicatedLinear)
             else "column"
         )
-        tp_size = getattr(layer, "tp_size", 1)
-        self.member_rows = list(output_partition_sizes)
-        if len(self.parts) == 1 and self.parts[0].members == (0,) and len(self.member_rows) > 1:
-            if tp_size > 1:
-                raise FormatError(
-                    f"{self.layer_name}: fused in the checkpoint; tensor parallelism cannot split it, serve with 1"
-                )
+        self.tp_rank, self.tp_size = getattr(layer, "tp_rank", 0), getattr(layer, "tp_size", 1)
+        self.member_rows, sections = list(output_partition_sizes), ()
+        if len(self.member_names) == 1 and len(self.member_rows) > 1:  # one layer in the checkpoint, as in Phi-3
+            sections = tuple(zip(_stored_rows(layer), self.member_rows, strict=True))
             self.member_rows = [sum(self.member_rows)]
         self.slots = slots_of(
-            self.parts, self.member_rows, input_size_per_partition, input_size, kind, tp_size, self.layer_name
+            self.parts,
+            self.member_rows,
+            input_size_per_partition,
+            input_size,
+            kind,
+            self.tp_size,
+            self.layer_name,
+            sections,
         )
+        self.dense_numbers = sum(self.member_rows) * input_size_per_partition
         for name in dict.fromkeys(name for name, _ in self.slots):
             own = {member: slot for (other, member), slot in self.slots.items() if other == name}
             if name == PERMUTATION:
@@ -81,10 +99,12 @@ class FermiSVDLinearMethod(LinearMethodBase):
             else:
                 data = torch.empty(sum(slot.size for slot in own.values()), dtype=params_dtype)
             parameter = nn.Parameter(data, requires_grad=False)
-            set_weight_attrs(parameter, {"weight_loader": self._loader(layer, name)})
+            set_weight_attrs(parameter, {"weight_loader": self._loader(name)})
+            if name in OUTPUT_NAMES or (name == SKELETON and kind != "row"):
+                set_weight_attrs(parameter, {"output_dim": 0})  # models that reorder q/k/v rows on loading ask for it
             layer.register_parameter(name, parameter)
 
-    def _loader(self, layer: nn.Module, name: str) -> Callable:
+    def _loader(self, name: str) -> Callable:
         """vLLM's weight_loader of one flat parameter."""
 
         def load_member(
@@ -96,18 +116,23 @@ class FermiSVDLinearMethod(LinearMethodBase):
             where = f"{self.layer_name}: {self.member_names[member]}.{name}"
             if (name, member) not in self.slots:
                 raise FormatError(f"{where}: not expected there by the config's groups")
+            self.before_loading()
             slot = self.slots[name, member]
             check_finite(where, loaded_weight)
             if name == PERMUTATION:
                 check_permutation(where, loaded_weight)
-            piece = shard_of(loaded_weight, slot, getattr(layer, "tp_rank", 0), getattr(layer, "tp_size", 1), where)
+            piece = shard_of(loaded_weight, slot, self.tp_rank, self.tp_size, where)
             param.data[slot.offset : slot.offset + slot.size].view(slot.shape).copy_(piece)
             self.filled.add((name, member))
 
         return load_member
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Cuts the factors out of the flat parameters. Raises FormatError naming every tensor that was never filled."""
+        """Cuts the factors out of the flat parameters. Raises FormatError naming every tensor that was never filled.
+
+        A reload comes here again with new flat parameters; the factors then keep their storage.
+        """
+        self.before_loading()
         missing = self.slots.keys() - self.filled
         if missing and self.loads_checkpoint:
             names = ", ".join(f"{self.member_names[member]}.{name}" for name, member in sorted(missing))
@@ -128,6 +153,9 @@ class FermiSVDLinearMethod(LinearMethodBase):
             columns = next(slot.shape[1] for (name, _), slot in self.slots.items() if name == LOWRANK_B)
             self._register_factor(layer, LOWRANK_B, flat[LOWRANK_B].view(-1, columns))
         self.ranks = [part.group.rank for part in self.parts if part.group and part.group.form == "svd"]
+        # vLLM's LoRA takes its device from one of a few names that quantized layers have; it reads nothing else of it
+        layer.register_buffer("weight_packed", next(iter(flat.values())).new_empty(0), persistent=False)
+        self.on_ready(self)
 
     def _matrices(self, part: Part, flat: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The part's own tensors, members stacked by rows, as views of the flat parameters."""
@@ -147,16 +175,21 @@ class FermiSVDLinearMethod(LinearMethodBase):
         layer.register_module(f"{name}_factor", factor)
         if matrix.numel():
             self.dense_gemm.process_weights_after_loading(factor)
+        old = self.kept.setdefault(name, factor.weight)
+        if old is not factor.weight:
+            old.data.copy_(factor.weight)
+            factor.weight = old
 
     def _register_permutation(self, layer: nn.Module, number: int, part: Part, permutation: torch.Tensor) -> None:
         """columns: skeleton and other input indices; rows: where each output lies in [z ; z D^T]."""
         assert part.group is not None
         rank = part.group.rank
+        # persistent: a reload of vLLM's copies no other buffers back into the storage that captured graphs read
         if part.group.side == "rows":
-            layer.register_buffer(f"inverse_{number}", torch.argsort(permutation.long()), persistent=False)
+            layer.register_buffer(f"inverse_{number}", torch.argsort(permutation.long()))
         else:
-            layer.register_buffer(f"skeleton_index_{number}", permutation[:rank].long(), persistent=False)
-            layer.register_buffer(f"rest_index_{number}", permutation[rank:].long(), persistent=False)
+            layer.register_buffer(f"skeleton_index_{number}", permutation[:rank].long())
+            layer.register_buffer(f"rest_index_{number}", permutation[rank:].long())
 
     def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x: (..., n) -> (..., m), this rank's share. Nothing here depends on data, so it traces and captures."""
@@ -202,3 +235,9 @@ class FermiSVDLinearMethod(LinearMethodBase):
         for part, y in zip(self.parts, outputs, strict=True):
             pieces |= dict(zip(part.members, y.split([self.member_rows[i] for i in part.members], dim=-1), strict=True))
         return torch.cat([pieces[member] for member in sorted(pieces)], dim=-1)
+
+
+def _stored_rows(layer: nn.Module) -> list[int]:
+    """Rows of each of the layer's members as the checkpoint stores them: each kv head once."""
+    copies = getattr(layer, "num_kv_head_replicas", 1)
+    return [rows // (copies if i else 1) for i, rows in enumerate(layer.output_sizes)]

@@ -1,0 +1,68 @@
+"""Real vLLM engines, one after the other in one process: tasks as JSON in, a result or an error each as JSON out.
+
+Sharing the process saves the import and most of the start. Of each task: `engine` (arguments of vllm.LLM), `prompts`
+(token ids), `max_tokens`, and optionally `sampling`, `lora` (folder of an adapter), `reload` (folder of new weights),
+`metrics`. Of each result: `tokens`, `logprobs` of those tokens and of the prompt's, or `error`.
+"""
+
+import json
+import os
+import sys
+import traceback
+
+
+def generate(engine, task: dict) -> dict:
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    options = {"temperature": 0, "max_tokens": task["max_tokens"], "ignore_eos": True, "logprobs": 0}
+    prompts = [{"prompt_token_ids": ids} for ids in task["prompts"]]
+    lora = LoRARequest("adapter", 1, task["lora"]) if "lora" in task else None
+    sampling = SamplingParams(**options | task.get("sampling", {}))
+    outputs = engine.generate(prompts, sampling, use_tqdm=False, lora_request=lora)
+    return {
+        "tokens": [list(o.outputs[0].token_ids) for o in outputs],
+        "logprobs": [_of_tokens(o.outputs[0].token_ids, o.outputs[0].logprobs) for o in outputs],
+        "prompt_logprobs": [_of_tokens(o.prompt_token_ids[1:], (o.prompt_logprobs or [])[1:]) for o in outputs],
+    }
+
+
+def _of_tokens(tokens, logprobs) -> list[float]:
+    return [step[token].logprob for token, step in zip(tokens, logprobs or (), strict=False)]
+
+
+def run(task: dict) -> dict:
+    from vllm import LLM
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    engine = LLM(**{"dtype": "float32", "max_model_len": 256, "max_num_seqs": 64, **task["engine"]})
+    try:
+        result = generate(engine, task)
+        if "reload" in task:
+            engine.collective_rpc("reload_weights", kwargs={"weights_path": task["reload"]})
+            engine.reset_prefix_cache()
+            result["reloaded"] = generate(engine, task)
+        if "metrics" in task:
+            result["metrics"] = {m.name: getattr(m, "value", None) for m in engine.get_metrics()}
+        return result
+    finally:
+        engine.llm_engine.engine_core.shutdown()
+        del engine
+        cleanup_dist_env_and_memory()
+
+
+def main() -> None:
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    tasks, out = json.loads(sys.stdin.read()), sys.argv[1]
+    results = []
+    for task in tasks:
+        try:
+            results.append(run(task))
+        except Exception:
+            results.append({"error": traceback.format_exc()})
+        with open(out, "w") as file:
+            json.dump(results, file)
+
+
+if __name__ == "__main__":
+    main()
