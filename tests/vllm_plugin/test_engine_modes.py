@@ -1,0 +1,84 @@
+"""What vLLM does with any model, done with a compressed one: LoRA on top, weights reloaded, dtypes, load formats."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from families import dense_twin
+from reference import assert_agrees, greedy
+from safetensors.torch import load_file, save_file
+
+pytest.importorskip("vllm")
+pytestmark = pytest.mark.vllm
+PROMPTS = [list(range(start, start + length)) for start, length in ((5, 30), (700, 3), (1500, 57))]
+LENGTH = 10
+FORMS = ["pivga", "svd"]
+
+
+def save_adapter(model, folder, rank=4, alpha=8):
+    """A random LoRA adapter in PEFT's files on all linear layers; merges it into `model`."""
+    torch.manual_seed(1)
+    tensors, kinds = {}, set()
+    for name, layer in model.named_modules():
+        if isinstance(layer, torch.nn.Linear) and ".layers." in name:
+            a, b = torch.randn(rank, layer.in_features) / 4, torch.randn(layer.out_features, rank) / 4
+            tensors |= {f"base_model.model.{name}.lora_A.weight": a, f"base_model.model.{name}.lora_B.weight": b}
+            layer.weight.data += alpha / rank * b @ a
+            kinds.add(name.rpartition(".")[2])
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": alpha, "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"target_modules": sorted(kinds)}))
+    return folder
+
+
+def other_weights(folder, out):
+    """The checkpoint again with other factors and permutations."""
+    shutil.copytree(folder, out)
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith(".permutation"):
+            tensors[name] = tensor.flip(0).contiguous()
+        elif not name.endswith(".weight"):
+            tensors[name] = tensor + 0.05 * torch.randn_like(tensor)
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
+@pytest.fixture(scope="module")
+def cases(family_checkpoints, run_engines, tmp_path_factory):
+    """(what, form) -> (served, expected), all engines in one process."""
+    folder = tmp_path_factory.mktemp("modes")
+    tasks, expected = {}, {}
+    for form in FORMS:
+        source, compressed = family_checkpoints("llama", form)
+        task = {"prompts": PROMPTS, "max_tokens": LENGTH}
+        engine = {"model": str(compressed), "enforce_eager": True}
+
+        model = dense_twin(source, compressed)
+        expected["plain", form] = [greedy(model, ids, LENGTH) for ids in PROMPTS]
+        adapter = save_adapter(model, folder / f"lora-{form}")
+        expected["lora", form] = [greedy(model, ids, LENGTH) for ids in PROMPTS]
+        tasks["lora", form] = task | {
+            "engine": engine | {"enable_lora": True, "max_lora_rank": 8},
+            "lora": str(adapter),
+        }
+        other = other_weights(compressed, folder / f"other-{form}")
+        model = dense_twin(source, other)
+        expected["reload", form] = [greedy(model, ids, LENGTH) for ids in PROMPTS]
+        tasks["reload", form] = task | {"engine": engine, "reload": str(other)}
+    return dict(zip(tasks, run_engines(list(tasks.values())), strict=True)), expected
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_lora_equals_merged_weights(form, cases):
+    served, expected = cases
+    assert_agrees(served["lora", form], expected["lora", form])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_reloaded_weights_serve(form, cases):
+    served, expected = cases
+    assert_agrees(served["reload", form], expected["plain", form])
+    assert_agrees(served["reload", form]["reloaded"], expected["reload", form])
