@@ -4,7 +4,7 @@ docs/format.md describes the folder. Every check raises FormatError, which names
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +24,9 @@ PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 LOWRANK_A, LOWRANK_B = "lowrank_a", "lowrank_b"
 SKELETON, INTERPOLATION, PERMUTATION = "skeleton", "interpolation", "permutation"
 FLOAT_TYPES = {"F64", "F32", "F16", "BF16"}
+
+COPY = "download or copy it again"  # remedies, said in every message
+MEND = "convert again or copy the file again"
 
 
 class FormatError(FermiSVDError):
@@ -66,6 +69,13 @@ class FermiSVDConfig(BaseModel):
     provenance: dict[str, Any] = {}
 
     @model_validator(mode="after")
+    def _dense_tensors_are_names(self) -> "FermiSVDConfig":
+        names = self.provenance.get("dense_tensors", [])
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError("provenance.dense_tensors is no list of names")
+        return self
+
+    @model_validator(mode="after")
     def _no_overlap(self) -> "FermiSVDConfig":
         seen: set[str] = set()
         for member in (m for group in self.groups for m in group.members):
@@ -79,7 +89,7 @@ class FermiSVDConfig(BaseModel):
         return {member: group for group in self.groups for member in group.members}
 
 
-def parse_config(values: Mapping[str, Any], where: str = "quantization_config") -> FermiSVDConfig:
+def parse_config(values: Mapping[str, Any], where: str = "config.json: quantization_config") -> FermiSVDConfig:
     """Validated config. Raises FormatError naming `where` and every field that is off."""
     version = values.get("format_version")
     if version != FORMAT_VERSION:
@@ -91,7 +101,7 @@ def parse_config(values: Mapping[str, Any], where: str = "quantization_config") 
         return FermiSVDConfig.model_validate(dict(values))
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'groups'}: {e['msg']}" for e in error.errors()[:5])
-        raise FormatError(f"{where}: {problems}") from None
+        raise FormatError(f"{where}: {problems}; convert again") from None
 
 
 def read_config(folder: Path) -> FermiSVDConfig:
@@ -136,26 +146,26 @@ def read_headers(folder: Path, allow_pickles: bool = False) -> dict[str, TensorI
     else:
         files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise FormatError(f"{folder}: no safetensors file")
+        raise FormatError(f"{folder}: no safetensors file; {COPY}")
     headers: dict[str, TensorInfo] = {}
     for file in files:
         if not file.is_file():
-            raise FormatError(f"{file}: missing shard, named by {INDEX_NAME}; download or copy it again")
+            raise FormatError(f"{file}: missing shard, named by {INDEX_NAME}; {COPY}")
         try:
             with safe_open(file, framework="pt") as shard:
                 for name in shard.keys():  # noqa: SIM118  (a safe_open object does not iterate)
                     if name in headers:
-                        raise FormatError(f"{file}: tensor {name} is also in {headers[name].file.name}")
+                        raise FormatError(f"{file}: tensor {name} is also in {headers[name].file.name}; {COPY}")
                     part = shard.get_slice(name)
                     headers[name] = TensorInfo(file, part.get_dtype(), tuple(part.get_shape()))
         except (SafetensorError, OSError) as error:
-            raise FormatError(f"{file}: unreadable or truncated shard ({error}); download or copy it again") from None
+            raise FormatError(f"{file}: unreadable or truncated shard ({error}); {COPY}") from None
     for name, file_name in (index or {}).items():
         if name not in headers or headers[name].file.name != file_name:
-            raise FormatError(f"{folder / INDEX_NAME}: says {name} is in {file_name}, which does not hold it")
+            raise FormatError(f"{folder / INDEX_NAME}: says {name} is in {file_name}, which does not hold it; {COPY}")
     unlisted = headers.keys() - index.keys() if index else ()
     if unlisted:
-        raise FormatError(f"{folder / INDEX_NAME}: does not list {min(unlisted)}, which a shard holds")
+        raise FormatError(f"{folder / INDEX_NAME}: does not list {min(unlisted)}, which a shard holds; {COPY}")
     return headers
 
 
@@ -164,12 +174,15 @@ def _read_index(folder: Path) -> dict[str, str]:
     if not path.is_file():
         return {}
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        index = json.loads(path.read_text(encoding="utf-8"))
+        weight_map = index["weight_map"]
+        if not isinstance(index["metadata"], dict):  # transformers reads it
+            raise ValueError("metadata is no object")
         if not all(isinstance(file, str) and Path(file).name == file for file in weight_map.values()):
             raise ValueError("weight_map names a file outside the folder")
         return dict(weight_map)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FormatError(f"{path}: unreadable index ({error!r})") from None
+        raise FormatError(f"{path}: unreadable index ({error!r}); {COPY}") from None
 
 
 def expected_tensors(group: Group, member_rows: Sequence[int], columns: int) -> dict[str, tuple[int, ...]]:
@@ -179,7 +192,10 @@ def expected_tensors(group: Group, member_rows: Sequence[int], columns: int) -> 
     """
     rows, rank = sum(member_rows), group.rank
     if rank > min(rows, columns):
-        raise FormatError(f"group {group.name}: rank {rank} is larger than the matrix, {rows} x {columns}")
+        raise FormatError(
+            f"group {group.name}: rank {rank} is larger than the matrix, {rows} x {columns}; "
+            "correct config.json or convert again"
+        )
     if group.form == "svd":
         shared = {LOWRANK_B: (rank, columns)}
         each = {LOWRANK_A: rank}
@@ -207,24 +223,16 @@ def check_permutation(name: str, permutation: torch.Tensor) -> None:
 def check_finite(name: str, tensor: torch.Tensor) -> None:
     """Raises FormatError if a floating-point tensor holds NaN or infinity."""
     if tensor.is_floating_point() and not tensor.isfinite().all():
-        raise FormatError(f"{name}: holds NaN or infinite values; convert again or copy the file again")
+        raise FormatError(f"{name}: holds NaN or infinite values; {MEND}")
 
 
-def validate_checkpoint(folder: Path, members: Iterable[str] | None = None) -> FermiSVDConfig:
+def validate_checkpoint(folder: Path) -> FermiSVDConfig:
     """The config of a folder all of whose tensors are what it says: names, shapes, types, permutations, finite values.
 
-    members: names of the model's linear layers, if known: groups may name no others. Reads every tensor once.
-    Raises FormatError otherwise.
+    Reads every tensor once. Raises FormatError otherwise.
     """
     folder = Path(folder)
     config, headers = read_config(folder), read_headers(folder)
-    known = None if members is None else set(members)
-    for group in config.groups:
-        strangers = [m for m in group.members if known is not None and m not in known]
-        if strangers:
-            raise FormatError(
-                f"{folder / 'config.json'}: group {group.name}: the model has no linear layer {strangers[0]}"
-            )
     check_headers(config, headers)
     check_values(headers)
     return config
@@ -248,7 +256,7 @@ def check_headers(config: FermiSVDConfig, headers: Mapping[str, TensorInfo]) -> 
         check_group_headers(group, headers)
     for name in config.provenance.get("dense_tensors", []):
         if name not in headers:
-            raise FormatError(f"{name}: missing from the checkpoint; convert again or copy the shard again")
+            raise FormatError(f"{name}: missing from the checkpoint; {MEND}")
 
 
 def check_group_headers(group: Group, headers: Mapping[str, TensorInfo]) -> None:
@@ -256,10 +264,11 @@ def check_group_headers(group: Group, headers: Mapping[str, TensorInfo]) -> None
 
     def shape_of(tensor: str, dimensions: int = 2) -> tuple[int, ...]:
         if tensor not in headers:
-            raise FormatError(f"{tensor}: missing from the checkpoint; convert again or copy the shard again")
+            raise FormatError(f"{tensor}: missing from the checkpoint; {MEND}")
         if len(headers[tensor].shape) != dimensions:
             raise FormatError(
-                f"{headers[tensor].file}: {tensor}: {dimensions} dimensions expected, shape is {headers[tensor].shape}"
+                f"{headers[tensor].file}: {tensor}: {dimensions} dimensions expected, "
+                f"shape is {headers[tensor].shape}; {MEND}"
             )
         return headers[tensor].shape
 
@@ -276,17 +285,20 @@ def check_group_headers(group: Group, headers: Mapping[str, TensorInfo]) -> None
     for name, shape in expected_tensors(group, rows, columns).items():
         if shape_of(name, len(shape)) != shape:
             raise FormatError(
-                f"{headers[name].file}: {name}: shape {headers[name].shape}, but rank {group.rank} asks for {shape}"
+                f"{headers[name].file}: {name}: shape {headers[name].shape}, "
+                f"but rank {group.rank} asks for {shape}; {MEND}"
             )
         allowed = {"I32"} if name.endswith(f".{PERMUTATION}") else FLOAT_TYPES
         if headers[name].dtype not in allowed:
             raise FormatError(
-                f"{headers[name].file}: {name}: type {headers[name].dtype}, expected {' or '.join(sorted(allowed))}"
+                f"{headers[name].file}: {name}: type {headers[name].dtype}, "
+                f"expected {' or '.join(sorted(allowed))}; {MEND}"
             )
     for member in group.members:
         if f"{member}.weight" in headers:
             raise FormatError(
-                f"{headers[f'{member}.weight'].file}: {member}.weight is there, but group {group.name} replaces it"
+                f"{headers[f'{member}.weight'].file}: {member}.weight is there, "
+                f"but group {group.name} replaces it; {MEND}"
             )
 
 

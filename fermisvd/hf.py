@@ -4,12 +4,15 @@ The reference modules take the place of the compressed layers; a broken checkpoi
 writes the model at its small size again.
 """
 
+import json
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.conversion_mapping import WeightConverter, WeightRenaming, get_model_conversion_mapping
 from transformers.core_model_loading import rename_source_key
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -17,15 +20,19 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fermisvd.format import (
+    MEND,
     QUANT_METHOD,
     FermiSVDConfig,
     FormatError,
     expected_tensors,
     parse_config,
+    read_config,
     read_headers,
     validate_checkpoint,
 )
 from fermisvd.modules import replace_group
+
+logger = logging.getLogger("fermisvd")
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -53,12 +60,11 @@ class FermiSVDQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, checkpoint_files=None, **kwargs) -> None:
         config = self.quantization_config.fermisvd
-        linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
         if checkpoint_files:
             # transformers fills what a checkpoint lacks with random numbers; so everything is checked beforehand
             folder = Path(checkpoint_files[0]).parent
-            validate_checkpoint(folder, linear)
-            _check_against_model(model, linear, config, read_headers(folder))
+            validate_checkpoint(folder)
+            _check_against_model(model, config, folder)
         for group in config.groups:
             replace_group(model, group)
 
@@ -70,8 +76,38 @@ class FermiSVDQuantizer(HfQuantizer):
         return False
 
 
-def _check_against_model(model: nn.Module, linear: dict[str, nn.Linear], config: FermiSVDConfig, headers) -> None:
-    """Raises FormatError if a tensor that the model needs is in no file, or not in the model's shape."""
+def check_architecture(folder: Path) -> None:
+    """The check of from_pretrained without the weights: does the model that config.json names fit groups and tensors?
+
+    Raises FormatError if not. A model that transformers cannot build without its own code is not checked, and said so.
+    """
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if "auto_map" in values:
+        logger.warning("%s: the model runs code of its own; its structure is checked layer by layer only", folder)
+        return
+    try:
+        hf_config = AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(hf_config)
+    except Exception as error:  # whatever a strange config.json makes transformers raise
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise FormatError(
+            f"{folder / 'config.json'}: transformers cannot build this model ({reason}); convert again"
+        ) from None
+    _check_against_model(model, read_config(folder), folder)
+
+
+def _check_against_model(model: nn.Module, config: FermiSVDConfig, folder: Path) -> None:
+    """Raises FormatError if a group or a tensor that the model needs is not there, or not in the model's shape."""
+    linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    for group in config.groups:
+        for member in group.members:
+            if member not in linear:
+                raise FormatError(
+                    f"{folder / 'config.json'}: group {group.name}: {type(model).__name__} has no linear layer "
+                    f"{member}; groups and model are not of one checkpoint, convert again"
+                )
+    headers = read_headers(folder)
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     for group in config.groups:
         for member in group.members:
@@ -82,9 +118,12 @@ def _check_against_model(model: nn.Module, linear: dict[str, nn.Linear], config:
     loaded = _names_after_loading(model, headers)
     for name, shape in expected.items():
         if name not in headers and name not in tied and name not in loaded:
-            raise FormatError(f"{name}: missing from the checkpoint; convert again or copy the shard again")
+            raise FormatError(f"{name}: missing from the checkpoint; {MEND}")
         if name in headers and headers[name].shape != shape:
-            raise FormatError(f"{headers[name].file}: {name}: shape {headers[name].shape}, the model needs {shape}")
+            raise FormatError(
+                f"{headers[name].file}: {name}: shape {headers[name].shape}, {type(model).__name__} needs {shape}; "
+                "config.json and weights are not of one model, convert again"
+            )
 
 
 def _names_after_loading(model: nn.Module, names: Iterable[str]) -> set[str]:
@@ -98,6 +137,4 @@ def _names_after_loading(model: nn.Module, names: Iterable[str]) -> set[str]:
 
 def load_model(path: str | Path, dtype: torch.dtype = torch.float32, **kwargs) -> nn.Module:
     """A causal language model, dense or compressed, for evaluation; never from pickles. kwargs: from_pretrained's."""
-    from transformers import AutoModelForCausalLM
-
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **kwargs).eval()

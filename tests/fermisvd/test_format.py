@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from faults import split_in_two
 from fermisvd.format import (
     FermiSVDConfig,
     FormatError,
@@ -151,24 +152,6 @@ def test_pickled_file_is_refused(checkpoint):
     (checkpoint / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(FormatError, match=r"pickled files are never loaded, remove pytorch_model\.bin"):
         validate_checkpoint(checkpoint)
-
-
-def test_member_unknown_to_the_model_is_refused(checkpoint):
-    with pytest.raises(FormatError, match=r"the model has no linear layer l\.u"):
-        validate_checkpoint(checkpoint, members=["l.q", "l.k", "l.o", "l.g"])
-
-
-def split_in_two(folder):
-    tensors = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    names = sorted(tensors)
-    weight_map = {}
-    for i, part in enumerate((names[:5], names[5:]), 1):
-        file = f"model-0000{i}-of-00002.safetensors"
-        save_file({n: tensors[n] for n in part}, folder / file)
-        weight_map |= dict.fromkeys(part, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    return weight_map
 
 
 def test_sharded_checkpoint(checkpoint):

@@ -109,5 +109,5 @@ def test_checkpoint_of_another_model_is_refused(compressed, tmp_path):
     config["intermediate_size"] = 200
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").write_bytes((compressed / "model.safetensors").read_bytes())
-    with pytest.raises(FormatError, match="the model needs"):
+    with pytest.raises(FormatError, match="LlamaForCausalLM needs"):
         load_model(tmp_path)

@@ -31,12 +31,23 @@ def _of_tokens(tokens, logprobs) -> list[float]:
     return [step[token].logprob for token, step in zip(tokens, logprobs or (), strict=False)]
 
 
+def allocate_intermediate_tensors(worker) -> None:
+    """What vLLM's worker does while it profiles a GPU and, as of 0.32, forgets on a CPU: later stages then die."""
+    runner = worker.model_runner
+    if runner.intermediate_tensors is None:
+        runner.intermediate_tensors = runner.model.make_empty_intermediate_tensors(
+            batch_size=runner.max_num_tokens, dtype=runner.model_config.dtype, device=runner.device
+        )
+
+
 def run(task: dict) -> dict:
     from vllm import LLM
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
     engine = LLM(**{"dtype": "float32", "max_model_len": 256, "max_num_seqs": 64, **task["engine"]})
     try:
+        if task["engine"].get("pipeline_parallel_size", 1) > 1:
+            engine.collective_rpc(allocate_intermediate_tensors)
         result = generate(engine, task)
         if "reload" in task:
             engine.collective_rpc("reload_weights", kwargs={"weights_path": task["reload"]})

@@ -5,9 +5,10 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from families import dense_twin
 from reference import assert_agrees, greedy
-from safetensors.torch import load_file, save_file
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm

@@ -61,7 +61,10 @@ class FermiSVDConfig(QuantizationConfig):
             cached = try_to_load_from_cache(model_name, "config.json", revision=revision)
             folder = Path(cached).parent if isinstance(cached, str) else folder
         if folder.is_dir() and any(p.suffix in {".safetensors", *PICKLE_SUFFIXES} for p in folder.iterdir()):
+            from fermisvd.hf import check_architecture  # here, so that registering stays light
+
             validate_before_serving(folder)
+            check_architecture(folder)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper) -> None:
         """Renames members as vLLM renames the model's modules."""
