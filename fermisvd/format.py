@@ -178,6 +178,8 @@ def _read_index(folder: Path) -> dict[str, str]:
         weight_map = index["weight_map"]
         if not isinstance(index["metadata"], dict):  # transformers reads it
             raise ValueError("metadata is no object")
+        if not weight_map:
+            raise ValueError("weight_map is empty")
         if not all(isinstance(file, str) and Path(file).name == file for file in weight_map.values()):
             raise ValueError("weight_map names a file outside the folder")
         return dict(weight_map)

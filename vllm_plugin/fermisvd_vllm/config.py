@@ -15,6 +15,7 @@ from fermisvd_vllm.layout import numbers_held, parts_of
 from fermisvd_vllm.linear import FermiSVDLinearMethod
 
 logger = init_logger("vllm.fermisvd")
+DRAFT_PREFIX = "draft_model."  # vLLM's name for the whole draft of speculative decoding; no checkpoint has it
 
 
 class FermiSVDConfig(QuantizationConfig):
@@ -78,7 +79,7 @@ class FermiSVDConfig(QuantizationConfig):
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if not isinstance(layer, LinearBase):
             return None
-        members = self.member_names(prefix)
+        members = self.member_names(prefix.removeprefix(DRAFT_PREFIX))
         parts = parts_of(members, self.groups, prefix)
         if parts is None:
             return UnquantizedLinearMethod()
