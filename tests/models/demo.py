@@ -5,19 +5,15 @@ with `vllm serve` and asks it over the OpenAI API. Ends with one table; exit cod
 """
 
 import json
-import os
 import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from server import serve
 from stdlib_text import write_texts
 
 MODEL = Path(__file__).parent / "stdlib-2m"
@@ -31,43 +27,6 @@ def run(*arguments: object) -> str:
     print("$ fermisvd", *arguments, flush=True)
     command = [str(BIN / "fermisvd"), *map(str, arguments)]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-
-
-@contextmanager
-def server(folder: Path, log: Path) -> Iterator[str]:
-    """`vllm serve` on a free loopback port; yields its address when healthy; stopped also when interrupted."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [str(BIN / "vllm"), "serve", str(folder), "--host", "127.0.0.1", "--port", str(port)]
-    print("$ vllm serve", folder, "--port", port, flush=True)
-    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", **os.environ}
-    with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
-    try:
-        address = f"http://127.0.0.1:{port}"
-        wait_until_healthy(address, process, log)
-        yield address
-    finally:
-        with suppress(ProcessLookupError, subprocess.TimeoutExpired):  # it may have ended by itself
-            os.killpg(process.pid, signal.SIGTERM)
-            try:
-                process.wait(60)
-            finally:  # also when interrupted a second time
-                os.killpg(process.pid, signal.SIGKILL)
-
-
-def wait_until_healthy(address: str, process: subprocess.Popen, log: Path, limit: float = 300) -> None:
-    begin = time.time()
-    while time.time() - begin < limit:
-        if process.poll() is not None:
-            raise SystemExit(f"vllm serve ended with {process.returncode}:\n{log.read_text()[-3000:]}")
-        try:
-            urllib.request.urlopen(f"{address}/health", timeout=5)
-            return
-        except (urllib.error.URLError, OSError):
-            time.sleep(1)
-    raise SystemExit(f"vllm serve not healthy after {limit:.0f} s:\n{log.read_text()[-3000:]}")
 
 
 def ask(address: str, path: str, body: dict | None = None) -> dict:
@@ -120,7 +79,9 @@ def main() -> None:
     check(rows["pivga"]["perplexity"] < rows["svd"]["perplexity"], "pivga beats svd at equal parameters")
     check(rows["pivga"]["perplexity"] < 1.5 * rows["dense"]["perplexity"], "pivga stays near dense")
 
-    with server(out / "pivga", out / "server.log") as address:
+    print("$ vllm serve", out / "pivga", flush=True)
+    with serve(out / "pivga", out / "server.log") as server:
+        address = server.address
         models = ask(address, "/v1/models")
         check(models["data"][0]["id"] == str(out / "pivga"), "/v1/models lists the checkpoint")
         body = {"model": str(out / "pivga"), "prompt": PROMPT, "max_tokens": 24, "temperature": 0}

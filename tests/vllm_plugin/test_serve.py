@@ -1,20 +1,20 @@
-"""Real engines: the same greedy tokens as Hugging Face's forward, and broken checkpoints that do not start."""
+"""The demo model in real engines: the tokens of Hugging Face's forward, every load format and dtype, every refusal."""
 
-import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
+from faults import FAULTS
 from fermisvd.hf import load_model
+from reference import assert_agrees, greedy
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
-TOKENS = 24
+LENGTH = 24
+FORMS = ["pivga", "svd"]
 
 
 @pytest.fixture(scope="module")
@@ -27,137 +27,97 @@ def prompts(demo_text, demo_model):
     return [window[: 4 + i].tolist() for i, window in enumerate(windows)]
 
 
-@torch.no_grad()
-def greedy(model, ids: list[int]) -> tuple[list[int], list[float]]:
-    """Greedy continuation by Hugging Face's forward, and how far the best logit is ahead of the next at each step."""
-    tokens, margins = list(ids), []
-    for _ in range(TOKENS):
-        logits = model(input_ids=torch.tensor([tokens])).logits[0, -1]
-        best = logits.topk(2)
-        margins.append((best.values[0] - best.values[1]).item())
-        tokens.append(best.indices[0].item())
-    return tokens[len(ids) :], margins
+@pytest.fixture(scope="module")
+def expected(compressed, prompts):
+    return {form: [greedy(load_model(compressed[form]), ids, LENGTH) for ids in prompts] for form in FORMS}
 
 
 @pytest.fixture(scope="module")
-def expected(compressed, prompts):
-    result = {}
-    for form, folder in compressed.items():
-        model = load_model(folder)
-        result[form] = [greedy(model, ids) for ids in prompts]
-    return result
-
-
-def generate(folder, prompts, environment, tmp_path, **engine):
-    task = {
-        "engine": {"model": str(folder), "dtype": "float32", "max_model_len": 256, "max_num_seqs": 64, **engine},
-        "prompts": prompts,
-        "max_tokens": TOKENS,
-        "out": str(tmp_path / "tokens.json"),
+def served(compressed, prompts, run_engines, tmp_path_factory):
+    """Name of an engine -> what it answered; all of them in one process."""
+    shapes = tmp_path_factory.mktemp("dummy") / "shapes"
+    shutil.copytree(compressed["pivga"], shapes, ignore=shutil.ignore_patterns("*.safetensors"))
+    pivga, svd = str(compressed["pivga"]), str(compressed["svd"])
+    engines = {
+        "pivga eager": {"model": pivga, "enforce_eager": True},
+        "svd eager": {"model": svd, "enforce_eager": True},
+        "pivga compiled": {"model": pivga},
+        "svd compiled": {"model": svd},
+        "strict": {"model": pivga, "enforce_eager": True, "load_format": "fermisvd"},
+        "dummy": {"model": str(shapes), "enforce_eager": True, "load_format": "dummy"},
+        "bfloat16": {"model": pivga, "enforce_eager": True, "dtype": "bfloat16"},
+        "float16": {"model": pivga, "enforce_eager": True, "dtype": "float16"},
     }
-    script = Path(__file__).with_name("generate.py")
-    result = subprocess.run(
-        [sys.executable, str(script)],
-        input=json.dumps(task),
-        text=True,
-        capture_output=True,
-        env=environment,
-        timeout=600,
-    )
-    assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
-    return json.loads(Path(task["out"]).read_text())
-
-
-def assert_same_tokens(served, expected):
-    """Equal, but where the two best logits lie within float32 rounding of each other, from there on either is right."""
-    ties = 0
-    for ours, (reference, margins) in zip(served, expected, strict=True):
-        if ours != reference:
-            split = next(i for i in range(TOKENS) if ours[i] != reference[i])
-            assert margins[split] < 1e-4, f"token {split}: {ours} against {reference}, margin {margins[split]}"
-            ties += 1
-    assert ties <= 1
+    tasks = [{"engine": engine, "prompts": prompts, "max_tokens": LENGTH} for engine in engines.values()]
+    for name, task in zip(engines, tasks, strict=True):
+        if name.startswith(("bfloat", "float")):
+            task["sampling"] = {"prompt_logprobs": 0}
+    return dict(zip(engines, run_engines(tasks), strict=True))
 
 
 @pytest.mark.parametrize("mode", ["eager", "compiled"])
-@pytest.mark.parametrize("form", ["pivga", "svd"])
-def test_greedy_tokens_equal_hugging_face(compressed, prompts, expected, vllm_environment, tmp_path, form, mode):
-    served = generate(compressed[form], prompts, vllm_environment, tmp_path, enforce_eager=mode == "eager")
-    assert_same_tokens(served, expected[form])
+@pytest.mark.parametrize("form", FORMS)
+def test_greedy_tokens_equal_hugging_face(served, expected, form, mode):
+    assert_agrees(served[f"{form} {mode}"], expected[form])
 
 
-def test_strict_loader(compressed, prompts, expected, vllm_environment, tmp_path):
-    served = generate(
-        compressed["pivga"], prompts[:8], vllm_environment, tmp_path, enforce_eager=True, load_format="fermisvd"
-    )
-    assert_same_tokens(served, expected["pivga"][:8])
+def test_strict_loader(served, expected):
+    assert_agrees(served["strict"], expected["pivga"])
 
 
-def test_dummy_weights_of_a_folder_without_weights(compressed, prompts, vllm_environment, tmp_path):
-    folder = tmp_path / "shapes"
-    shutil.copytree(compressed["pivga"], folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    served = generate(folder, prompts[:4], vllm_environment, tmp_path, enforce_eager=True, load_format="dummy")
-    assert all(len(tokens) == TOKENS for tokens in served)
+def test_dummy_weights_of_a_folder_without_weights(served):
+    assert "error" not in served["dummy"], served["dummy"]["error"]
+    assert all(len(tokens) == LENGTH for tokens in served["dummy"]["tokens"])
 
 
-def spoil_missing(tensors):
-    del tensors["model.layers.1.self_attn.k_proj.skeleton"]
+@pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.05), ("float16", 0.01)])
+def test_half_precision(served, expected, dtype, tolerance):
+    """Median error of a prompt token's log-probability against float32: bfloat16 keeps 8 bits, float16 11."""
+    assert "error" not in served[dtype], served[dtype]["error"]
+    gaps = [
+        abs(a - b)
+        for ours, reference in zip(served[dtype]["prompt_logprobs"], expected["pivga"], strict=True)
+        for a, b in zip(ours, reference["prompt_logprobs"], strict=True)
+    ]
+    assert sorted(gaps)[len(gaps) // 2] < tolerance
 
 
-def spoil_dense(tensors):
-    del tensors["model.layers.2.input_layernorm.weight"]
+@pytest.fixture(scope="module")
+def refusals(family_checkpoints, run_engines, tmp_path_factory):
+    """Fault -> what an engine said of a checkpoint with it, with and without the strict loader."""
+    folder, tasks = tmp_path_factory.mktemp("faults"), {}
+    for number, (fault, (spoil, _)) in enumerate(FAULTS.items()):
+        broken = shutil.copytree(family_checkpoints("llama", "pivga")[1], folder / str(number))
+        spoil(broken)
+        for load_format in ("auto", "fermisvd"):
+            engine = {"model": str(broken), "enforce_eager": True, "load_format": load_format}
+            tasks[fault, load_format] = {"engine": engine, "prompts": [[1, 2, 3]], "max_tokens": 1}
+    return dict(zip(tasks, run_engines(list(tasks.values())), strict=True))
 
 
-def spoil_shape(tensors):
-    name = "model.layers.0.mlp.down_proj.skeleton"
-    tensors[name] = tensors[name][:-1].contiguous()
-
-
-def spoil_permutation(tensors):
-    permutation = tensors["model.layers.1.mlp.gate_proj.permutation"]
-    permutation[0] = permutation[1]
-
-
-def spoil_value(tensors):
-    tensors["model.layers.3.self_attn.o_proj.interpolation"][0, 0] = float("nan")
-
-
-FAULTS = {
-    "missing": (spoil_missing, "model.layers.1.self_attn.k_proj.skeleton"),
-    "missing dense": (spoil_dense, "model.layers.2.input_layernorm.weight"),
-    "shape": (spoil_shape, "model.layers.0.mlp.down_proj.skeleton"),
-    "permutation": (spoil_permutation, "model.layers.1.mlp.gate_proj.permutation"),
-    "NaN": (spoil_value, "model.layers.3.self_attn.o_proj.interpolation"),
-}
-
-
+@pytest.mark.parametrize("load_format", ["auto", "fermisvd"])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_server_refuses_a_broken_checkpoint(compressed, vllm_environment, tmp_path, fault):
-    """`vllm serve` with no flag ends by itself, with an error that names the tensor."""
-    spoil, name = FAULTS[fault]
-    folder = shutil.copytree(compressed["pivga"], tmp_path / "broken")
-    tensors = load_file(folder / "model.safetensors")
-    spoil(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    vllm = Path(sys.executable).with_name("vllm")
-    result = subprocess.run(
-        [
-            str(vllm),
-            "serve",
-            str(folder),
-            "--port",
-            "0",
-            "--enforce-eager",
-            "--dtype",
-            "float32",
-            "--max-model-len",
-            "256",
-        ],
-        capture_output=True,
-        text=True,
-        env=vllm_environment,
-        timeout=300,
-    )
+def test_engine_refuses(refusals, fault, load_format):
+    """No engine starts; the last line names the tensor, and file and remedy where they are known."""
+    result = refusals[fault, load_format]
+    assert "error" in result, f"served {fault}"
+    message = result["error"].strip().splitlines()[-1]
+    assert "FormatError" in message, result["error"][-2000:]
+    words = FAULTS[fault][1]
+    missing = [word for word in words if word not in message]
+    assert not missing, f"{missing} not in: {message}"
+
+
+@pytest.mark.parametrize("fault", ["missing factor", "NaN in a factor"])
+def test_server_refuses(family_checkpoints, vllm_environment, tmp_path, fault):
+    """`vllm serve` with no flag ends by itself: before it starts its engine, and while that loads."""
+    folder = shutil.copytree(family_checkpoints("llama", "pivga")[1], tmp_path / "broken")
+    spoil, words = FAULTS[fault]
+    spoil(folder)
+    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(folder), "--port", "0"]
+    options = ["--enforce-eager", "--dtype", "float32", "--max-model-len", "128"]
+    result = subprocess.run(command + options, capture_output=True, text=True, env=vllm_environment, timeout=300)
+    output = result.stdout + result.stderr
     assert result.returncode != 0
-    assert name in result.stdout + result.stderr, (result.stdout + result.stderr)[-4000:]
-    assert "startup complete" not in result.stdout + result.stderr
+    assert all(word in output for word in words), output[-4000:]
+    assert "startup complete" not in output

@@ -1,0 +1,271 @@
+"""A compressed model under load and faults, in a real `vllm serve`, beside the dense one.
+
+    python benchmarks/soak.py [--requests 10000]
+
+1. 200 concurrent clients, mixed prompt lengths, some cancelled mid-stream: every answer against the same request alone.
+2. Memory of all server processes over --requests short requests.
+3. Malformed requests, and clients that disconnect while an answer streams.
+4. SIGTERM with requests in flight, for the compressed and the dense model.
+
+The demo model in pivga form with 20 % removed, float32. Writes results/soak.json; exit code 0 only if nothing is wrong.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import random
+import signal
+import sys
+import time
+from collections import Counter
+from importlib.metadata import version
+from pathlib import Path
+
+import aiohttp
+import psutil
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+sys.path.append(str(ROOT / "tests" / "models"))
+from server import Server, serve  # noqa: E402
+from stdlib_text import write_texts  # noqa: E402
+
+DEMO_MODEL = ROOT / "tests" / "models" / "stdlib-2m"
+CLIENTS, LENGTHS, NEW_TOKENS = 200, (4, 16, 60, 150, 400), 32
+OPTIONS = ("--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "64", "--served-model-name", "model")
+# Batches of other sizes take other GEMM kernels, which add in another order: log-probabilities move in float32, too.
+TOLERANCE = 1e-3
+
+
+def body(prompt: list[int], **more) -> dict:
+    return {"model": "model", "prompt": prompt, "max_tokens": NEW_TOKENS, "temperature": 0, "ignore_eos": True} | more
+
+
+async def complete(session: aiohttp.ClientSession, request: dict) -> dict:
+    async with session.post("/v1/completions", json=request) as response:
+        response.raise_for_status()
+        return (await response.json())["choices"][0]
+
+
+async def cancel_while_streaming(session: aiohttp.ClientSession, request: dict, chunks: int = 3) -> None:
+    """Reads a few chunks of a stream, then drops the connection."""
+    async with session.post("/v1/completions", json=request | {"stream": True, "max_tokens": 100}) as response:
+        async for _ in response.content:
+            chunks -= 1
+            if not chunks:
+                response.close()
+                return
+
+
+def answer_of(choice: dict) -> tuple[list[str], list[float]]:
+    return choice["logprobs"]["tokens"], choice["logprobs"]["token_logprobs"]
+
+
+def compare(alone: tuple, together: tuple) -> tuple[bool, float]:
+    """Are the tokens equal, and how far are the log-probabilities apart up to the first other token (included)."""
+    (tokens, logprobs), (others, other_logprobs) = alone, together
+    split = next((i for i in range(len(tokens)) if tokens[i] != others[i]), len(tokens) - 1)
+    return tokens == others, max(
+        abs(a - b) for a, b in zip(logprobs[: split + 1], other_logprobs[: split + 1], strict=True)
+    )
+
+
+async def concurrent_clients(session: aiohttp.ClientSession, prompts: list[list[int]]) -> dict:
+    requests = [body(prompt, logprobs=0) for prompt in prompts]
+    alone = [answer_of(await complete(session, request)) for request in requests]
+    generator, cancelled, gaps, different = random.Random(0), 0, [], 0
+
+    async def client(number: int) -> None:
+        nonlocal cancelled, different
+        for i in generator.sample(range(len(prompts)), 5):
+            if generator.random() < 0.2:
+                await cancel_while_streaming(session, requests[i])
+                cancelled += 1
+                continue
+            same, gap = compare(alone[i], answer_of(await complete(session, requests[i])))
+            gaps.append(gap)
+            different += not same
+
+    begin = time.perf_counter()
+    await asyncio.gather(*(client(number) for number in range(CLIENTS)))
+    return {
+        "clients": CLIENTS,
+        "prompt_tokens": LENGTHS,
+        "answers": len(gaps),
+        "cancelled_mid_stream": cancelled,
+        "answers_with_other_tokens": different,
+        "largest_logprob_gap": max(gaps),
+        "tolerance": TOLERANCE,
+        "seconds": round(time.perf_counter() - begin, 1),
+    }
+
+
+def resident_megabytes(server: Server) -> float:
+    parent = psutil.Process(server.process.pid)
+    return sum(p.memory_info().rss for p in [parent, *parent.children(recursive=True)]) / 1e6
+
+
+async def many_requests(session: aiohttp.ClientSession, server: Server, prompts: list[list[int]], total: int) -> dict:
+    """Short requests, 64 at a time; memory after each tenth."""
+    generator, samples, begin = random.Random(0), [], time.perf_counter()
+    for _ in range(10):
+        gate = asyncio.Semaphore(64)
+
+        async def one() -> None:
+            async with gate:  # noqa: B023
+                prompt = generator.choice(prompts)
+                await complete(session, body(prompt[: generator.randint(2, 16)], max_tokens=generator.randint(1, 8)))
+
+        await asyncio.gather(*(one() for _ in range(total // 10)))
+        samples.append(round(resident_megabytes(server), 1))
+    seconds = time.perf_counter() - begin
+    return {"requests": total, "seconds": round(seconds, 1), "resident_megabytes_after_each_tenth": samples}
+
+
+MALFORMED = {
+    "no JSON": b"{",
+    "no prompt": {"model": "model", "max_tokens": 1},
+    "unknown model": {"model": "other", "prompt": [1], "max_tokens": 1},
+    "negative length": {"model": "model", "prompt": [1], "max_tokens": -1},
+    "token outside the vocabulary": {"model": "model", "prompt": [10**6], "max_tokens": 1},
+    "prompt too long": {"model": "model", "prompt": [1] * 600, "max_tokens": 1},
+    "temperature of words": {"model": "model", "prompt": [1], "temperature": "hot"},
+    "n of zero": {"model": "model", "prompt": [1], "n": 0},
+    "unreadable schema": {"model": "model", "prompt": [1], "structured_outputs": {"json": "{"}},
+}
+
+
+async def malformed_requests(session: aiohttp.ClientSession) -> dict:
+    statuses = {}
+    for name, request in MALFORMED.items():
+        data = request if isinstance(request, bytes) else json.dumps(request).encode()
+        async with session.post("/v1/completions", data=data, headers={"Content-Type": "application/json"}) as response:
+            statuses[name] = response.status
+    return statuses
+
+
+async def running_requests(session: aiohttp.ClientSession) -> float:
+    async with session.get("/metrics") as response:
+        lines = (await response.text()).splitlines()
+    return sum(
+        float(x.split()[-1]) for x in lines if x.startswith(("vllm:num_requests_running", "vllm:num_requests_waiting{"))
+    )
+
+
+async def disconnects(session: aiohttp.ClientSession, prompts: list[list[int]]) -> dict:
+    await asyncio.gather(*(cancel_while_streaming(session, body(prompt)) for prompt in prompts[:50]))
+    for waited in range(30):
+        if not await running_requests(session):
+            return {"clients": 50, "requests_left_running": 0, "seconds_until_none": waited}
+        await asyncio.sleep(1)
+    return {"clients": 50, "requests_left_running": await running_requests(session), "seconds_until_none": None}
+
+
+async def terminate_under_load(session: aiohttp.ClientSession, server: Server, prompts: list[list[int]]) -> dict:
+    """How requests in flight end when the server is told to: counts by outcome, and the server's exit."""
+
+    async def one(prompt: list[int]) -> str:
+        try:
+            choice = await complete(session, body(prompt[:16], max_tokens=400, logprobs=0))
+            return f"answered, {choice['finish_reason']}"
+        except aiohttp.ClientResponseError as error:
+            return f"status {error.status}"
+        except (aiohttp.ClientError, ConnectionError) as error:
+            return type(error).__name__
+
+    tasks = [asyncio.create_task(one(prompt)) for prompt in prompts[:50]]
+    await asyncio.sleep(1.0)
+    begin = time.perf_counter()
+    os.kill(server.process.pid, signal.SIGTERM)
+    outcomes = Counter(await asyncio.gather(*tasks))
+    code = await asyncio.to_thread(server.process.wait, 60)
+    return {
+        "in_flight": 50,
+        "outcomes": dict(outcomes),
+        "exit_code": code,
+        "seconds": round(time.perf_counter() - begin, 1),
+    }
+
+
+def client_session(server: Server) -> aiohttp.ClientSession:
+    return aiohttp.ClientSession(
+        server.address, connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=600)
+    )
+
+
+async def soak(server: Server, prompts: list[list[int]], requests: int) -> dict:
+    async with client_session(server) as session:
+        record = {"concurrent_clients": await concurrent_clients(session, prompts)}
+        print(record, flush=True)
+        record["memory"] = await many_requests(session, server, prompts, requests)
+        record["malformed"] = await malformed_requests(session)
+        record["disconnects"] = await disconnects(session, prompts)
+        after = answer_of(await complete(session, body(prompts[0], logprobs=0)))
+        record["answers_afterwards"] = len(after[0]) == NEW_TOKENS
+        record["sigterm"] = await terminate_under_load(session, server, prompts)
+    return record
+
+
+async def terminate_only(server: Server, prompts: list[list[int]]) -> dict:
+    async with client_session(server) as session:
+        await complete(session, body(prompts[0]))
+        return await terminate_under_load(session, server, prompts)
+
+
+def faults_of(record: dict) -> list[str]:
+    """What is wrong, in words; empty if nothing is."""
+    load, memory = record["concurrent_clients"], record["memory"]["resident_megabytes_after_each_tenth"]
+    return [
+        what
+        for what, wrong in {
+            "log-probabilities under load are not those of single requests": load["largest_logprob_gap"] > TOLERANCE,
+            "memory grew by more than 1 % after the first tenth": max(memory[1:]) > 1.01 * memory[0],
+            "a malformed request was not answered with 4xx": any(s // 100 != 4 for s in record["malformed"].values()),
+            "requests of clients that left still run": record["disconnects"]["requests_left_running"] != 0,
+            "no answer afterwards": not record["answers_afterwards"],
+            "SIGTERM ends requests otherwise than with the dense model": (
+                record["sigterm"]["outcomes"].keys() != record["sigterm_dense"]["outcomes"].keys()
+                or record["sigterm"]["exit_code"] != record["sigterm_dense"]["exit_code"]
+            ),
+        }.items()
+        if wrong
+    ]
+
+
+def main() -> None:
+    from fermisvd_convert.convert import convert
+    from fermisvd_convert.source import load_tokenizer
+    from fermisvd_convert.text import windows_of
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--requests", type=int, default=10_000)
+    parser.add_argument("--work", type=Path, default=ROOT / "soak-work")
+    arguments = parser.parse_args()
+    work = arguments.work
+    work.mkdir(exist_ok=True)
+    texts = write_texts(work)
+    out = work / "pivga"
+    if not out.exists():
+        options = {"calibration": [str(texts["calibration"])], "sequence_length": 256, "ranks": "uniform"}
+        convert(str(DEMO_MODEL), out, 0.2, work=work / "stages", **options)
+    windows = windows_of(load_tokenizer(DEMO_MODEL), str(texts["validation"]), max(LENGTHS), CLIENTS)
+    prompts = [window[: LENGTHS[i % len(LENGTHS)]].tolist() for i, window in enumerate(windows)]
+    with serve(out, work / "server.log", *OPTIONS) as server:
+        record = asyncio.run(soak(server, prompts, arguments.requests))
+    with serve(DEMO_MODEL, work / "dense.log", *OPTIONS) as server:
+        record["sigterm_dense"] = asyncio.run(terminate_only(server, prompts))
+    record |= {
+        "command": f"python benchmarks/soak.py --requests {arguments.requests}",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "versions": {name: version(name) for name in ("fermisvd", "torch", "transformers", "vllm")},
+        "faults": faults_of(record),
+    }
+    (HERE / "results" / "soak.json").write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps(record, indent=1))
+    sys.exit(bool(record["faults"]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""One real `vllm serve`, compiled and with chunked prefill, asked in every way through the OpenAI client."""
+
+import json
+import re
+import threading
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from fermisvd.hf import load_model
+from reference import greedy
+from server import serve
+
+pytest.importorskip("vllm")
+from openai import APIStatusError, OpenAI
+
+pytestmark = pytest.mark.vllm
+LENGTH = 24
+
+
+@pytest.fixture(scope="module")
+def server(compressed, tmp_path_factory):
+    """Prompts longer than 64 tokens take more than one step."""
+    options = ["--dtype", "float32", "--max-model-len", "256", "--max-num-seqs", "16", "--max-num-batched-tokens", "64"]
+    log = tmp_path_factory.mktemp("server") / "log"
+    with serve(compressed["pivga"], log, *options, "--served-model-name", "model") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    return OpenAI(base_url=f"{server.address}/v1", api_key="none", max_retries=0, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def prompts(demo_text, demo_model):
+    from fermisvd_convert.source import load_tokenizer
+    from fermisvd_convert.text import windows_of
+
+    windows = windows_of(load_tokenizer(demo_model), str(demo_text["validation"]), 200, 8)
+    return [window[: 200 - 24 * i].tolist() for i, window in enumerate(windows)]
+
+
+@pytest.fixture(scope="module")
+def expected(compressed, prompts):
+    model = load_model(compressed["pivga"])
+    return [greedy(model, ids, LENGTH) for ids in prompts]
+
+
+def complete(client, prompt, **options):
+    extra = {"ignore_eos": True} | options.pop("extra_body", {})
+    return client.completions.create(
+        model="model",
+        prompt=prompt,
+        **{"max_tokens": LENGTH, "temperature": 0} | options,
+        extra_body=extra,
+    )
+
+
+def metric(server, name: str) -> float:
+    lines = urllib.request.urlopen(f"{server.address}/metrics").read().decode().splitlines()
+    return sum(float(line.split()[-1]) for line in lines if re.match(rf"{name}(_total)?\{{", line))
+
+
+def test_models(client):
+    assert [model.id for model in client.models.list()] == ["model"]
+
+
+def test_chunked_prefill_and_logprobs(client, prompts, expected):
+    """Concurrent prompts, most of them longer than a step takes; top log-probabilities as in Hugging Face's forward."""
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda ids: complete(client, ids, logprobs=2), prompts))
+    for answer, reference in zip(answers, expected, strict=True):
+        logprobs = answer.choices[0].logprobs
+        split = next((i for i, margin in enumerate(reference["margins"]) if margin < 1e-3), LENGTH)
+        assert logprobs.token_logprobs[:split] == pytest.approx(reference["logprobs"][:split], abs=2e-3)
+        gaps = [sorted(top.values(), reverse=True) for top in logprobs.top_logprobs[:split]]
+        assert [a - b for a, b, *_ in gaps] == pytest.approx(reference["margins"][:split], abs=4e-3)
+
+
+def test_prefix_caching(server, client, prompts):
+    first = complete(client, prompts[1]).choices[0].text
+    hits = metric(server, "vllm:prefix_cache_hits")
+    assert complete(client, prompts[1]).choices[0].text == first
+    assert metric(server, "vllm:prefix_cache_hits") > hits
+
+
+def test_streaming(client, prompts):
+    whole = complete(client, prompts[2]).choices[0].text
+    pieces = [chunk.choices[0].text for chunk in complete(client, prompts[2], stream=True)]
+    assert len(pieces) > 2 and "".join(pieces) == whole
+
+
+def test_several_choices(client, prompts):
+    options = {"n": 3, "temperature": 0.9, "seed": 7}
+    first, second = (complete(client, prompts[3], **options).choices for _ in range(2))
+    assert [c.text for c in first] == [c.text for c in second]
+    assert len({c.text for c in first}) == 3
+
+
+def test_structured_output(client, prompts):
+    answer = complete(client, prompts[4], extra_body={"structured_outputs": {"regex": "[0-9]{4} or [a-f]{3}"}})
+    assert re.fullmatch("[0-9]{4} or [a-f]{3}", answer.choices[0].text)
+    choice = complete(client, prompts[4], extra_body={"structured_outputs": {"choice": ["yes", "no"]}})
+    assert choice.choices[0].text in ("yes", "no")
+    schema = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"], "additionalProperties": False}
+    answer = complete(client, prompts[4], max_tokens=60, extra_body={"structured_outputs": {"json": schema}})
+    assert json.loads(answer.choices[0].text)["n"] in (1, 2)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"max_tokens": -1}, {"prompt": [10**6]}, {"prompt": [1] * 600}, {"n": 0}, {"model": "other"}, {"prompt": None}],
+    ids=lambda options: f"{next(iter(options))}",
+)
+def test_malformed_request(client, options):
+    with pytest.raises(APIStatusError) as caught:
+        client.completions.create(**{"model": "model", "prompt": [1, 2], "max_tokens": 2} | options)
+    assert 400 <= caught.value.status_code < 500
+    assert complete(client, [1, 2, 3], max_tokens=2).usage.completion_tokens == 2
+
+
+def test_client_that_disconnects(server, client, prompts):
+    """Its request is dropped, and the others go on."""
+    stream = complete(client, prompts[5], max_tokens=100, stream=True)
+    next(iter(stream))
+    other = threading.Thread(target=complete, args=(client, prompts[6]))
+    other.start()
+    stream.close()
+    other.join(60)
+    assert not other.is_alive()
+    deadline = time.time() + 20
+    while metric(server, "vllm:num_requests_running") and time.time() < deadline:
+        time.sleep(0.2)
+    assert metric(server, "vllm:num_requests_running") == 0
