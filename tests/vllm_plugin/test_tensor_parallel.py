@@ -1,0 +1,120 @@
+"""The linear method on every rank of a tensor parallel layer, in one process: its share of the dense product.
+
+Ranks do not talk to each other here; vLLM's own layers gather and reduce. Real processes: test_families.py.
+"""
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("vllm")
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+
+from fermisvd.format import FormatError, Group, expected_tensors
+from fermisvd.pivga import dense_product, fix_gauge
+from fermisvd_vllm.layout import numbers_held, parts_of
+from fermisvd_vllm.linear import FermiSVDLinearMethod
+
+COLUMNS, RANK = 48, 7  # a rank that no TP size divides
+SIZES = [1, 2, 4, 8]
+
+
+@pytest.fixture(autouse=True)
+def vllm_config():
+    with set_current_vllm_config(VllmConfig()):
+        yield
+
+
+def make_group(members, rows, form, side, columns=COLUMNS):
+    """A group, its checkpoint tensors, and the dense weight (sum of rows x columns)."""
+    a, b = torch.randn(sum(rows), RANK, dtype=torch.float64), torch.randn(RANK, columns, dtype=torch.float64)
+    group = Group(members=tuple(members), form=form, side=side if form == "pivga" else None, rank=RANK)
+    if form == "svd":
+        tensors = {f"{m}.lowrank_a": part for m, part in zip(members, a.split(rows), strict=True)}
+        return group, tensors | {f"{members[0]}.lowrank_b": b}, a @ b
+    gauge = fix_gauge(a, b, side)
+    parts = gauge.skeleton.split(rows) if side == "columns" else [gauge.skeleton]
+    tensors = {f"{m}.skeleton": part for m, part in zip(members, parts, strict=True)}
+    tensors |= {f"{members[0]}.interpolation": gauge.interpolation, f"{members[0]}.permutation": gauge.permutation}
+    return group, tensors, dense_product(gauge)
+
+
+def rank_of_layer(kind, tp_rank, tp_size, members, group, tensors, columns, rows, shard_ids, **attributes):
+    """The linear method of one rank with its weights loaded, and the layer that holds them."""
+    layer = kind.__new__(kind)
+    nn.Module.__init__(layer)
+    for name, value in {"tp_rank": tp_rank, "tp_size": tp_size, **attributes}.items():
+        setattr(layer, name, value)
+    method = FermiSVDLinearMethod(parts_of(members, dict.fromkeys(group.members, group), "layer"), members, "layer")
+    method.create_weights(layer, columns, rows, COLUMNS, sum(rows) * tp_size, torch.float32)
+    for name, tensor in tensors.items():
+        member, _, tensor_name = name.rpartition(".")
+        parameter = getattr(layer, tensor_name)
+        shard = () if shard_ids is None else (shard_ids[members.index(member)],)
+        parameter.weight_loader(parameter, tensor if tensor_name == "permutation" else tensor.float(), *shard)
+    method.process_weights_after_loading(layer)
+    return method, layer
+
+
+@pytest.mark.parametrize("tp_size", SIZES)
+@pytest.mark.parametrize("form", ["svd", "pivga"])
+def test_row_parallel_shares_add_up(form, tp_size):
+    group, tensors, dense = make_group(["o"], [40], form, "rows")
+    x = torch.randn(5, COLUMNS)
+    shares = []
+    for rank in range(tp_size):
+        local = COLUMNS // tp_size
+        method, layer = rank_of_layer(RowParallelLinear, rank, tp_size, ["o"], group, tensors, local, [40], None)
+        shares.append(method.apply(layer, x[:, rank * local :][:, :local]))
+    torch.testing.assert_close(sum(shares), x @ dense.float().T, rtol=1e-3, atol=1e-3 * dense.abs().max().item())
+
+
+@pytest.mark.parametrize("fused_on_disk", [False, True])
+@pytest.mark.parametrize("kv_heads", [8, 2, 1])
+@pytest.mark.parametrize("tp_size", SIZES)
+@pytest.mark.parametrize("form", ["svd", "pivga"])
+def test_column_parallel_shares_are_the_heads_of_a_rank(form, tp_size, kv_heads, fused_on_disk):
+    """Head size 4, 8 query heads; with fewer kv heads than ranks, neighbouring ranks hold the same one."""
+    head, heads = 4, 8
+    full = [heads * head, kv_heads * head, kv_heads * head]
+    local = [heads // tp_size * head] + [max(1, kv_heads // tp_size) * head] * 2
+    copies = max(1, tp_size // kv_heads)
+    members = ["qkv"] if fused_on_disk else ["q", "k", "v"]
+    group, tensors, dense = make_group(members, [sum(full)] if fused_on_disk else full, form, "columns")
+    x = torch.randn(5, COLUMNS)
+    q, k, v = (x @ part.float().T for part in dense.split(full))
+    for rank in range(tp_size):
+        kv = rank * kv_heads // tp_size * head
+        expected = [q[:, rank * local[0] :][:, : local[0]], k[:, kv:][:, : local[1]], v[:, kv:][:, : local[2]]]
+        attributes = {"num_kv_head_replicas": copies, "output_sizes": [tp_size * rows for rows in local]}
+        shard_ids = None if fused_on_disk else ["q", "k", "v"]
+        method, layer = rank_of_layer(
+            QKVParallelLinear, rank, tp_size, members, group, tensors, COLUMNS, local, shard_ids, **attributes
+        )
+        y = method.apply(layer, x)
+        torch.testing.assert_close(y, torch.cat(expected, -1), rtol=1e-3, atol=1e-3 * dense.abs().max().item())
+
+
+@pytest.mark.parametrize("tp_size", SIZES)
+@pytest.mark.parametrize("form", ["svd", "pivga"])
+@pytest.mark.parametrize("side", ["columns", "rows"])
+def test_numbers_of_all_ranks_are_the_checkpoints(form, side, tp_size):
+    """Sharded ones add up over ranks, replicated ones are on each."""
+    group, tensors, _ = make_group(["w"], [40], form, side)
+    kind, local = (ColumnParallelLinear, ([40 // tp_size], COLUMNS))
+    if side == "rows":
+        kind, local = (RowParallelLinear, ([40], COLUMNS // tp_size))
+    method, _ = rank_of_layer(kind, 0, tp_size, ["w"], group, tensors, local[1], local[0], None)
+    sharded, replicated = numbers_held(method.slots)
+    shapes = expected_tensors(group, [40], COLUMNS)
+    stored = sum(torch.Size(shape).numel() for name, shape in shapes.items() if not name.endswith("permutation"))
+    assert sharded * tp_size + replicated == stored
+
+
+@pytest.mark.parametrize("rows", [[20, 12], [9, 16]])
+def test_fused_rows_that_do_not_split_are_refused(rows):
+    """A checkpoint whose fused layer is not as wide as the model's."""
+    group, tensors, _ = make_group(["gate_up"], [32], "svd", "columns")
+    with pytest.raises(FormatError, match=r"layer: gate_up\.lowrank_a: shape \(32, 7\) does not split"):
+        rank_of_layer(ColumnParallelLinear, 0, 2, ["gate_up"], group, tensors, COLUMNS, [8, 8], None, output_sizes=rows)
