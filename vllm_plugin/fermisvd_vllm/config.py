@@ -13,9 +13,9 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from fermisvd.format import PICKLE_SUFFIXES, FormatError, Group, parse_config, validate_before_serving
 from fermisvd_vllm.layout import numbers_held, parts_of
 from fermisvd_vllm.linear import FermiSVDLinearMethod
+from fermisvd_vllm.versions import DRAFT_PREFIX
 
 logger = init_logger("vllm.fermisvd")
-DRAFT_PREFIX = "draft_model."  # vLLM's name for the whole draft of speculative decoding; no checkpoint has it
 
 
 class FermiSVDConfig(QuantizationConfig):

@@ -28,8 +28,8 @@ from fermisvd.format import (
     check_permutation,
 )
 from fermisvd_vllm.layout import WEIGHT, Part, Slot, shard_of, slots_of
+from fermisvd_vllm.versions import LORA_DEVICE_NAME, member_of
 
-SHARD_NAMES = {"q": 0, "k": 1, "v": 2}
 OUTPUT_NAMES = {WEIGHT, LOWRANK_A}  # first dimension is the layer's output; the skeleton's, too, where it is columns
 
 
@@ -110,9 +110,7 @@ class FermiSVDLinearMethod(LinearMethodBase):
         def load_member(
             param: nn.Parameter, loaded_weight: torch.Tensor, loaded_shard_id: str | int | None = None
         ) -> None:
-            if loaded_shard_id is None:  # newer vLLM hangs it on the tensor (WeightsMapper.apply)
-                loaded_shard_id = getattr(loaded_weight, "shard_id", 0)
-            member = SHARD_NAMES[loaded_shard_id] if isinstance(loaded_shard_id, str) else loaded_shard_id
+            member = member_of(loaded_weight, loaded_shard_id)
             where = f"{self.layer_name}: {self.member_names[member]}.{name}"
             if (name, member) not in self.slots:
                 raise FormatError(f"{where}: not expected there by the config's groups")
@@ -153,8 +151,7 @@ class FermiSVDLinearMethod(LinearMethodBase):
             columns = next(slot.shape[1] for (name, _), slot in self.slots.items() if name == LOWRANK_B)
             self._register_factor(layer, LOWRANK_B, flat[LOWRANK_B].view(-1, columns))
         self.ranks = [part.group.rank for part in self.parts if part.group and part.group.form == "svd"]
-        # vLLM's LoRA takes its device from one of a few names that quantized layers have; it reads nothing else of it
-        layer.register_buffer("weight_packed", next(iter(flat.values())).new_empty(0), persistent=False)
+        layer.register_buffer(LORA_DEVICE_NAME, next(iter(flat.values())).new_empty(0), persistent=False)
         self.on_ready(self)
 
     def _matrices(self, part: Part, flat: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

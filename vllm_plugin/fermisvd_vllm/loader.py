@@ -1,12 +1,11 @@
 """--load-format fermisvd: the whole checkpoint is checked before any weight is copied."""
 
-from pathlib import Path
-
 from torch import nn
 from vllm.config import ModelConfig
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from fermisvd.format import FormatError, validate_checkpoint
+from fermisvd_vllm.versions import checkpoint_folder
 
 
 class FermiSVDModelLoader(DefaultModelLoader):
@@ -18,8 +17,8 @@ class FermiSVDModelLoader(DefaultModelLoader):
 
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
         """Raises FormatError if the checkpoint is not what its config says, or leaves a parameter unfilled."""
-        folder = self._prepare_weights(model_config.model, None, model_config.revision, False, None)[0]
-        validate_checkpoint(Path(folder))
+        folder = checkpoint_folder(self, model_config)
+        validate_checkpoint(folder)
         loaded = model.load_weights(self.get_all_weights(model_config, model))
         if loaded is not None:
             missing = sorted({name for name, _ in model.named_parameters()} - loaded)

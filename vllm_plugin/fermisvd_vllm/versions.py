@@ -1,0 +1,32 @@
+"""Every place where vLLM's releases differ, or where we rely on a name of vLLM's that no interface promises.
+
+docs/serving.md has the table of releases. What breaks with a new one is mended here.
+"""
+
+from pathlib import Path
+
+import torch
+
+# The prefix of all layers of a draft in speculative decoding (v1/spec_decode/draft_model.py); no checkpoint has it.
+DRAFT_PREFIX = "draft_model."
+
+# LoRA places its tensors on the device of the first of a few attributes that it finds on the base layer
+# (lora/layers/utils.py, `_get_lora_device`), and reads nothing else of it. This one means nothing to dense layers.
+LORA_DEVICE_NAME = "weight_packed"
+
+SHARD_NAMES = {"q": 0, "k": 1, "v": 2}
+
+
+def member_of(loaded_weight: torch.Tensor, shard_id: str | int | None) -> int:
+    """Position of the member that a weight belongs to, 0 in a layer of one.
+
+    Models with a loop of their own pass the shard; from 0.27 on AutoWeightsLoader hangs it on the tensor instead.
+    """
+    if shard_id is None:
+        shard_id = getattr(loaded_weight, "shard_id", 0)
+    return SHARD_NAMES[shard_id] if isinstance(shard_id, str) else int(shard_id)
+
+
+def checkpoint_folder(loader, model_config) -> Path:
+    """Where vLLM's default loader has the checkpoint, downloaded if need be: three values until 0.30, then four."""
+    return Path(loader._prepare_weights(model_config.model, None, model_config.revision, False, None)[0])
