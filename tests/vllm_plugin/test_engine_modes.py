@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from families import dense_twin
+from fermisvd.hf import load_model
 from reference import assert_agrees, greedy
 
 pytest.importorskip("vllm")
@@ -70,6 +71,21 @@ def cases(family_checkpoints, run_engines, tmp_path_factory):
         expected["reload", form] = [greedy(model, ids, LENGTH) for ids in PROMPTS]
         tasks["reload", form] = task | {"engine": engine, "reload": str(other)}
     return dict(zip(tasks, run_engines(list(tasks.values())), strict=True)), expected
+
+
+def test_draft_of_its_own_parent(demo_model, compressed, run_engines):
+    """Speculative decoding, parent dense and draft compressed: the parent's own greedy tokens, some of them drafted."""
+    engine = {
+        "model": str(demo_model),
+        "enforce_eager": True,
+        "disable_log_stats": False,
+        "speculative_config": {"method": "draft_model", "model": str(compressed["pivga"]), "num_speculative_tokens": 3},
+    }
+    [served] = run_engines([{"engine": engine, "prompts": PROMPTS, "max_tokens": 24, "metrics": True}])
+    parent = load_model(demo_model)
+    assert_agrees(served, [greedy(parent, ids, 24) for ids in PROMPTS])
+    drafts, accepted = (served["metrics"][f"vllm:spec_decode_num_{x}"] for x in ("drafts", "accepted_tokens"))
+    assert accepted > drafts, "a draft at 30 % removed is right more often than once in three tokens"
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -162,19 +162,41 @@ def test_tensor_that_the_config_does_not_expect_is_refused():
         load(layer, {("k_proj", "lowrank_b"): tensors["q_proj", "lowrank_b"]})
 
 
-@pytest.mark.parametrize(("form", "side"), [("svd", None), ("pivga", "columns"), ("pivga", "rows")])
-def test_apply_traces_with_dynamic_token_counts(form, side):
-    """Nothing data-dependent: one graph, no breaks, any number of tokens."""
-    member = "o_proj"
-    group, tensors, dense = make_group([member], form, side, 33)
-    layer = make_layer("o_proj", [group])
-    load(layer, tensors)
+def check_traces(layer, weight):
+    """Nothing data-dependent, which no CUDA graph could hold: one graph for any number of tokens, without a break."""
     layer.quant_method.process_weights_after_loading(layer)
-    traced = torch.compile(lambda x: layer.quant_method.apply(layer, x), fullgraph=True, dynamic=True, backend="eager")
-    weight = dense[member].float()
+    torch._dynamo.reset()
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    traced = torch.compile(lambda x: layer.quant_method.apply(layer, x), fullgraph=True, dynamic=True, backend=keep)
     for tokens in (3, 17, 64):
         x = torch.randn(tokens, HIDDEN)
         torch.testing.assert_close(traced(x), x @ weight.T, rtol=1e-3, atol=1e-3 * weight.abs().max().item())
+    assert len(graphs) == 1
+    calls = {getattr(node.target, "__name__", node.target) for node in graphs[0].graph.nodes if "call" in node.op}
+    assert not calls & {"item", "nonzero", "tolist", "cpu", "cuda", "to"}, "waits for the device, or moves data"
+
+
+@pytest.mark.parametrize(("form", "side"), [("svd", None), ("pivga", "columns"), ("pivga", "rows")])
+def test_apply_traces_with_dynamic_token_counts(form, side):
+    group, tensors, dense = make_group(["o_proj"], form, side, 33)
+    layer = make_layer("o_proj", [group])
+    load(layer, tensors)
+    check_traces(layer, dense["o_proj"].float())
+
+
+@pytest.mark.parametrize("partition", ["joint", "separate", "mixed"])
+@pytest.mark.parametrize("form", ["svd", "pivga"])
+def test_fused_apply_traces_with_dynamic_token_counts(form, partition):
+    made = [make_group(m, form, "columns", 5 + 3 * i) for i, m in enumerate(PARTITIONS[partition])]
+    layer = make_layer("qkv_proj", [g for g, _, _ in made])
+    load(layer, {key: value for _, part, _ in made for key, value in part.items()})
+    dense = {key: value for _, _, part in made for key, value in part.items()}
+    check_traces(layer, torch.cat([dense[m] for m in ("q_proj", "k_proj", "v_proj")]).float())
 
 
 def test_permutation_is_valid_before_anything_is_loaded():
