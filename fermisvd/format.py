@@ -235,7 +235,7 @@ def validate_checkpoint(folder: Path) -> FermiSVDConfig:
     """
     folder = Path(folder)
     config, headers = read_config(folder), read_headers(folder)
-    check_headers(config, headers)
+    check_headers(config, headers, folder)
     check_values(headers)
     return config
 
@@ -247,26 +247,26 @@ def validate_before_serving(folder: Path) -> None:
     """
     folder = Path(folder)
     config, headers = read_config(folder), read_headers(folder)
-    check_headers(config, headers)
+    check_headers(config, headers, folder)
     factors = {f"{m}.{name}" for m in config.group_of() for name in (LOWRANK_A, LOWRANK_B, SKELETON, INTERPOLATION)}
     check_values({name: info for name, info in headers.items() if name not in factors})
 
 
-def check_headers(config: FermiSVDConfig, headers: Mapping[str, TensorInfo]) -> None:
+def check_headers(config: FermiSVDConfig, headers: Mapping[str, TensorInfo], folder: Path) -> None:
     """Raises FormatError if a tensor of a group, or one that provenance lists as dense, is not there as described."""
     for group in config.groups:
-        check_group_headers(group, headers)
+        check_group_headers(group, headers, folder)
     for name in config.provenance.get("dense_tensors", []):
         if name not in headers:
-            raise FormatError(f"{name}: missing from the checkpoint; {MEND}")
+            raise FormatError(f"{folder}: {name}: missing from the checkpoint; {MEND}")
 
 
-def check_group_headers(group: Group, headers: Mapping[str, TensorInfo]) -> None:
+def check_group_headers(group: Group, headers: Mapping[str, TensorInfo], folder: Path) -> None:
     """Raises FormatError if a tensor of the group is missing or its shape or type is not what the config says."""
 
     def shape_of(tensor: str, dimensions: int = 2) -> tuple[int, ...]:
         if tensor not in headers:
-            raise FormatError(f"{tensor}: missing from the checkpoint; {MEND}")
+            raise FormatError(f"{folder}: {tensor}: missing from the checkpoint; {MEND}")
         if len(headers[tensor].shape) != dimensions:
             raise FormatError(
                 f"{headers[tensor].file}: {tensor}: {dimensions} dimensions expected, "

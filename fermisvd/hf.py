@@ -118,7 +118,7 @@ def _check_against_model(model: nn.Module, config: FermiSVDConfig, folder: Path)
     loaded = _names_after_loading(model, headers)
     for name, shape in expected.items():
         if name not in headers and name not in tied and name not in loaded:
-            raise FormatError(f"{name}: missing from the checkpoint; {MEND}")
+            raise FormatError(f"{folder}: {name}: missing from the checkpoint; {MEND}")
         if name in headers and headers[name].shape != shape:
             raise FormatError(
                 f"{headers[name].file}: {name}: shape {headers[name].shape}, {type(model).__name__} needs {shape}; "
