@@ -28,11 +28,11 @@ def held(layer: str, rank: int, form: Form, tp_size: int) -> tuple[int, int]:
     side = "rows" if row_parallel else "columns"
     members = tuple(f"{layer}.{i}" for i in range(len(LAYERS[layer])))
     group = Group(members=members, form=form, side=side if form == "pivga" else None, rank=rank)
-    rows = [m if row_parallel else m // tp_size for m in LAYERS[layer]]  # kv heads: 8 ranks at most
-    columns = INPUTS[layer] // tp_size if row_parallel else INPUTS[layer]
+    sections = [((m, m if row_parallel else m // tp_size),) for m in LAYERS[layer]]  # kv heads: 8 ranks at most
+    columns = INPUTS[layer], INPUTS[layer] // tp_size if row_parallel else INPUTS[layer]
     kind = "row" if row_parallel else "column"
     parts = [Part(tuple(range(len(members))), group)]
-    return numbers_held(slots_of(parts, rows, columns, INPUTS[layer], kind, tp_size, layer))
+    return numbers_held(slots_of(parts, sections, columns, kind, tp_size, layer))
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from fermisvd.errors import FermiSVDError
 
 Side = Literal["columns", "rows"]
 Partition = Literal["joint", "separate"]
+PROBE_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,8 @@ def find_groups(model: nn.Module, partition: Partition = "joint") -> list[Linear
     each a group of its own that shares the Gram matrix (`separate`). A parent module's last group
     gives the parent's output, so it is row-parallel under tensor parallelism and takes its skeleton
     from rows; all others take columns (DESIGN: the side that tensor parallelism replicates).
-    Layers that a token does not pass exactly once (experts), and routers, are in no group: see `left_dense`.
+    Layers that not every token passes exactly once (experts, with all others of their list), and routers, are in no
+    group: see `left_dense`.
     Raises StructureError if no layer is left to compress.
     """
     blocks = decoder_blocks(model)
@@ -92,12 +94,15 @@ def find_groups(model: nn.Module, partition: Partition = "joint") -> list[Linear
     ]
     try:
         device = next(model.parameters()).device
-        model(input_ids=torch.arange(4, device=device)[None])
+        model(input_ids=torch.arange(PROBE_TOKENS, device=device)[None])
     finally:
         for hook in hooks:
             hook.remove()
-    times = Counter(name for name, _ in calls)
-    calls = [(name, x) for name, x in calls if times[name] == 1]
+    seen = Counter()
+    for name, x in calls:  # two calls or a part of the tokens: no
+        seen[name] += 1 if x.numel() == PROBE_TOKENS * layers[name].in_features else 2
+    lists = {list_of(model, blocks, name) for name in layers if seen[name] != 1} - {None}
+    calls = [(name, x) for name, x in calls if seen[name] == 1 and list_of(model, blocks, name) not in lists]
     if not calls:
         raise StructureError(f"{type(model).__name__}: no linear layer of {blocks} is called once in a forward pass")
 
@@ -125,6 +130,16 @@ def find_groups(model: nn.Module, partition: Partition = "joint") -> list[Linear
                 )
             )
     return groups
+
+
+def list_of(model: nn.Module, blocks: str, name: str) -> str | None:
+    """The list inside a decoder block that holds the layer, such as one of experts; None if there is none."""
+    parent = parent_of(name)
+    while len(parent) > len(blocks):
+        if isinstance(model.get_submodule(parent), nn.ModuleList):
+            return parent
+        parent = parent_of(parent)
+    return None
 
 
 def is_router(model: nn.Module, name: str) -> bool:

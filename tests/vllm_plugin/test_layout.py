@@ -15,6 +15,11 @@ def group(members, form="svd", side=None, rank=4):
     return Group(members=tuple(members), form=form, side=side, rank=rank)
 
 
+def whole(rows):
+    """Sections of members that no rank shares."""
+    return [((m, m),) for m in rows]
+
+
 def by_member(*groups):
     return {member: g for g in groups for member in g.members}
 
@@ -52,7 +57,7 @@ def test_slots_are_the_formats_tensors_side_by_side(rows, columns, form):
     """Without tensor parallelism the slots are exactly what the format stores, and they do not overlap."""
     names = [f"m{i}" for i in range(len(rows))]
     g = group(names, *form, rank=min(sum(rows), columns))
-    slots = slots_of([Part(tuple(range(len(rows))), g)], rows, columns, columns, "column", 1, "layer")
+    slots = slots_of([Part(tuple(range(len(rows))), g)], whole(rows), (columns, columns), "column", 1, "layer")
     assert {f"m{member}.{name}": slot.shape for (name, member), slot in slots.items()} == expected_tensors(
         g, rows, columns
     )
@@ -68,8 +73,9 @@ def test_shards_of_all_ranks_make_the_tensor(tp_size, kind, form):
     rows, columns, rank = 32, 48, 7
     side = None if form == "svd" else "columns" if kind == "column" else "rows"
     g = group(["w"], form, side, rank)
-    local = ([rows // tp_size], columns) if kind == "column" else ([rows], columns // tp_size)
-    slots = slots_of([Part((0,), g)], *local, columns, kind, tp_size, "layer")
+    local_rows, local_columns = (rows // tp_size, columns) if kind == "column" else (rows, columns // tp_size)
+    sections = [((rows, local_rows),)]
+    slots = slots_of([Part((0,), g)], sections, (columns, local_columns), kind, tp_size, "layer")
     sharded = {"column": {"lowrank_a", "skeleton"}, "row": {"lowrank_b", "skeleton"}}[kind]
     for (name, _), slot in slots.items():
         whole = torch.randn(expected_tensors(g, [rows], columns)[f"w.{name}"])
@@ -85,7 +91,7 @@ def test_kv_heads_fewer_than_ranks_are_replicated():
     """vLLM gives rank t the kv head t // (tp_size / kv_heads)."""
     head, kv_heads, tp_size, rank = 8, 2, 8, 3
     g = group(["k"], rank=rank)
-    slot = slots_of([Part((0,), g)], [head], 16, 16, "column", tp_size, "layer")["lowrank_a", 0]
+    slot = slots_of([Part((0,), g)], [((kv_heads * head, head),)], (16, 16), "column", tp_size, "layer")["lowrank_a", 0]
     whole = torch.randn(kv_heads * head, rank)
     for t in range(tp_size):
         expected = whole[t // (tp_size // kv_heads) * head :][:head]
@@ -96,17 +102,21 @@ def test_kv_heads_fewer_than_ranks_are_replicated():
 def test_skeleton_on_the_split_side_is_refused(kind, side):
     g = group(["w"], "pivga", side)
     with pytest.raises(FormatError, match="tensor-parallel-size 1"):
-        slots_of([Part((0,), g)], [16], 16, 32, kind, 2, "layer")
-    assert slots_of([Part((0,), g)], [16], 16, 16, kind, 1, "layer")
+        slots_of([Part((0,), g)], whole([16]), (32, 16), kind, 2, "layer")
+    assert slots_of([Part((0,), g)], whole([16]), (16, 16), kind, 1, "layer")
 
 
-@pytest.mark.parametrize("shape", [(9, 4), (32, 5), (24, 4), (4,), (0, 4)])
-def test_tensor_that_does_not_split_is_refused(shape):
-    slot = slots_of([Part((0,), group(["w"]))], [8], 16, 16, "column", 2, "layer")["lowrank_a", 0]
-    with pytest.raises(FormatError, match="w: shape"):
+@pytest.mark.parametrize("shape", [(9, 4), (32, 4), (8, 4), (16, 5), (24, 4), (4,), (0, 4)])
+def test_tensor_of_another_size_is_refused(shape):
+    """Half as large is no less wrong: it would look like kv heads that several ranks hold."""
+    slot = slots_of([Part((0,), group(["w"]))], [((16, 8),)], (16, 16), "column", 2, "layer")["lowrank_a", 0]
+    with pytest.raises(FormatError, match=r"w: shape .*expected \(16, 4\)"):
         shard_of(torch.zeros(shape), slot, 0, 2, "w")
+    slot = slots_of([Part((0,), group(["w"]))], whole([16]), (32, 16), "row", 2, "layer")["lowrank_b", 0]
+    with pytest.raises(FormatError, match=r"w: shape .*expected \(4, 32\)"):
+        shard_of(torch.zeros(shape[::-1]) if shape != (32, 4) else torch.zeros(4, 16), slot, 0, 2, "w")
 
 
 def test_rank_above_the_matrix_is_refused():
     with pytest.raises(FormatError, match="rank 17"):
-        slots_of([Part((0,), group(["w"], rank=17))], [32], 16, 16, "column", 1, "layer")
+        slots_of([Part((0,), group(["w"], rank=17))], whole([32]), (16, 16), "column", 1, "layer")

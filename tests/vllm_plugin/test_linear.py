@@ -127,7 +127,7 @@ def test_layer_in_no_group_is_vllms_own():
     group, _, _ = make_group(["gate_proj", "up_proj"], "svd", None, 4)
     layer = make_layer("gate_up_proj", [group])
     other = layer.quant_config.get_quant_method(layer, "m.o_proj")
-    assert type(other) is UnquantizedLinearMethod
+    assert isinstance(other, UnquantizedLinearMethod)
     assert layer.quant_config.get_quant_method(nn.Embedding(3, 3), "m.embed") is None
 
 

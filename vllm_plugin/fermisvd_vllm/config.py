@@ -1,5 +1,6 @@
 """vLLM's quantization config for quant_method fermisvd."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ class FermiSVDConfig(QuantizationConfig):
         self.checkpoint = parse_config(entry)
         self.groups: dict[str, Group] = self.checkpoint.group_of()
         self.layers: dict[str, FermiSVDLinearMethod] = {}  # by prefix; filled while vLLM builds the model
-        self.waiting: set[str] = set()  # prefixes whose weights are not there yet
+        self.unprocessed: set[str] = set()  # prefixes of layers whose weights are not there yet
+        self.folder_checked = self.model_checked = False
 
     def __repr__(self) -> str:
         return f"FermiSVDConfig({len(self.checkpoint.groups)} groups)"
@@ -51,21 +53,22 @@ class FermiSVDConfig(QuantizationConfig):
     def from_config(cls, config: dict[str, Any]) -> "FermiSVDConfig":
         return cls(config)
 
-    def maybe_update_config(self, model_name: str, hf_config=None, revision: str | None = None, **kwargs) -> None:
-        """Refuses a broken checkpoint before any process is started for it.
+    def maybe_update_config(self, model_name: str, hf_config=None, **kwargs) -> None:
+        """Refuses a broken folder before any process is started for it; vLLM passes over a missing tensor in silence.
 
-        vLLM passes over a missing tensor in silence. A folder without weights is one for --load-format dummy. A hub
-        model is checked here if it has been downloaded; layers check their own tensors in any case.
+        A folder without weights is one for --load-format dummy. A hub model, which may not be here yet, is checked
+        before its first tensor is taken. Raises FormatError.
         """
         folder = Path(model_name)
-        if not folder.is_dir():
-            cached = try_to_load_from_cache(model_name, "config.json", revision=revision)
-            folder = Path(cached).parent if isinstance(cached, str) else folder
         if folder.is_dir() and any(p.suffix in {".safetensors", *PICKLE_SUFFIXES} for p in folder.iterdir()):
-            from fermisvd.hf import check_architecture  # here, so that registering stays light
+            self._check_folder(folder)
 
-            validate_before_serving(folder)
-            check_architecture(folder)
+    def _check_folder(self, folder: Path) -> None:
+        from fermisvd.hf import check_architecture  # here, so that registering stays light
+
+        validate_before_serving(folder)
+        check_architecture(folder)
+        self.folder_checked = True
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper) -> None:
         """Renames members as vLLM renames the model's modules."""
@@ -79,31 +82,58 @@ class FermiSVDConfig(QuantizationConfig):
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if not isinstance(layer, LinearBase):
             return None
+        self.vllm_config = get_current_vllm_config()
         members = self.member_names(prefix.removeprefix(DRAFT_PREFIX))
         parts = parts_of(members, self.groups, prefix)
         if parts is None:
-            return UnquantizedLinearMethod()
-        self.pipelined = get_current_vllm_config().parallel_config.pipeline_parallel_size > 1
-        self.waiting.add(prefix)
-        self.layers[prefix] = FermiSVDLinearMethod(parts, members, prefix, self._check_groups, self._layer_is_ready)
+            return DenseLinearMethod(self.check_model)
+        self.unprocessed.add(prefix)
+        self.layers[prefix] = FermiSVDLinearMethod(parts, members, prefix, self.check_model, self._layer_is_ready)
         return self.layers[prefix]
 
-    def _check_groups(self) -> None:
-        """Raises FormatError if no layer of the model asked for a group; a pipeline stage has only some of them."""
+    def member_names(self, prefix: str) -> list[str]:
+        """Checkpoint names of a layer's members: a fused layer is expanded, unless it is fused on disk already."""
+        parent, dot, name = prefix.rpartition(".")
+        if prefix in self.groups or name not in self.packed_modules_mapping:
+            return [prefix]
+        return [f"{parent}{dot}{member}" for member in self.packed_modules_mapping[name]]
+
+    def check_model(self) -> None:
+        """Once, when vLLM has built the model and, of a hub model, downloaded the weights: do they belong together?
+
+        Raises FormatError if no layer asked for a group, or for what is wrong with the downloaded folder.
+        """
+        if self.model_checked:
+            return
         claimed = {part.group.name for method in self.layers.values() for part in method.parts if part.group}
-        strangers = [group for group in self.checkpoint.groups if group.name not in claimed]
-        if strangers and not self.pipelined:
+        unclaimed = [group.name for group in self.checkpoint.groups if group.name not in claimed]
+        stages = self.vllm_config.parallel_config.pipeline_parallel_size
+        if unclaimed and (stages == 1 or not claimed):  # a pipeline stage has some of the layers
             raise FormatError(
-                f"group {strangers[0].name}: the model that vLLM built has no layer for it; "
+                f"config.json: group {unclaimed[0]}: the model that vLLM built has no layer for it; "
                 "config.json and the groups in it are not of one model, convert again"
             )
+        self._check_download()
+        self.model_checked = True
+
+    def _check_download(self) -> None:
+        model, load = self.vllm_config.model_config, self.vllm_config.load_config
+        if self.folder_checked or model is None or load.load_format == "dummy" or Path(model.model).is_dir():
+            return
+        cached = try_to_load_from_cache(
+            model.model, "config.json", cache_dir=load.download_dir, revision=model.revision
+        )
+        if isinstance(cached, str):
+            self._check_folder(Path(cached).parent)
+        else:
+            logger.warning("%s: not in the hub's cache, so its dense tensors are not checked", model.model)
 
     def _layer_is_ready(self, method: FermiSVDLinearMethod) -> None:
         """When the last layer is: says what this rank holds."""
-        if method.layer_name not in self.waiting:
+        if method.layer_name not in self.unprocessed:
             return  # a reload
-        self.waiting.remove(method.layer_name)
-        if not self.waiting:
+        self.unprocessed.remove(method.layer_name)
+        if not self.unprocessed:
             sharded, replicated = map(sum, zip(*(numbers_held(m.slots) for m in self.layers.values()), strict=True))
             dense = sum(m.dense_numbers for m in self.layers.values())
             logger.info(
@@ -117,9 +147,14 @@ class FermiSVDConfig(QuantizationConfig):
                 f"{dense:,}",
             )
 
-    def member_names(self, prefix: str) -> list[str]:
-        """Checkpoint names of a layer's members: a fused layer is expanded, unless it is fused on disk already."""
-        parent, dot, name = prefix.rpartition(".")
-        if prefix in self.groups or name not in self.packed_modules_mapping:
-            return [prefix]
-        return [f"{parent}{dot}{member}" for member in self.packed_modules_mapping[name]]
+
+class DenseLinearMethod(UnquantizedLinearMethod):
+    """vLLM's own method, for a layer in no group. It too asks for check_model: there may be no other kind of layer."""
+
+    def __init__(self, check_model: Callable[[], None]):
+        super().__init__()
+        self.check_model = check_model
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        self.check_model()
+        super().process_weights_after_loading(layer)

@@ -30,13 +30,11 @@ from fermisvd.format import (
 from fermisvd_vllm.layout import WEIGHT, Part, Slot, shard_of, slots_of
 from fermisvd_vllm.versions import LORA_DEVICE_NAME, member_of
 
-OUTPUT_NAMES = {WEIGHT, LOWRANK_A}  # first dimension is the layer's output; the skeleton's, too, where it is columns
-
 
 class FermiSVDLinearMethod(LinearMethodBase):
     """One instance a layer: it carries the layer's parts. Names of members and layer are for error messages.
 
-    before_loading: called before the first tensor is taken or the first layer is finished; on_ready: when this one is.
+    check_model: called before a tensor is taken and before a layer is finished; on_ready: when this one is finished.
     """
 
     def __init__(
@@ -44,10 +42,10 @@ class FermiSVDLinearMethod(LinearMethodBase):
         parts: list[Part],
         member_names: list[str],
         layer_name: str,
-        before_loading: Callable[[], None] = lambda: None,
+        check_model: Callable[[], None] = lambda: None,
         on_ready: Callable[["FermiSVDLinearMethod"], None] = lambda _: None,
     ):
-        self.before_loading, self.on_ready = before_loading, on_ready
+        self.check_model, self.on_ready = check_model, on_ready
         self.parts = parts
         self.member_names = member_names
         self.layer_name = layer_name
@@ -77,19 +75,18 @@ class FermiSVDLinearMethod(LinearMethodBase):
             else "column"
         )
         self.tp_rank, self.tp_size = getattr(layer, "tp_rank", 0), getattr(layer, "tp_size", 1)
-        self.member_rows, sections = list(output_partition_sizes), ()
-        if len(self.member_names) == 1 and len(self.member_rows) > 1:  # one layer in the checkpoint, as in Phi-3
-            sections = tuple(zip(_stored_rows(layer), self.member_rows, strict=True))
-            self.member_rows = [sum(self.member_rows)]
+        full_rows = _stored_rows(layer, output_size) if kind == "column" else output_partition_sizes
+        if len(self.member_names) not in (1, len(output_partition_sizes)):
+            raise FormatError(
+                f"{self.layer_name}: vLLM splits it in {len(output_partition_sizes)}, the checkpoint stores "
+                f"{', '.join(self.member_names)}; this layer is not served yet, convert again without it"
+            )
+        sections = tuple(zip(full_rows, output_partition_sizes, strict=True))
+        # all in one section if the checkpoint has one layer for them, as in Phi-3
+        member_sections = [sections] if len(self.member_names) == 1 else [(section,) for section in sections]
+        self.member_rows = [sum(local for _, local in member) for member in member_sections]
         self.slots = slots_of(
-            self.parts,
-            self.member_rows,
-            input_size_per_partition,
-            input_size,
-            kind,
-            self.tp_size,
-            self.layer_name,
-            sections,
+            self.parts, member_sections, (input_size, input_size_per_partition), kind, self.tp_size, self.layer_name
         )
         self.dense_numbers = sum(self.member_rows) * input_size_per_partition
         for name in dict.fromkeys(name for name, _ in self.slots):
@@ -100,8 +97,10 @@ class FermiSVDLinearMethod(LinearMethodBase):
                 data = torch.empty(sum(slot.size for slot in own.values()), dtype=params_dtype)
             parameter = nn.Parameter(data, requires_grad=False)
             set_weight_attrs(parameter, {"weight_loader": self._loader(name)})
-            if name in OUTPUT_NAMES or (name == SKELETON and kind != "row"):
-                set_weight_attrs(parameter, {"output_dim": 0})  # models that reorder q/k/v rows on loading ask for it
+            if all(slot.shard == 0 for slot in own.values()):
+                set_weight_attrs(
+                    parameter, {"output_dim": 0}
+                )  # Falcon reorders q/k/v rows while loading and asks for it
             layer.register_parameter(name, parameter)
 
     def _loader(self, name: str) -> Callable:
@@ -114,12 +113,13 @@ class FermiSVDLinearMethod(LinearMethodBase):
             where = f"{self.layer_name}: {self.member_names[member]}.{name}"
             if (name, member) not in self.slots:
                 raise FormatError(f"{where}: not expected there by the config's groups")
-            self.before_loading()
+            self.check_model()
             slot = self.slots[name, member]
             check_finite(where, loaded_weight)
             if name == PERMUTATION:
                 check_permutation(where, loaded_weight)
-            piece = shard_of(loaded_weight, slot, self.tp_rank, self.tp_size, where)
+            piece = shard_of(loaded_weight, slot, self.tp_rank, self.tp_size, where).to(param.dtype)
+            check_finite(f"{where} as {param.dtype}", piece)  # --dtype float16 may be too narrow for it
             param.data[slot.offset : slot.offset + slot.size].view(slot.shape).copy_(piece)
             self.filled.add((name, member))
 
@@ -130,7 +130,7 @@ class FermiSVDLinearMethod(LinearMethodBase):
 
         A reload comes here again with new flat parameters; the factors then keep their storage.
         """
-        self.before_loading()
+        self.check_model()
         missing = self.slots.keys() - self.filled
         if missing and self.loads_checkpoint:
             names = ", ".join(f"{self.member_names[member]}.{name}" for name, member in sorted(missing))
@@ -234,7 +234,7 @@ class FermiSVDLinearMethod(LinearMethodBase):
         return torch.cat([pieces[member] for member in sorted(pieces)], dim=-1)
 
 
-def _stored_rows(layer: nn.Module) -> list[int]:
-    """Rows of each of the layer's members as the checkpoint stores them: each kv head once."""
+def _stored_rows(layer: nn.Module, output_size: int) -> list[int]:
+    """Rows of each of a column-parallel layer's members as the checkpoint stores them: each kv head once."""
     copies = getattr(layer, "num_kv_head_replicas", 1)
-    return [rows // (copies if i else 1) for i, rows in enumerate(layer.output_sizes)]
+    return [rows // (copies if i else 1) for i, rows in enumerate(getattr(layer, "output_sizes", [output_size]))]

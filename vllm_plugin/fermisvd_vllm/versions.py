@@ -7,23 +7,27 @@ from pathlib import Path
 
 import torch
 
+from fermisvd.format import FormatError
+
 # The prefix of all layers of a draft in speculative decoding (v1/spec_decode/draft_model.py); no checkpoint has it.
 DRAFT_PREFIX = "draft_model."
 
 # LoRA places its tensors on the device of the first of a few attributes that it finds on the base layer
-# (lora/layers/utils.py, `_get_lora_device`), and reads nothing else of it. This one means nothing to dense layers.
+# (lora/layers/utils.py, `_get_lora_device`). Of these names this one means nothing to dense layers; it is empty.
 LORA_DEVICE_NAME = "weight_packed"
 
 SHARD_NAMES = {"q": 0, "k": 1, "v": 2}
 
 
 def member_of(loaded_weight: torch.Tensor, shard_id: str | int | None) -> int:
-    """Position of the member that a weight belongs to, 0 in a layer of one.
+    """Position of the member that a weight belongs to, 0 in a layer of one. Raises FormatError for a span of members.
 
     Models with a loop of their own pass the shard; from 0.27 on AutoWeightsLoader hangs it on the tensor instead.
     """
     if shard_id is None:
         shard_id = getattr(loaded_weight, "shard_id", 0)
+    if isinstance(shard_id, tuple):
+        raise FormatError(f"vLLM loads shards {shard_id} of a layer as one, which is not served yet")
     return SHARD_NAMES[shard_id] if isinstance(shard_id, str) else int(shard_id)
 
 
