@@ -53,7 +53,7 @@ async def complete(session: aiohttp.ClientSession, request: dict) -> dict:
 
 async def cancel_while_streaming(session: aiohttp.ClientSession, request: dict, chunks: int = 3) -> None:
     """Reads a few chunks of a stream, then drops the connection."""
-    async with session.post("/v1/completions", json=request | {"stream": True, "max_tokens": 100}) as response:
+    async with session.post("/v1/completions", json=request | {"stream": True, "max_tokens": 110}) as response:
         async for _ in response.content:
             chunks -= 1
             if not chunks:
@@ -148,21 +148,25 @@ async def malformed_requests(session: aiohttp.ClientSession) -> dict:
     return statuses
 
 
-async def running_requests(session: aiohttp.ClientSession) -> float:
+async def metric(session: aiohttp.ClientSession, name: str, label: str = "") -> float:
     async with session.get("/metrics") as response:
         lines = (await response.text()).splitlines()
-    return sum(
-        float(x.split()[-1]) for x in lines if x.startswith(("vllm:num_requests_running", "vllm:num_requests_waiting{"))
-    )
+    return sum(float(line.split()[-1]) for line in lines if line.startswith(f"{name}{{") and label in line)
+
+
+async def running_requests(session: aiohttp.ClientSession) -> float:
+    return await metric(session, "vllm:num_requests_running") + await metric(session, "vllm:num_requests_waiting")
 
 
 async def disconnects(session: aiohttp.ClientSession, prompts: list[list[int]]) -> dict:
-    await asyncio.gather(*(cancel_while_streaming(session, body(prompt)) for prompt in prompts[:50]))
-    for waited in range(30):
+    before = await metric(session, "vllm:request_success_total", 'finished_reason="abort"')
+    await asyncio.gather(*(cancel_while_streaming(session, body(prompt[:16])) for prompt in prompts[:50]))
+    for _ in range(30):
         if not await running_requests(session):
-            return {"clients": 50, "requests_left_running": 0, "seconds_until_none": waited}
+            break
         await asyncio.sleep(1)
-    return {"clients": 50, "requests_left_running": await running_requests(session), "seconds_until_none": None}
+    aborted = await metric(session, "vllm:request_success_total", 'finished_reason="abort"') - before
+    return {"clients": 50, "aborted": aborted, "requests_left_running": await running_requests(session)}
 
 
 async def terminate_under_load(session: aiohttp.ClientSession, server: Server, prompts: list[list[int]]) -> dict:
@@ -180,8 +184,10 @@ async def terminate_under_load(session: aiohttp.ClientSession, server: Server, p
             return type(error).__name__
 
     tasks = [asyncio.create_task(one(prompt)) for prompt in prompts[:50]]
-    while await running_requests(session) < len(tasks):  # a request that has not reached the engine is not in flight
-        await asyncio.sleep(0.1)
+    for _ in range(100):  # a request that has not reached the engine is not in flight
+        if await running_requests(session) >= len(tasks):
+            break
+        await asyncio.sleep(0.05)
     begin = time.perf_counter()
     os.kill(server.process.pid, signal.SIGTERM)
     outcomes = Counter(await asyncio.gather(*tasks))
@@ -231,11 +237,16 @@ def faults_of(record: dict) -> list[str]:
             "memory grew by more than 0.5 % over the second half": memory[-1] > 1.005 * memory[4],
             "a malformed request was not answered with 4xx": any(s // 100 != 4 for s in record["malformed"].values()),
             "requests of clients that left still run": record["disconnects"]["requests_left_running"] != 0,
+            "requests of clients that left ran to their end": record["disconnects"]["aborted"] == 0,
             "no answer afterwards": not record["answers_afterwards"],
             "SIGTERM with --shutdown-timeout does not answer the requests in flight": any(
                 list(run["outcomes"]) != ["answered in full (480 tokens)"]
                 for run in record["sigterm"]
                 if run["options"]
+            ),
+            "SIGTERM ends requests otherwise than with the dense model": any(
+                ours["outcomes"] != dense["outcomes"] or ours["exit_code"] != dense["exit_code"]
+                for ours, dense in zip(record["sigterm"][::2], record["sigterm"][1::2], strict=True)
             ),
             "a server did not end after SIGTERM": any(run["exit_code"] is None for run in record["sigterm"]),
         }.items()

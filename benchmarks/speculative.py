@@ -71,7 +71,7 @@ def main() -> None:
     rows = []
     for ranks in RANKS:
         for remove in FRACTIONS:
-            out = arguments.work / f"{ranks}-{remove:.0%}"
+            out = arguments.work / f"{arguments.model.name}-{ranks}-{remove:.0%}"
             if not out.exists():
                 calibration = [str(texts["calibration"])]
                 convert(
@@ -100,7 +100,10 @@ def main() -> None:
     record = {
         "model": arguments.model.name,
         "speculative_tokens": SPECULATIVE_TOKENS,
-        "command": "python benchmarks/speculative.py",
+        "command": f"python benchmarks/speculative.py {arguments.model.name}",
+        "prompts": PROMPTS,
+        "prompt_tokens": PROMPT_LENGTH,
+        "new_tokens": NEW_TOKENS,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "versions": {name: version(name) for name in ("fermisvd", "torch", "transformers", "vllm")},
         "rows": rows,

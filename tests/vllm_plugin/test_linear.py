@@ -1,7 +1,11 @@
 """Fused loading and the forward of one layer, with vLLM's real linear layers but no engine."""
 
+import json
+from types import SimpleNamespace
+
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 pytest.importorskip("vllm")
@@ -246,3 +250,85 @@ def test_members_are_renamed_as_vllm_renames_modules():
     )
     load(layer, tensors)
     check_forward(layer, dense, ["q_proj", "k_proj", "v_proj"])
+
+
+@pytest.mark.parametrize(("form", "side"), [("svd", None), ("pivga", "columns"), ("pivga", "rows")])
+@pytest.mark.parametrize("bias", [False, True])
+def test_reload_writes_into_the_storage_that_graphs_read(form, side, bias, monkeypatch):
+    """vLLM's own layerwise reload: other values and another permutation, the same addresses."""
+    from vllm.model_executor.model_loader.reload import (
+        finalize_layerwise_reload,
+        initialize_layerwise_reload,
+        record_metadata_for_reloading,
+    )
+
+    def keep_weight(self, factor):  # as on a GPU; on a CPU vLLM packs the weight away
+        factor.cpu_linear = nn.functional.linear
+
+    monkeypatch.setattr(
+        "vllm.model_executor.layers.linear.UnquantizedLinearMethod.process_weights_after_loading", keep_weight
+    )
+    group, tensors, dense = make_group(["o_proj"], form, side, 33)
+    layer = make_layer("o_proj", [group], bias)
+    record_metadata_for_reloading(layer)
+    load(layer, tensors)
+    if bias:
+        nn.init.normal_(layer.bias)
+    check_forward(layer, dense, ["o_proj"], layer.bias)
+    kept = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
+    addresses = {name: tensor.data_ptr() for name, tensor in kept.items()}
+    assert len(addresses) >= 3
+
+    _, others, other_dense = make_group(["o_proj"], form, side, 33)
+    initialize_layerwise_reload(layer)
+    load(layer, others)
+    if bias:
+        layer.bias.weight_loader(layer.bias, torch.randn(96))
+    finalize_layerwise_reload(layer, None)
+    kept = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
+    assert {name: tensor.data_ptr() for name, tensor in kept.items()} == addresses
+    x = torch.randn(7, HIDDEN)
+    weight = other_dense["o_proj"].float()
+    y = layer.quant_method.apply(layer, x, layer.bias)
+    expected = nn.functional.linear(x, weight, layer.bias)
+    torch.testing.assert_close(y, expected, rtol=1e-3, atol=1e-3 * weight.abs().max().item())
+
+
+def test_groups_that_fit_no_layer_are_refused():
+    """Names of another model: every layer is dense then, and would be served with whatever its memory held."""
+    group, _, _ = make_group(["gate_proj", "up_proj"], "svd", None, 4)
+    group = group.model_copy(update={"members": ("other.gate_proj", "other.up_proj")})
+    entry = CheckpointConfig(groups=(group,)).model_dump(mode="json", exclude_none=True)
+    layer = RowParallelLinear.__new__(RowParallelLinear)
+    method = FermiSVDConfig.from_config(entry).get_quant_method(layer, "m.o_proj")
+    with pytest.raises(FormatError, match=r"group other\.gate_proj: the model that vLLM built has no layer for it"):
+        method.process_weights_after_loading(layer)
+
+
+def test_hub_model_is_checked_once_downloaded(tmp_path, monkeypatch):
+    """Nothing was here when the engine was configured; a dense tensor is missing in what was downloaded."""
+    snapshot = tmp_path / "models--owner--name" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "models--owner--name" / "refs").mkdir()
+    (tmp_path / "models--owner--name" / "refs" / "main").write_text("abc")
+    group, _, _ = make_group(["o_proj"], "svd", None, 4)
+    entry = CheckpointConfig(groups=(group,), provenance={"dense_tensors": ["m.norm.weight"]}).model_dump(
+        mode="json", exclude_none=True
+    )
+    (snapshot / "config.json").write_text(json.dumps({"quantization_config": entry}))
+    save_file(
+        {"m.o_proj.lowrank_a": torch.zeros(96, 4), "m.o_proj.lowrank_b": torch.zeros(4, 96)},
+        snapshot / "model.safetensors",
+    )
+    config = FermiSVDConfig.from_config(entry)
+    config.maybe_update_config("owner/name")
+    layer = RowParallelLinear(
+        HIDDEN, 96, bias=False, quant_config=config, prefix="m.o_proj", disable_tp=True, params_dtype=torch.float32
+    )
+    config.vllm_config = SimpleNamespace(
+        model_config=SimpleNamespace(model="owner/name", revision=None),
+        load_config=SimpleNamespace(load_format="auto", download_dir=str(tmp_path)),
+        parallel_config=SimpleNamespace(pipeline_parallel_size=1),
+    )
+    with pytest.raises(FormatError, match=r"abc: m\.norm\.weight: missing"):
+        layer.lowrank_a.weight_loader(layer.lowrank_a, torch.zeros(96, 4))

@@ -1,5 +1,6 @@
 """One real `vllm serve`, compiled and with chunked prefill, asked in every way through the OpenAI client."""
 
+import json
 import re
 import threading
 import time
@@ -58,9 +59,13 @@ def complete(client, prompt, **options):
     )
 
 
-def metric(server, name: str) -> float:
+def metric(server, name: str, label: str = "") -> float:
     lines = urllib.request.urlopen(f"{server.address}/metrics").read().decode().splitlines()
-    return sum(float(line.split()[-1]) for line in lines if re.match(rf"{name}(_total)?\{{", line))
+    return sum(float(line.split()[-1]) for line in lines if re.match(rf"{name}(_total)?\{{", line) and label in line)
+
+
+def aborted(server) -> float:
+    return metric(server, "vllm:request_success", 'finished_reason="abort"')
 
 
 def test_models(client):
@@ -71,12 +76,15 @@ def test_chunked_prefill_and_logprobs(client, prompts, expected):
     """Concurrent prompts, most of them longer than a step takes; top log-probabilities as in Hugging Face's forward."""
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda ids: complete(client, ids, logprobs=2), prompts))
+    compared = 0
     for answer, reference in zip(answers, expected, strict=True):
         logprobs = answer.choices[0].logprobs
         split = next((i for i, margin in enumerate(reference["margins"]) if margin < 1e-3), LENGTH)
         assert logprobs.token_logprobs[:split] == pytest.approx(reference["logprobs"][:split], abs=2e-3)
+        compared += split
         gaps = [sorted(top.values(), reverse=True) for top in logprobs.top_logprobs[:split]]
         assert [a - b for a, b, *_ in gaps] == pytest.approx(reference["margins"][:split], abs=4e-3)
+    assert compared > 0.9 * LENGTH * len(prompts)
 
 
 def test_prefix_caching(server, client, prompts):
@@ -123,7 +131,8 @@ def test_malformed_request(client, options):
 
 def test_client_that_disconnects(server, client, prompts):
     """Its request is dropped, and the others go on."""
-    stream = complete(client, prompts[5], max_tokens=100, stream=True)
+    before = aborted(server)
+    stream = complete(client, prompts[5][:50], max_tokens=200, stream=True)
     next(iter(stream))
     other = threading.Thread(target=complete, args=(client, prompts[6]))
     other.start()
@@ -131,6 +140,20 @@ def test_client_that_disconnects(server, client, prompts):
     other.join(60)
     assert not other.is_alive()
     deadline = time.time() + 20
-    while metric(server, "vllm:num_requests_running") and time.time() < deadline:
+    while not aborted(server) > before and time.time() < deadline:
         time.sleep(0.2)
+    assert aborted(server) == before + 1, "it ran to its end for nobody"
     assert metric(server, "vllm:num_requests_running") == 0
+
+
+def test_draft_of_its_own_parent(demo_model, compressed, prompts, tmp_path):
+    """The command of docs/serving.md: the parent's greedy answers, drafted by the compressed model."""
+    draft = {"method": "draft_model", "model": str(compressed["pivga"]), "num_speculative_tokens": 4}
+    options = ["--dtype", "float32", "--max-model-len", "256", "--enforce-eager", "--served-model-name", "model"]
+    with serve(demo_model, tmp_path / "log", *options, "--speculative-config", json.dumps(draft)) as server:
+        client = OpenAI(base_url=f"{server.address}/v1", api_key="none", max_retries=0, timeout=120)
+        answers = [complete(client, ids, logprobs=0).choices[0].logprobs.token_logprobs for ids in prompts[:3]]
+        assert metric(server, "vllm:spec_decode_num_accepted_tokens") > 0
+    parent = load_model(demo_model)
+    for logprobs, ids in zip(answers, prompts, strict=False):
+        assert logprobs == pytest.approx(greedy(parent, ids, LENGTH)["logprobs"], abs=2e-3)
