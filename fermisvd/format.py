@@ -41,7 +41,7 @@ class Group(BaseModel):
     members: tuple[str, ...] = Field(min_length=1)
     form: Literal["svd", "pivga"]
     side: Literal["columns", "rows"] | None = None
-    rank: int = Field(ge=1)
+    rank: int = Field(ge=1, strict=True)
 
     @model_validator(mode="after")
     def _consistent(self) -> "Group":
@@ -92,7 +92,7 @@ class FermiSVDConfig(BaseModel):
 def parse_config(values: Mapping[str, Any], where: str = "config.json: quantization_config") -> FermiSVDConfig:
     """Validated config. Raises FormatError naming `where` and every field that is off."""
     version = values.get("format_version")
-    if version != FORMAT_VERSION:
+    if version != FORMAT_VERSION or not isinstance(version, int) or isinstance(version, bool):
         raise FormatError(
             f"{where}: format_version is {version!r}, this FermiSVD reads {FORMAT_VERSION}; "
             "install the version that wrote it"
@@ -109,12 +109,13 @@ def read_config(folder: Path) -> FermiSVDConfig:
     path = Path(folder) / "config.json"
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FormatError(f"{path}: {error}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise FormatError(f"{path}: {error}; {COPY}") from None
     entry = values.get("quantization_config") if isinstance(values, dict) else None
     if not isinstance(entry, dict) or entry.get("quant_method") != QUANT_METHOD:
         raise FormatError(
-            f"{path}: no quantization_config with quant_method {QUANT_METHOD!r}; not a FermiSVD checkpoint"
+            f"{path}: no quantization_config with quant_method {QUANT_METHOD!r}; "
+            "not a FermiSVD checkpoint, convert a dense one"
         )
     return parse_config(entry, str(path))
 

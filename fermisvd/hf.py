@@ -4,6 +4,7 @@ The reference modules take the place of the compressed layers; a broken checkpoi
 writes the model at its small size again.
 """
 
+import json
 import logging
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -81,15 +82,25 @@ def check_architecture(folder: Path) -> None:
     Raises FormatError if not. A model that transformers cannot build without foreign code is not checked, and said so.
     Overrides of the config on vLLM's command line are not considered.
     """
+    path = folder / "config.json"
+    if json.loads(path.read_text(encoding="utf-8")).get("model_type") not in CONFIG_MAPPING:
+        logger.warning("%s: a model_type unknown to transformers; structure is checked layer by layer only", path)
+        return
     try:
         hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # whatever strange values make transformers raise
+        raise FormatError(f"{path}: transformers cannot read it: {_first_line(error)}; {MEND}") from None
+    try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(hf_config, attn_implementation="eager", trust_remote_code=False)
-    except Exception as error:  # whatever a model that is not transformers' own makes it raise
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        logger.warning("%s: structure is checked layer by layer only, transformers cannot build it: %s", folder, reason)
+    except Exception as error:  # not a causal language model of transformers' own
+        logger.warning("%s: structure is checked layer by layer only: %s", path, _first_line(error))
         return
     _check_against_model(model, read_config(folder), folder)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0]
 
 
 def _check_against_model(model: nn.Module, config: FermiSVDConfig, folder: Path) -> None:

@@ -15,6 +15,7 @@ GATED = ["gate_proj up_proj", "down_proj"]
 KINDS = {
     "phi3": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
     "opt": ["q_proj k_proj v_proj", "out_proj", "fc1", "fc2"],
+    "falcon": ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"],
     "gpt_neox": ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"],
     "qwen3_moe": ATTENTION,
 }

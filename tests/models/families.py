@@ -46,6 +46,10 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "phi3": ("Phi3Config", {**GATED, "hidden_size": 128}),  # q/k/v and gate/up fused on disk
     "opt": ("OPTConfig", COMMON | dict(ffn_dim=136, hidden_size=128, word_embed_proj_dim=128)),  # biases, no gate
     "gpt_neox": ("GPTNeoXConfig", COMMON | dict(intermediate_size=136, hidden_size=128)),  # vLLM: transformers backend
+    "falcon": (  # q, k, v interleaved by kv head on disk; vLLM sorts them while loading
+        "FalconConfig",
+        COMMON | dict(hidden_size=128, num_kv_heads=2, new_decoder_architecture=True, bias=False, ffn_hidden_size=136),
+    ),
     "qwen3_moe": ("Qwen3MoeConfig", GATED | MOE),
 }
 

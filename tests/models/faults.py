@@ -157,3 +157,19 @@ FAULTS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "another architecture": (another_architecture, ("config.json", "OPTForCausalLM", CONVERT)),
     "another width": (another_width, (WEIGHTS, "mlp", "144", CONVERT)),
 }
+
+SVD_FAULTS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
+    "missing shared factor": (
+        lambda folder: edit_tensors(folder, lambda t: t.pop(f"{OUT}.lowrank_b")),
+        (f"{OUT}.lowrank_b", "missing", CONVERT),
+    ),
+    "missing member's factor": (
+        lambda folder: edit_tensors(folder, lambda t: t.pop(f"{K}.lowrank_a")),
+        (f"{K}.lowrank_a", "missing", CONVERT),
+    ),
+    "factor transposed": (_replace(f"{DOWN}.lowrank_b", lambda t: t.T), (f"{DOWN}.lowrank_", "shape", CONVERT)),
+    "dense weight beside the factors": (
+        lambda folder: edit_tensors(folder, lambda t: t.update({f"{K}.weight": torch.zeros(64, 96)})),
+        (f"{K}.weight", "replaces it", CONVERT),
+    ),
+}
