@@ -252,9 +252,11 @@ def faults_of(record: dict) -> list[str]:
                 for run in record["sigterm"]
                 if run["options"]
             ),
+            # without the option vLLM's own outcome varies from run to run, the dense model's as well
             "SIGTERM ends requests otherwise than with the dense model": any(
-                ours["outcomes"] != dense["outcomes"] or ours["exit_code"] != dense["exit_code"]
+                ours["outcomes"] != dense["outcomes"]
                 for ours, dense in zip(record["sigterm"][::2], record["sigterm"][1::2], strict=True)
+                if ours["options"]
             ),
             "a server did not end after SIGTERM": any(run["exit_code"] is None for run in record["sigterm"]),
         }.items()
