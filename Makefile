@@ -23,11 +23,11 @@ lint: $(VENV)/installed
 table: $(VENV)/installed
 	$(BIN)/python benchmarks/quality.py
 
-# Every family compiled and with tensor parallel 2: about half an hour.
+# Every family compiled and with tensor parallel 2: about 20 minutes on two cores.
 families: $(VENV)/installed
 	$(BIN)/python -m pytest tests/vllm_plugin/test_families.py -m "slow or not slow"
 
-# What an engine does with a checkpoint, in every vLLM release whose CPU wheel installs; a result a version.
+# What an engine does with a checkpoint; `make versions` runs it in every vLLM release whose CPU wheel installs.
 serving: $(VENV)/installed
 	$(BIN)/python -m pytest $(addprefix tests/vllm_plugin/test_,layout.py linear.py tensor_parallel.py families.py engine_modes.py)
 

@@ -48,7 +48,7 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "gpt_neox": ("GPTNeoXConfig", COMMON | dict(intermediate_size=136, hidden_size=128)),  # vLLM: transformers backend
     "falcon": (  # q, k, v interleaved by kv head on disk; vLLM sorts them while loading
         "FalconConfig",
-        COMMON | dict(hidden_size=128, num_kv_heads=2, new_decoder_architecture=True, bias=False, ffn_hidden_size=136),
+        COMMON | dict(hidden_size=128, num_kv_heads=2, new_decoder_architecture=True, bias=False),
     ),
     "qwen3_moe": ("Qwen3MoeConfig", GATED | MOE),
 }

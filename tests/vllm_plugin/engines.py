@@ -44,8 +44,9 @@ def run(task: dict) -> dict:
     from vllm import LLM
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
-    engine = LLM(**{"dtype": "float32", "max_model_len": 256, "max_num_seqs": 64, **task["engine"]})
+    engine = None
     try:
+        engine = LLM(**{"dtype": "float32", "max_model_len": 256, "max_num_seqs": 64, **task["engine"]})
         if task["engine"].get("pipeline_parallel_size", 1) > 1:
             engine.collective_rpc(allocate_intermediate_tensors)
         result = generate(engine, task)
@@ -57,9 +58,10 @@ def run(task: dict) -> dict:
             result["metrics"] = {m.name: getattr(m, "value", None) for m in engine.get_metrics()}
         return result
     finally:
-        engine.llm_engine.engine_core.shutdown()
+        if engine is not None:
+            engine.llm_engine.engine_core.shutdown()
         del engine
-        cleanup_dist_env_and_memory()
+        cleanup_dist_env_and_memory()  # also after a refused start: what it left would break the next engine
 
 
 def main() -> None:

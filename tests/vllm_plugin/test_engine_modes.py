@@ -70,6 +70,15 @@ def cases(family_checkpoints, run_engines, tmp_path_factory):
         model = dense_twin(source, other)
         expected["reload", form] = [greedy(model, ids, LENGTH) for ids in PROMPTS]
         tasks["reload", form] = task | {"engine": engine, "reload": str(other)}
+        if form == "pivga":
+            tasks["reload compiled", form] = task | {"engine": {"model": str(compressed)}, "reload": str(other)}
+
+        source, compressed = family_checkpoints("phi3", form)
+        model = dense_twin(source, compressed)
+        adapter = save_adapter(model, folder / f"lora-phi3-{form}")
+        expected["lora fused on disk", form] = [greedy(model, ids, LENGTH) for ids in PROMPTS]
+        engine = {"model": str(compressed), "enforce_eager": True, "enable_lora": True, "max_lora_rank": 8}
+        tasks["lora fused on disk", form] = task | {"engine": engine, "lora": str(adapter)}
     return dict(zip(tasks, run_engines(list(tasks.values())), strict=True)), expected
 
 
@@ -92,6 +101,18 @@ def test_draft_of_its_own_parent(demo_model, compressed, run_engines):
 def test_lora_equals_merged_weights(form, cases):
     served, expected = cases
     assert_agrees(served["lora", form], expected["lora", form])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_lora_on_layers_fused_on_disk(form, cases):
+    served, expected = cases
+    assert_agrees(served["lora fused on disk", form], expected["lora fused on disk", form])
+
+
+def test_reloaded_weights_serve_compiled(cases):
+    served, expected = cases
+    assert_agrees(served["reload compiled", "pivga"], expected["plain", "pivga"])
+    assert_agrees(served["reload compiled", "pivga"]["reloaded"], expected["reload", "pivga"])
 
 
 @pytest.mark.parametrize("form", FORMS)
