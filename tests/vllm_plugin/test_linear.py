@@ -332,3 +332,20 @@ def test_hub_model_is_checked_once_downloaded(tmp_path, monkeypatch):
     )
     with pytest.raises(FormatError, match=r"abc: m\.norm\.weight: missing"):
         layer.lowrank_a.weight_loader(layer.lowrank_a, torch.zeros(96, 4))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "impl", "refused"),
+    [("bloom", "auto", True), ("bloom", "transformers", False), ("llama", "auto", False)],
+)
+def test_models_that_reorder_shared_tensors_are_refused(model_type, impl, refused):
+    """Bloom's loading transposes heads and q/k/v in every tensor of the layer: a permutation would stay one."""
+    from fermisvd_vllm.versions import check_loading_order
+
+    config = SimpleNamespace(hf_config=SimpleNamespace(model_type=model_type), model_impl=impl)
+    check_loading_order(config, "h.0.mlp.dense")
+    if not refused:
+        check_loading_order(config, "h.0.self_attention.query_key_value")
+        return
+    with pytest.raises(FormatError, match="--model-impl transformers"):
+        check_loading_order(config, "h.0.self_attention.query_key_value")

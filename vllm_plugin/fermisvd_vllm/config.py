@@ -14,7 +14,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from fermisvd.format import PICKLE_SUFFIXES, FormatError, Group, parse_config, validate_before_serving
 from fermisvd_vllm.layout import numbers_held, parts_of
 from fermisvd_vllm.linear import FermiSVDLinearMethod
-from fermisvd_vllm.versions import DRAFT_PREFIX
+from fermisvd_vllm.versions import DRAFT_PREFIX, check_loading_order
 
 logger = init_logger("vllm.fermisvd")
 
@@ -87,6 +87,7 @@ class FermiSVDConfig(QuantizationConfig):
         parts = parts_of(members, self.groups, prefix)
         if parts is None:
             return DenseLinearMethod(self.check_model)
+        check_loading_order(self.vllm_config.model_config, prefix)
         self.unprocessed.add(prefix)
         self.layers[prefix] = FermiSVDLinearMethod(parts, members, prefix, self.check_model, self._layer_is_ready)
         return self.layers[prefix]

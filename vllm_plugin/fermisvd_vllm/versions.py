@@ -3,6 +3,7 @@
 docs/serving.md has the table of releases. What breaks with a new one is mended here.
 """
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -15,6 +16,10 @@ DRAFT_PREFIX = "draft_model."
 # LoRA places its tensors on the device of the first of a few attributes that it finds on the base layer
 # (lora/layers/utils.py, `_get_lora_device`). Of these names this one means nothing to dense layers; it is empty.
 LORA_DEVICE_NAME = "weight_packed"
+
+# vLLM's own classes of these (GPT-NeoX until 0.31) reorder the rows of every tensor under a layer of that name while
+# loading, be it B, D or the permutation. 0.32 serves GPT-NeoX by its transformers backend, which reorders nothing.
+REORDERED_LAYER, REORDERING_MODELS = "query_key_value", {"bloom", "gpt_neox"}
 
 SHARD_NAMES = {"q": 0, "k": 1, "v": 2}
 
@@ -29,6 +34,20 @@ def member_of(loaded_weight: torch.Tensor, shard_id: str | int | None) -> int:
     if isinstance(shard_id, tuple):
         raise FormatError(f"vLLM loads shards {shard_id} of a layer as one, which is not served yet")
     return SHARD_NAMES[shard_id] if isinstance(shard_id, str) else int(shard_id)
+
+
+def check_loading_order(model_config, layer: str) -> None:
+    """Raises FormatError for a layer whose tensors vLLM would reorder while it loads them, shared ones included."""
+    if not layer.endswith(REORDERED_LAYER):
+        return
+    model_type = model_config.hf_config.model_type
+    if model_type not in REORDERING_MODELS:
+        return
+    if model_config.model_impl != "transformers" and find_spec(f"vllm.model_executor.models.{model_type}"):
+        raise FormatError(
+            f"{layer}: vLLM's own {model_type} reorders the rows of all its tensors, which mixes up shared factors; "
+            "serve with --model-impl transformers"
+        )
 
 
 def checkpoint_folder(loader, model_config) -> Path:
