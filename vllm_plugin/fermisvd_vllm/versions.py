@@ -19,7 +19,8 @@ LORA_DEVICE_NAME = "weight_packed"
 
 # vLLM's own classes of these (GPT-NeoX until 0.31) reorder the rows of every tensor under a layer of that name while
 # loading, be it B, D or the permutation. 0.32 serves GPT-NeoX by its transformers backend, which reorders nothing.
-REORDERED_LAYER, REORDERING_MODELS = "query_key_value", {"bloom", "gpt_neox"}
+REORDERED_LAYER = "query_key_value"
+REORDERING_MODELS = {"bloom": "try --model-impl transformers", "gpt_neox": "serve it with vLLM 0.32 or later"}
 
 SHARD_NAMES = {"q": 0, "k": 1, "v": 2}
 
@@ -46,7 +47,7 @@ def check_loading_order(model_config, layer: str) -> None:
     if model_config.model_impl != "transformers" and find_spec(f"vllm.model_executor.models.{model_type}"):
         raise FormatError(
             f"{layer}: vLLM's own {model_type} reorders the rows of all its tensors, which mixes up shared factors; "
-            "serve with --model-impl transformers"
+            f"{REORDERING_MODELS[model_type]}"
         )
 
 
