@@ -68,6 +68,17 @@ def test_router_that_is_a_linear_layer_stays_dense(model):
     assert find_groups(model)[2].members == tuple(f"model.layers.0.mlp.{x}_proj" for x in ("gate", "up"))
 
 
+def test_experts_in_a_list_stay_dense(model):
+    """One sees half of the tokens and one, by chance of routing, all of them."""
+    mlp = model.model.layers[0].mlp
+    before = find_groups(model)
+    mlp.experts = nn.ModuleList(nn.Linear(96, 7) for _ in range(2))
+    dense_forward = mlp.forward
+    mlp.forward = lambda x: dense_forward(x) + mlp.experts[0](x[:, ::2]).sum() + mlp.experts[1](x).sum()
+    assert find_groups(model) == before
+    assert set(left_dense(model, before)) == {f"model.layers.0.mlp.experts.{i}.weight" for i in range(2)}
+
+
 def test_model_whose_layers_are_never_called_is_refused(model):
     model.forward = lambda input_ids: None
     with pytest.raises(StructureError, match="called once"):
