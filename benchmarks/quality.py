@@ -26,7 +26,7 @@ from torch import nn
 from fermisvd import load_model
 from fermisvd.budget import Form, uniform_rank
 from fermisvd.calibration import gram_matrices
-from fermisvd.decomposition import data_aware_svd, low_rank_factors
+from fermisvd.decomposition import data_aware_svd
 from fermisvd.fermigrad import FermiGradSettings
 from fermisvd.groups import Partition, find_groups, stacked_weight
 from fermisvd_convert.convert import convert
@@ -96,8 +96,8 @@ def rounded_down(path: Path, groups: Partition, form: Form, remove: float, windo
     layers = find_groups(model, groups)
     grams = gram_matrices(model, [group.source for group in layers], windows.split(8))
     for group in layers:
-        u, _ = data_aware_svd(stacked_weight(model, group), grams[group.source])
-        a, b = low_rank_factors(u, stacked_weight(model, group), int(uniform_rank(group, remove, form)))
+        factors = data_aware_svd(stacked_weight(model, group), grams[group.source])
+        a, b = factors.truncated(int(uniform_rank(group, remove, form)))
         with torch.no_grad():
             for member, part in zip(group.members, (a @ b).split(list(group.member_rows)), strict=True):
                 model.get_submodule(member).weight.copy_(part)

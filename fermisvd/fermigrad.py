@@ -1,7 +1,8 @@
 """FermiGrad: globally optimal ranks by gradient descent through a Fermi gate on each group's spectrum.
 
-The student layer is U diag(F(mu)) U^T W; only one mu a group is trained, by KL(teacher || student), under a
-parameter budget. State is kept as mu/k, so that one learning rate serves layers of any width.
+The student layer is A diag(F(mu)) B, where A B = W is the group's ordered decomposition (A = U, B = U^T W with the
+paper's whitening); only one mu a group is trained, by KL(teacher || student), under a parameter budget. State is kept
+as mu/k, so that one learning rate serves layers of any width.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from torch.nn import functional
 from fermisvd.budget import Form
 from fermisvd.errors import FermiSVDError
 from fermisvd.groups import LinearGroup
+from fermisvd.losses import kl_divergence
 
 Constraint = Literal["projection", "penalty"]
 
@@ -22,8 +24,9 @@ Constraint = Literal["projection", "penalty"]
 @dataclass(frozen=True)
 class FermiGradSettings:
     """temperature: T of the gate, in units of k; learning_rate: of mu/k; anneal: fraction of the steps over which
-    `projection` lowers the budget from full to the target; penalty, penalty_growth: rho and alpha of the paper's
-    penalty, rho (N - N_target)^2 with both counts as fractions of the dense count."""
+    `projection` lowers the budget from full to the target; plateau: stop once a pass over the windows, at the target,
+    lowers the mean KL by less than this fraction of the pass before (0: never); penalty, penalty_growth: rho and alpha
+    of the paper's penalty, rho (N - N_target)^2 with both counts as fractions of the dense count."""
 
     constraint: Constraint = "projection"
     steps: int = 150
@@ -31,6 +34,7 @@ class FermiGradSettings:
     temperature: float = 0.01
     learning_rate: float = 0.02
     anneal: float = 0.4
+    plateau: float = 0.0
     minimum_rank: int = 1
     penalty: float = 1.0
     penalty_growth: float = 1.03
@@ -47,80 +51,86 @@ def fermi_gate(mu: torch.Tensor, full_rank: int, temperature: float) -> torch.Te
     return torch.sigmoid((mu - j) / (full_rank * temperature))
 
 
-class _GatedProduct(torch.autograd.Function):
-    """y = x W_F^T with W_F = U diag(F) B, B = U^T W; dL/dF_j = (U^T G B^T)_jj, G = dL/dW_F.
+TAIL = 8.0  # gates below exp(-TAIL) are left out of the products
 
-    W_F is made anew in the backward pass instead of kept: a student costs U and B, no third copy of the model.
+
+class GatedGroup:
+    """What the members of a gated group share: B of W = A B, (k x n), and the gate.
+
+    `gate` is F (k,), or None for the dense teacher: A B = W. The student is two thin products, x B^T diag(F) A^T, and
+    only as wide as the gate is open; nothing of the size of W is made, and B x is computed once for all members.
     """
 
-    @staticmethod
-    def forward(ctx, x, u, b, gate):
-        ctx.save_for_backward(x, u, b, gate)
-        return functional.linear(x, (u * gate) @ b)
+    def __init__(self, b: torch.Tensor):
+        self.b = b
+        self._input: torch.Tensor | None = None
+        self._projected = b
+        self.set_gate(None, len(b))
 
-    @staticmethod
-    def backward(ctx, grad):
-        x, u, b, gate = ctx.saved_tensors
-        weight_gradient = grad.flatten(0, -2).T @ x.flatten(0, -2)
-        gate_gradient = ((u.T @ weight_gradient) * b).sum(1)
-        return grad @ ((u * gate) @ b), None, None, gate_gradient
+    def set_gate(self, gate: torch.Tensor | None, open_rank: int) -> None:
+        """gate: F (k,) or None; open_rank: how many of its entries are not negligible."""
+        self.gate, self.open_rank, self._input = gate, open_rank, None
+
+    def project(self, x: torch.Tensor) -> torch.Tensor:
+        """F B x, (..., open_rank), remembered for the members that read the same tensor."""
+        if self._input is not x:
+            projected = functional.linear(x, self.b[: self.open_rank])
+            self._projected = projected if self.gate is None else projected * self.gate[: self.open_rank]
+            self._input = x
+        return self._projected
 
 
 class GatedLinear(nn.Module):
-    """A member of a gated group. u: its rows of U, (m_i x k); b: U^T W of the whole group, (k x n), shared.
+    """A member of a gated group. a: its rows of A, (m_i x k)."""
 
-    `gate` is the group's F (k,), or None for the dense teacher: U U^T W = W, since U spans the columns of W.
-    """
-
-    def __init__(self, u: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None):
+    def __init__(self, a: torch.Tensor, group: GatedGroup, bias: torch.Tensor | None):
         super().__init__()
-        self.u, self.b, self.bias = u, b, bias
-        self.gate: torch.Tensor | None = None
+        self.a, self.group, self.bias = a, group, bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate = self.u.new_ones(self.u.shape[1]) if self.gate is None else self.gate
-        y = _GatedProduct.apply(x, self.u, self.b, gate)
-        return y if self.bias is None else y + self.bias
+        return functional.linear(self.group.project(x), self.a[:, : self.group.open_rank], self.bias)
 
 
 def install_gates(
-    model: nn.Module, groups: Sequence[LinearGroup], basis_of: Callable[[LinearGroup], torch.Tensor]
-) -> list[list[GatedLinear]]:
+    model: nn.Module,
+    groups: Sequence[LinearGroup],
+    factors_of: Callable[[LinearGroup], tuple[torch.Tensor, torch.Tensor]],
+) -> list[GatedGroup]:
     """Replace the groups' linear layers by gated ones, one group at a time, and free the dense weights.
 
-    basis_of: gives U (m x k) of a group. Returns the gated layers of each group.
+    factors_of: gives A (m x k) and B (k x n) of a group, W = A B. Returns the gated groups, in order.
     """
     gated = []
     for group in groups:
         layers = [model.get_submodule(name) for name in group.members]
-        weight = torch.cat([layer.weight.detach() for layer in layers])
-        u = basis_of(group).to(weight)
-        b = u.T @ weight
-        parts = u.split(list(group.member_rows))
-        gated.append([GatedLinear(part, b, layer.bias) for part, layer in zip(parts, layers, strict=True)])
-        for name, layer in zip(group.members, gated[-1], strict=True):
-            model.set_submodule(name, layer)
+        a, b = (factor.to(layers[0].weight) for factor in factors_of(group))
+        gated.append(GatedGroup(b))
+        for name, layer, rows in zip(group.members, layers, a.split(list(group.member_rows)), strict=True):
+            model.set_submodule(name, GatedLinear(rows, gated[-1], layer.bias))
     return gated
 
 
 class SoftBudget:
-    """Parameter counts of real-valued ranks, all groups at once, float64."""
+    """Parameter counts of real-valued ranks, all groups at once, float64.
 
-    def __init__(self, groups: Sequence[LinearGroup], form: Form):
+    capped: whether a group's count stops at m n, as stored; the paper counts r (m + n) however much that is.
+    """
+
+    def __init__(self, groups: Sequence[LinearGroup], form: Form, capped: bool = True):
         def column(values):
             return torch.tensor(list(values), dtype=torch.float64)
 
         self.full_rank = column(g.full_rank for g in groups)
         self.width = column(g.rows + g.columns for g in groups)
         self.dense = column(g.dense_parameters for g in groups)
-        self.form = form
+        self.form, self.capped = form, capped
 
     def counts(self, state: torch.Tensor) -> torch.Tensor:
-        """Parameters of each group at mu = state * k. In svd form the count stops at m n, where dense is cheaper."""
+        """Parameters of each group at mu = state * k. In svd form a capped count stops at m n."""
         rank = state.clamp(0, 1) * self.full_rank
         if self.form == "pivga":
             return rank * (self.width - rank)
-        return torch.minimum(rank * self.width, self.dense)
+        return torch.minimum(rank * self.width, self.dense) if self.capped else rank * self.width
 
     def fraction(self, state: torch.Tensor) -> torch.Tensor:
         """Kept fraction of the dense parameters."""
@@ -157,29 +167,25 @@ class SoftBudget:
         return torch.maximum((state + below).clamp(max=high), low)
 
 
-def kl_divergence(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
-    """Mean over tokens of KL(teacher || student); logits (batch, length, vocabulary)."""
-    log_p, log_q = teacher.float().log_softmax(-1), student.float().log_softmax(-1)
-    return functional.kl_div(log_q.flatten(0, -2), log_p.flatten(0, -2), log_target=True, reduction="batchmean")
-
-
 def optimise_ranks(
     model: nn.Module,
     groups: Sequence[LinearGroup],
-    gated: Sequence[Sequence[GatedLinear]],
+    gated: Sequence[GatedGroup],
     windows: torch.Tensor,
     kept: float,
     form: Form,
     settings: FermiGradSettings,
     on_step: Callable[[dict], None] = lambda _: None,
+    capped: bool = True,
 ) -> tuple[list[float], list[dict]]:
     """Real ranks mu that minimise KL(teacher || student) at the kept fraction of parameters.
 
     model: holds the gated layers of `install_gates`; windows: token ids (samples, length); kept: fraction of the
-    groups' parameters that may stay, counted in `form`. on_step sees each step's record (step, kl, kept).
+    groups' parameters that may stay, counted in `form`, `capped` as in SoftBudget. on_step sees each step's record:
+    step, kl, kept, and `share`, the list of mu/k.
     Returns one mu a group, on the budget, and the records. Raises FermiGradError if the loss is not finite.
     """
-    budget, high = SoftBudget(groups, form), 1 + 6 * settings.temperature
+    budget, high = SoftBudget(groups, form, capped), 1 + 6 * settings.temperature
     low = torch.clamp(settings.minimum_rank / budget.full_rank, max=1.0)
     state = torch.full_like(budget.full_rank, high, requires_grad=True)
     optimizer = torch.optim.Adam([state], lr=settings.learning_rate, betas=(0.9, 0.99))
@@ -187,20 +193,16 @@ def optimise_ranks(
     order = torch.Generator().manual_seed(settings.seed)
     queue: list[torch.Tensor] = []
     records: list[dict] = []
+    full = budget.fraction(state.detach())  # 1, or more where the count is not capped
     model.requires_grad_(False)
 
     for step in range(settings.steps):
         if not queue:
+            if _plateau(records, len(windows), settings):
+                break
             queue = list(torch.randperm(len(windows), generator=order).split(settings.batch_size))
         batch = windows[queue.pop()].to(device)
-        _set_gates(gated, [None] * len(groups))
-        with torch.no_grad():
-            teacher = model(input_ids=batch, use_cache=False).logits
-        mus = (state * budget.full_rank).float().to(device)
-        _set_gates(
-            gated, [fermi_gate(mu, g.full_rank, settings.temperature) for mu, g in zip(mus, groups, strict=True)]
-        )
-        kl = kl_divergence(teacher, model(input_ids=batch, use_cache=False).logits)
+        kl = gated_kl(model, groups, gated, batch, state * budget.full_rank, settings.temperature)
         if not kl.isfinite():
             raise FermiGradError(
                 f"KL is {kl.item()} at FermiGrad step {step}; check the model and the calibration text"
@@ -217,17 +219,46 @@ def optimise_ranks(
             with torch.no_grad():
                 state.copy_(torch.maximum(state.clamp(max=high), low))
         else:
-            allowed = 1 + (kept - 1) * min(1.0, (step + 1) / (settings.anneal * settings.steps))
+            allowed = full + (kept - full) * min(1.0, (step + 1) / (settings.anneal * settings.steps))
             state.grad = budget.tangent(state.grad, state.detach(), low, high)
             optimizer.step()
             with torch.no_grad():
-                state.copy_(budget.project(state, allowed, low, high))
-        records.append({"step": step, "kl": kl.item(), "kept": budget.fraction(state.detach()).item()})
+                state.copy_(budget.project(state, float(allowed), low, high))
+        record = {"step": step, "kl": kl.item(), "kept": budget.fraction(state.detach()).item()}
+        records.append(record | {"share": [round(share, 4) for share in state.tolist()]})
         on_step(records[-1])
 
-    _set_gates(gated, [None] * len(groups))
+    _open_gates(gated)
     final = budget.project(state.detach(), kept, low, high)
     return (final.clamp(max=1) * budget.full_rank).tolist(), records
+
+
+def gated_kl(
+    model: nn.Module,
+    groups: Sequence[LinearGroup],
+    gated: Sequence[GatedGroup],
+    batch: torch.Tensor,
+    mus: torch.Tensor,
+    temperature: float,
+) -> torch.Tensor:
+    """KL(teacher || student) of a batch (windows, length) with the gates at mus (groups,), differentiable in mus."""
+    _open_gates(gated)
+    with torch.no_grad():
+        teacher = model(input_ids=batch, use_cache=False).logits
+    for group, shared, mu in zip(groups, gated, mus, strict=True):
+        gate = fermi_gate(mu, group.full_rank, temperature).to(shared.b)
+        shared.set_gate(gate, min(group.full_rank, int(mu.item() + TAIL * group.full_rank * temperature) + 1))
+    return kl_divergence(teacher, model(input_ids=batch, use_cache=False).logits)
+
+
+def _plateau(records: Sequence[dict], samples: int, settings: FermiGradSettings) -> bool:
+    """Whether the last pass over the windows gained next to nothing on the one before; both saw the same text."""
+    steps = -(-samples // settings.batch_size)
+    begin = 0 if settings.constraint == "penalty" else settings.anneal * settings.steps
+    if not settings.plateau or len(records) < begin + 2 * steps:
+        return False
+    before, last = (sum(r["kl"] for r in part) for part in (records[-2 * steps : -steps], records[-steps:]))
+    return last > (1 - settings.plateau) * before
 
 
 def _anneal_learning_rate(optimizer: torch.optim.Optimizer, settings: FermiGradSettings, step: int) -> None:
@@ -236,7 +267,6 @@ def _anneal_learning_rate(optimizer: torch.optim.Optimizer, settings: FermiGradS
     optimizer.param_groups[0]["lr"] = settings.learning_rate * (0.1 + 0.9 * remaining)
 
 
-def _set_gates(gated: Sequence[Sequence[GatedLinear]], gates: Sequence[torch.Tensor | None]) -> None:
-    for layers, gate in zip(gated, gates, strict=True):
-        for layer in layers:
-            layer.gate = gate
+def _open_gates(gated: Sequence[GatedGroup]) -> None:
+    for group in gated:
+        group.set_gate(None, len(group.b))

@@ -173,6 +173,13 @@ def parent_of(name: str) -> str:
     return name.rpartition(".")[0]
 
 
+def linear_layer(model: nn.Module, name: str) -> nn.Linear:
+    """The linear layer of that name."""
+    layer = model.get_submodule(name)
+    assert isinstance(layer, nn.Linear), name
+    return layer
+
+
 def stacked_weight(model: nn.Module, group: LinearGroup) -> torch.Tensor:
     """W of a group: the members' weights stacked by rows, (rows x columns)."""
     return torch.cat([model.get_submodule(name).weight.detach() for name in group.members])

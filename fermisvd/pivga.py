@@ -78,10 +78,16 @@ def fix_gauge(a: torch.Tensor, b: torch.Tensor, side: Side, dtype: torch.dtype =
     if dtype == torch.float64:
         interpolation = _solve(b[:, skeleton_columns], b[:, rest])
     else:
-        exact = _solve(skeleton.double(), a @ b[:, rest])
-        interpolation = round_with_error_feedback(exact, skeleton, dtype).to(dtype)
+        interpolation = round_interpolation(skeleton, a @ b[:, rest], dtype)
     _refuse_overflow(interpolation, dtype)
     return PivGa(skeleton, interpolation.contiguous(), permutation, "columns")
+
+
+def round_interpolation(skeleton: torch.Tensor, rest: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """D (r x q) in `dtype`, with C D near `rest`. skeleton: C (m x r), as stored; rest: (m x q) float64."""
+    if dtype == torch.float64:
+        return _solve(skeleton, rest)
+    return round_with_error_feedback(_solve(skeleton.double(), rest), skeleton, dtype).to(dtype)
 
 
 def _refuse_overflow(tensor: torch.Tensor, dtype: torch.dtype) -> None:

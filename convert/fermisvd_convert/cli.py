@@ -1,4 +1,4 @@
-"""The command line: `fermisvd convert`, `fermisvd evaluate`, `fermisvd inspect`."""
+"""The command line: `fermisvd convert`, `heal`, `evaluate`, `inspect`."""
 
 import json
 import sys
@@ -25,8 +25,14 @@ class Form(StrEnum):
 
 
 class Groups(StrEnum):
+    auto = "auto"
     joint = "joint"
     separate = "separate"
+
+
+class Whitening(StrEnum):
+    kfac = "kfac"
+    input = "input"
 
 
 class Constraint(StrEnum):
@@ -82,8 +88,12 @@ def convert(
         str, typer.Option(help="fermigrad, uniform, or a JSON file of ranks to fit to the budget.", callback=_ranks)
     ] = "fermigrad",
     groups: Annotated[
-        Groups, typer.Option(help="Layers that read the same input: decomposed jointly or one by one.")
-    ] = Groups.joint,
+        Groups, typer.Option(help="Layers that read the same input: decomposed jointly, one by one, or as measured.")
+    ] = Groups.auto,
+    whitening: Annotated[
+        Whitening, typer.Option(help="What weighs an error: the layer's inputs, or also the loss gradient.")
+    ] = Whitening.kfac,
+    refit: Annotated[bool, typer.Option(help="Fit each group again to the compressed layers before it.")] = True,
     calibration: Annotated[
         list[str] | None, typer.Option(help="Text or .jsonl files, or data sets (NAME[:CONFIG]); several may follow.")
     ] = None,
@@ -96,6 +106,9 @@ def convert(
     constraint: Annotated[Constraint, typer.Option(help="How FermiGrad holds the budget.")] = Constraint.projection,
     temperature: Annotated[float, typer.Option(min=1e-6, help="T of the Fermi gate.")] = 0.01,
     steps: Annotated[int, typer.Option(min=1, help="FermiGrad steps.")] = 150,
+    minimum_rank: Annotated[int, typer.Option(min=1, help="Lowest rank FermiGrad may choose.")] = 1,
+    penalty_growth: Annotated[float, typer.Option(min=1.0, help="Growth of the penalty a step.")] = 1.03,
+    count: Annotated[Form | None, typer.Option(help="Form whose parameters FermiGrad counts [default: --form]")] = None,
     align: Annotated[str, typer.Option(help="Step of the ranks.", callback=_align)] = "auto",
     dtype: Annotated[Dtype, typer.Option(help="Storage type; auto keeps the model's.")] = Dtype.auto,
     device: Annotated[Device, typer.Option()] = Device.auto,
@@ -122,6 +135,8 @@ def convert(
             form=form.value,
             ranks=ranks,
             groups=groups.value,
+            whitening=whitening.value,
+            refit=refit,
             calibration=[*(calibration or [DEFAULT_DATASET]), *(more_calibration or [])],
             samples=samples,
             gradient_samples=gradient_samples,
@@ -130,6 +145,9 @@ def convert(
             constraint=constraint.value,
             temperature=temperature,
             steps=steps,
+            minimum_rank=minimum_rank,
+            penalty_growth=penalty_growth,
+            count=None if count is None else count.value,
             align=None if align == "auto" else int(align),
             dtype=dtype.value,
             device=device.value,
@@ -140,6 +158,48 @@ def convert(
             overwrite=overwrite,
         )
         print_report(report, Console())
+
+
+@app.command()
+def heal(
+    out: Annotated[Path, typer.Argument(help="Folder of a compressed checkpoint.")],
+    healed: Annotated[Path, typer.Argument(help="New folder for the healed checkpoint.")],
+    text: Annotated[list[str], typer.Option(help="Text to train on, as --calibration of convert.")] = ...,
+    teacher: Annotated[
+        str | None, typer.Option(help="The dense model [default: the hub id that the checkpoint names]")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1)] = 200,
+    samples: Annotated[int, typer.Option(min=1, help="Windows to train on, over and over.")] = 1024,
+    sequence_length: Annotated[
+        int | None, typer.Option(help="Tokens a window [default: the model's context, at most 2048]")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows a step.")] = 8,
+    learning_rate: Annotated[float, typer.Option(min=0.0, help="Relative to each factor's size.")] = 0.01,
+    device: Annotated[Device, typer.Option()] = Device.auto,
+    seed: Annotated[int, typer.Option()] = 0,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code")] = False,
+) -> None:
+    """Train OUT's factors towards its dense model's predictions; ranks and structure stay."""
+    with _clear_errors():
+        from fermisvd_convert.heal import heal_checkpoint
+
+        record = heal_checkpoint(
+            out,
+            healed,
+            text,
+            teacher=teacher,
+            steps=steps,
+            samples=samples,
+            sequence_length=sequence_length,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            device=device.value,
+            seed=seed,
+            trust_remote_code=trust_remote_code,
+        )
+    for when in ("before", "after"):
+        result = record[when]
+        print(f"{when}: held-back perplexity {result['perplexity']:.4f}, KL(teacher || model) {result['kl']:.6f} nats")
 
 
 @app.command()

@@ -13,22 +13,26 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from fermisvd.budget import Form, kept_parameters, stays_dense
 from fermisvd.errors import FermiSVDError
 from fermisvd.fermigrad import Constraint, FermiGradSettings
 from fermisvd.format import FormatError, read_config
-from fermisvd.groups import Partition
 from fermisvd.hf import load_model
 from fermisvd_convert import stages
 from fermisvd_convert.evaluate import evaluate
 from fermisvd_convert.report import group_rows, model_card, totals
 from fermisvd_convert.source import open_source, resolve_device, window_length
+from fermisvd_convert.stages import GroupsRule, Whitening
 from fermisvd_convert.text import DEFAULT_DATASET, calibration_text
 from fermisvd_convert.workspace import Workspace, settings_key
 from fermisvd_convert.writer import storage_type, weight_bytes, write_checkpoint
 
 logger = logging.getLogger("fermisvd")
+
+
+ASIDE_WINDOWS = 32
 
 
 class OutputError(FermiSVDError):
@@ -42,7 +46,9 @@ def convert(
     *,
     form: Form = "pivga",
     ranks: str = "fermigrad",
-    groups: Partition = "joint",
+    groups: GroupsRule = "auto",
+    whitening: Whitening = "kfac",
+    refit: bool = True,
     calibration: Sequence[str] = (DEFAULT_DATASET,),
     samples: int = 256,
     gradient_samples: int = 256,
@@ -51,6 +57,9 @@ def convert(
     constraint: Constraint = "projection",
     temperature: float = 0.01,
     steps: int = 150,
+    minimum_rank: int = 1,
+    penalty_growth: float = 1.03,
+    count: Form | None = None,
     align: int | None = None,
     dtype: str = "auto",
     device: str = "auto",
@@ -88,30 +97,60 @@ def convert(
         linear, others = stages.structure(workspace, key, groups, dense)
         source.check_linear_layers(linear)
         kept_parameters(linear, remove)  # an impossible --remove is refused before the long work
-        gram = stages.calibrate(
-            workspace, key, linear, windows, batch_size, dense, limit_bytes=weight_bytes(source.folder)
+        statistics = stages.calibrate(
+            workspace, key, linear, windows, whitening, batch_size, dense, weight_bytes(source.folder), seed
         )
         before = workspace.json(
             f"dense-{settings_key(key, stages.windows_key(text.held_back))}",
             lambda: evaluate(dense(), text.held_back, batch_size=batch_size, label="evaluate dense").as_dict(),
         )
     dense.cache_clear()
+
+    def load():
+        return source.load(device)
+
+    decomposition = stages.Decomposition(workspace, source, statistics, device)
     with _timed(seconds, "decompose"):
-        spectra = stages.decompose(workspace, source, linear, gram, device)
+        for group in tqdm(linear, desc="decompose", leave=False):
+            decomposition.factors(group)
+    # windows that decide between alternatives; neither refitted on nor reported on
+    held = min(ASIDE_WINDOWS, -(-len(windows) // 8))
+    aside, refit_windows = windows[:held], windows[held:]
     with _timed(seconds, "ranks"):
         settings = FermiGradSettings(
-            constraint=constraint, steps=steps, batch_size=batch_size, temperature=temperature, seed=seed
+            constraint=constraint,
+            steps=steps,
+            batch_size=batch_size,
+            temperature=temperature,
+            minimum_rank=minimum_rank,
+            penalty_growth=penalty_growth,
+            seed=seed,
         )
-        chosen, trace = stages.choose_ranks(
+        linear, chosen, trace = stages.choose_ranks(
             ranks,
             linear,
+            groups,
             remove,
             form,
             align,
             lambda: stages.fermigrad(
-                workspace, linear, spectra, gradient_windows, remove, form, settings, lambda: source.load(device)
+                decomposition, linear, gradient_windows, remove, form, count or form, settings, load
             ),
         )
+    choices: dict[str, list[dict]] = {}
+    if groups == "auto" and not Path(ranks).is_file():
+        with _timed(seconds, "groups"):
+            linear, chosen, choices["groups"] = stages.join(
+                decomposition, linear, chosen, remove, form, align, aside, batch_size, load
+            )
+    compressed = [(g, r) for g, r in zip(linear, chosen, strict=True) if not stays_dense(g, r, form)]
+    if refit:
+        with _timed(seconds, "refit"):
+            factors_of, choices["refit"] = stages.refit_groups(
+                decomposition, compressed, refit_windows, aside, batch_size, load
+            )
+    else:
+        factors_of = decomposition.truncated(dict(compressed))
     rows = group_rows(linear, chosen, form)
     report = {
         "model": Path(model).name if Path(model).is_dir() else model,
@@ -122,6 +161,8 @@ def convert(
             "form": form,
             "ranks": ranks,
             "groups": groups,
+            "whitening": whitening,
+            "refit": refit,
             "calibration": [Path(c).name for c in calibration],
             "samples": len(windows),
             "gradient_samples": len(gradient_windows),
@@ -130,6 +171,9 @@ def convert(
             "constraint": constraint,
             "temperature": temperature,
             "steps": steps,
+            "minimum_rank": minimum_rank,
+            "penalty_growth": penalty_growth,
+            "count": count or form,
             "align": align or "auto",
             "dtype": str(storage).removeprefix("torch."),
             "seed": seed,
@@ -140,11 +184,11 @@ def convert(
         "versions": {name: version(name) for name in ("fermisvd", "torch", "transformers", "safetensors", "scipy")}
         | {"python": platform.python_version()},
         "trace": trace,
+        "choices": choices,
     }
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     try:
         with _timed(seconds, "write"):
-            compressed = [(g, r) for g, r in zip(linear, chosen, strict=True) if not stays_dense(g, r, form)]
             provenance = {
                 name: report[name] for name in ("model", "revision", "model_sha256", "settings", "totals", "versions")
             }
@@ -153,7 +197,7 @@ def convert(
                 partial,
                 compressed,
                 form,
-                lambda g: workspace.load_tensors(spectra, g.name)["u"],
+                factors_of,
                 storage,
                 dtype != "auto",
                 provenance,
@@ -167,7 +211,7 @@ def convert(
         report["seconds"] = seconds
         (partial / "fermisvd.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         (partial / "README.md").write_text(model_card(report, out), encoding="utf-8")
-        _move_into_place(partial, out)
+        move_into_place(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return report
@@ -190,7 +234,8 @@ def _check_out(out: Path, model: str, work: Path, overwrite: bool) -> None:
         raise OutputError(f"{out}: --overwrite replaces FermiSVD checkpoints only, and this is none") from None
 
 
-def _move_into_place(partial: Path, out: Path) -> None:
+def move_into_place(partial: Path, out: Path) -> None:
+    """Rename a finished folder to its name, an earlier one of that name out of the way first."""
     old = out.with_name(f".{out.name}.old-{os.getpid()}")
     if out.exists():
         out.rename(old)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from fermisvd.fermigrad import kl_divergence
+from fermisvd.losses import kl_divergence
 from fermisvd_convert.source import SourceError, load_dense_or_compressed, load_tokenizer, resolve_device, window_length
 from fermisvd_convert.text import windows_of
 

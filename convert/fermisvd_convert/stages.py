@@ -3,23 +3,40 @@
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from fermisvd.budget import Form, kept_parameters, round_to_budget, uniform_ranks
-from fermisvd.calibration import gram_matrices
-from fermisvd.decomposition import data_aware_svd
+from fermisvd.budget import (
+    Form,
+    auto_alignment,
+    factor_parameters,
+    kept_parameters,
+    round_to_budget,
+    stays_dense,
+    uniform_rank,
+    uniform_ranks,
+)
+from fermisvd.calibration import calibration_grams, group_output_gram
+from fermisvd.decomposition import Factors, OutputGram, data_aware_svd, kfac_svd
 from fermisvd.errors import FermiSVDError
 from fermisvd.fermigrad import FermiGradSettings, install_gates, optimise_ranks
 from fermisvd.groups import LinearGroup, Partition, find_groups, left_dense
+from fermisvd.losses import set_weight
+from fermisvd.partition import fused_layers, join_groups, joined
+from fermisvd.refit import refit
 from fermisvd_convert.source import Source
 from fermisvd_convert.workspace import Workspace, settings_key
 
+FactorsOf = Callable[[LinearGroup], tuple[torch.Tensor, torch.Tensor]]
+Whitening = Literal["input", "kfac"]
+GroupsRule = Literal["auto", "joint", "separate"]
 DAMPING = 1e-6  # of mean(diag C): orders the directions that calibration never saw, changes no other
+OUTPUT_DAMPING = 0.1  # of mean(diag G); measured, docs/decisions.md
 
 
 class RankFileError(FermiSVDError):
@@ -31,20 +48,34 @@ def windows_key(windows: torch.Tensor) -> str:
 
 
 def structure(
-    workspace: Workspace, key: str, partition: Partition, load: Callable[[], nn.Module]
+    workspace: Workspace, key: str, rule: GroupsRule, load: Callable[[], nn.Module]
 ) -> tuple[list[LinearGroup], dict[str, int]]:
-    """Groups of the model, found by a forward pass of a few tokens, and the matrices in no group (experts, routers)."""
+    """Groups of the model, found by a forward pass of a few tokens, and the matrices in no group (experts, routers).
+
+    `auto` begins with separate groups; see `join`.
+    """
+    partition: Partition = "joint" if rule == "joint" else "separate"
 
     def run() -> dict:
         groups = find_groups(load(), partition)
         return {"groups": [asdict(group) for group in groups], "left_dense": left_dense(load(), groups)}
 
     found = workspace.json(f"structure-{settings_key(key, partition)}", run)
-    groups = [
-        LinearGroup(**{**g, "members": tuple(g["members"]), "member_rows": tuple(g["member_rows"])})
-        for g in found["groups"]
-    ]
-    return groups, found["left_dense"]
+    return [linear_group(entry) for entry in found["groups"]], found["left_dense"]
+
+
+def linear_group(entry: dict) -> LinearGroup:
+    """A group from its JSON form."""
+    fields = {name: entry[name] for name in ("columns", "side", "source")}
+    return LinearGroup(tuple(entry["members"]), tuple(entry["member_rows"]), **fields)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Where the calibration's matrices are kept: stage of the inputs' Gram matrices, and of the outputs' (kfac)."""
+
+    grams: str
+    outputs: str | None
 
 
 def calibrate(
@@ -52,31 +83,45 @@ def calibrate(
     key: str,
     groups: list[LinearGroup],
     windows: torch.Tensor,
+    whitening: Whitening,
     batch_size: int,
     load: Callable[[], nn.Module],
     limit_bytes: int,
-) -> str:
-    """Gram matrix of every input the groups read; returns the stage's name.
+    seed: int,
+) -> Statistics:
+    """Gram matrix of every input that the groups read and, for kfac whitening, of every member's output gradient.
 
     As many matrices are gathered in one pass over the text as fit `limit_bytes`; finished ones are kept.
     """
-    stage = f"gram-{settings_key(key, windows_key(windows))}"
-    widths = {group.source: group.columns for group in groups}
-    missing = [name for name in widths if not workspace.has_tensors(stage, name)]
-    passes: list[list[str]] = []
+    text = windows_key(windows)
+    found = Statistics(f"gram-{settings_key(key, text)}", None)
+    wanted = [(found.grams, group.source, group.columns) for group in groups]
+    if whitening == "kfac":
+        found = Statistics(found.grams, f"outputs-{settings_key(key, text, seed)}")
+        for group in groups:
+            for name, rows in zip(group.members, group.member_rows, strict=True):
+                wanted.append((found.outputs, name, min(rows, group.columns)))
+    missing = [item for item in dict.fromkeys(wanted) if not workspace.has_tensors(*item[:2])]
+    passes: list[list[tuple[str, str]]] = []
     room = 0
-    for name in missing:
-        size = 8 * widths[name] ** 2
+    for stage, name, width in missing:
+        size = 8 * width**2
         if size > room or not passes:
             passes.append([])
             room = limit_bytes
-        passes[-1].append(name)
+        passes[-1].append((stage, name))
         room -= size
-    for number, names in enumerate(passes, 1):
+    for number, items in enumerate(passes, 1):
         batches = tqdm(windows.split(batch_size), desc=f"calibrate ({number}/{len(passes)})", leave=False)
-        for name, gram in gram_matrices(load(), names, batches).items():
-            workspace.save_tensors(stage, name, {"gram": gram})
-    return stage
+        sources = [name for stage, name in items if stage == found.grams]
+        members = [name for stage, name in items if stage == found.outputs]
+        grams, outputs = calibration_grams(load(), sources, members, batches, seed)
+        for name, gram in grams.items():
+            workspace.save_tensors(found.grams, name, {"gram": gram})
+        for name, output in outputs.items():
+            mean = torch.tensor(output.mean, dtype=torch.float64)
+            workspace.save_tensors(found.outputs or "", name, {"matrix": output.matrix, "mean": mean})
+    return found
 
 
 def group_weight(source: Source, group: LinearGroup) -> torch.Tensor:
@@ -84,83 +129,241 @@ def group_weight(source: Source, group: LinearGroup) -> torch.Tensor:
     return torch.cat([source.tensor(f"{name}.weight") for name in group.members])
 
 
-def decompose(workspace: Workspace, source: Source, groups: list[LinearGroup], gram_stage: str, device: str) -> str:
-    """U and sigma of every group; returns the stage's name."""
-    partition = [group.members for group in groups]
-    stage = f"spectra-{settings_key(gram_stage, DAMPING, partition)}"
-    missing = [group for group in groups if not workspace.has_tensors(stage, group.name)]
-    for group in tqdm(missing, desc="decompose", leave=False, disable=not missing):
-        gram = workspace.load_tensors(gram_stage, group.source)["gram"].to(device)
-        u, sigma = data_aware_svd(group_weight(source, group).to(device), gram, DAMPING)
-        workspace.save_tensors(stage, group.name, {"u": u.float(), "sigma": sigma})
-    return stage
+@dataclass(frozen=True)
+class Decomposition:
+    """The groups' factors by `input` or `kfac` whitening, each made once and kept in the workspace."""
+
+    workspace: Workspace
+    source: Source
+    statistics: Statistics
+    device: str
+
+    @property
+    def stage(self) -> str:
+        return f"factors-{settings_key(asdict(self.statistics), DAMPING, OUTPUT_DAMPING)}"
+
+    def factors(self, group: LinearGroup) -> Factors:
+        """A (m x k), B (k x n), float32, and sigma (k,) of W = A B."""
+        name = group.name if len(group.members) == 1 else f"{group.name}+{len(group.members) - 1}"
+        if not self.workspace.has_tensors(self.stage, name):
+            gram = self.workspace.load_tensors(self.statistics.grams, group.source)["gram"]
+            made = self.fit(group, group_weight(self.source, group).to(self.device), gram.to(self.device))
+            tensors = {"a": made.a.float(), "b": made.b.float(), "sigma": made.sigma}
+            self.workspace.save_tensors(self.stage, name, tensors)
+        return Factors(**self.workspace.load_tensors(self.stage, name))
+
+    def truncated(self, ranks: dict[LinearGroup, int]) -> FactorsOf:
+        """What gives A (m x r) and B (r x n) of a group at its rank."""
+        return lambda group: self.factors(group).truncated(ranks[group])
+
+    def fit(self, group: LinearGroup, weight: torch.Tensor, gram: torch.Tensor) -> Factors:
+        """Factors, float64, of any weight (m x n) at the group's place, for inputs with this Gram matrix (n x n)."""
+        if self.statistics.outputs is None:
+            return data_aware_svd(weight, gram, DAMPING)
+        outputs = []
+        for name in group.members:
+            kept = self.workspace.load_tensors(self.statistics.outputs, name)
+            outputs.append(OutputGram(kept["matrix"].to(weight.device), kept["mean"].item()))
+        parts = group_weight(self.source, group).to(weight.device).split(list(group.member_rows))
+        return kfac_svd(weight, gram, group_output_gram(outputs, parts), DAMPING, OUTPUT_DAMPING)
 
 
 def fermigrad(
-    workspace: Workspace,
+    decomposition: Decomposition,
     groups: list[LinearGroup],
-    spectra_stage: str,
     windows: torch.Tensor,
     remove: float,
     form: Form,
+    count: Form,
     settings: FermiGradSettings,
     load: Callable[[], nn.Module],
 ) -> dict:
-    """{"mu": {group: real rank}, "trace": [...]} of the rank optimisation."""
+    """{"mu": {group: real rank}, "trace": [...]} of the rank optimisation.
+
+    form: the form to be written; count: the form whose parameters are counted meanwhile. Where they differ (the paper
+    counts svd and applies PivGa afterwards) the target is the count of the uniform ranks that remove the same.
+    """
+
+    def factors_of(group: LinearGroup) -> tuple[torch.Tensor, torch.Tensor]:
+        factors = decomposition.factors(group)
+        return factors.a, factors.b
 
     def run() -> dict:
         model = load()
-        gated = install_gates(model, groups, lambda group: workspace.load_tensors(spectra_stage, group.name)["u"])
+        gated = install_gates(model, groups, factors_of)
         bar = tqdm(total=settings.steps, desc="FermiGrad", leave=False)
 
         def show(record: dict) -> None:
             bar.update()
             bar.set_postfix(kl=f"{record['kl']:.4f}", kept=f"{record['kept']:.3f}")
 
-        kept = kept_parameters(groups, remove) / sum(g.dense_parameters for g in groups)
-        mus, trace = optimise_ranks(model, groups, gated, windows, kept, form, settings, show)
+        target: float = kept_parameters(groups, remove)
+        if count != form:
+            uniform = [uniform_rank(g, remove, form) for g in groups]
+            target = sum(factor_parameters(r, g.rows, g.columns, count) for g, r in zip(groups, uniform, strict=True))
+        kept = target / sum(g.dense_parameters for g in groups)
+        mus, trace = optimise_ranks(model, groups, gated, windows, kept, count, settings, show, capped=count == form)
         bar.close()
         return {"mu": {g.name: mu for g, mu in zip(groups, mus, strict=True)}, "trace": trace}
 
-    key = settings_key(spectra_stage, windows_key(windows), remove, form, asdict(settings))
-    return workspace.json(f"ranks-{key}", run)
+    partition = [group.members for group in groups]
+    key = settings_key(decomposition.stage, partition, windows_key(windows), remove, form, count, asdict(settings))
+    return decomposition.workspace.json(f"ranks-{key}", run)
 
 
-def ranks_from_file(path: Path, groups: list[LinearGroup]) -> list[float]:
-    """Ideal ranks of a JSON file {group's first member: rank}, or of an earlier conversion's fermisvd.json.
+def low_rank_student(
+    load: Callable[[], nn.Module], decomposition: Decomposition, compressed: list[tuple[LinearGroup, int]]
+) -> nn.Module:
+    """The dense model with every compressed group's weight replaced by its low-rank product."""
+    model, factors_of = load(), decomposition.truncated(dict(compressed))
+    for group, _ in compressed:
+        a, b = factors_of(group)
+        set_weight(model, group, a @ b)
+    return model
+
+
+def join(
+    decomposition: Decomposition,
+    groups: list[LinearGroup],
+    ranks: list[int],
+    remove: float,
+    form: Form,
+    align: int | None,
+    aside: torch.Tensor,
+    batch_size: int,
+    load: Callable[[], nn.Module],
+) -> tuple[list[LinearGroup], list[int], list[dict]]:
+    """--groups auto: groups and ranks after joining parts of fused layers where the loss allows, and its records."""
+
+    def run() -> dict:
+        compressed = [(g, r) for g, r in zip(groups, ranks, strict=True) if not stays_dense(g, r, form)]
+        dense, student = load(), low_rank_student(load, decomposition, compressed)
+        records: list[dict] = []
+        fused = sum(1 for parts in fused_layers(groups) if len(parts) > 1)
+        with tqdm(total=fused, desc="groups", leave=False) as bar:
+
+            def show(record: dict) -> None:
+                bar.update()
+                records.append(record)
+
+            chosen = join_groups(
+                dense,
+                student,
+                groups,
+                ranks,
+                form,
+                aside,
+                decomposition.factors,
+                lambda g: align or auto_alignment(g),
+                batch_size,
+                show,
+            )
+        return {"groups": [{**asdict(group), "rank": rank} for group, rank in chosen], "records": records}
+
+    key = settings_key(decomposition.stage, [[g.members, r] for g, r in zip(groups, ranks, strict=True)], form, align)
+    found = decomposition.workspace.json(f"groups-{settings_key(key, windows_key(aside))}", run)
+    fewer = [linear_group(entry) for entry in found["groups"]]
+    chosen = [entry["rank"] for entry in found["groups"]]
+    # joined groups may leave a step unspent
+    return fewer, round_to_budget(fewer, chosen, kept_parameters(fewer, remove), form, align), found["records"]
+
+
+def refit_groups(
+    decomposition: Decomposition,
+    compressed: list[tuple[LinearGroup, int]],
+    windows: torch.Tensor,
+    aside: torch.Tensor,
+    batch_size: int,
+    load: Callable[[], nn.Module],
+) -> tuple[FactorsOf, list[dict]]:
+    """Sequential refit; returns what gives A (m x r) and B (r x n) of a compressed group, and its records."""
+    workspace, key = decomposition.workspace, [[g.members, r] for g, r in compressed]
+    stage = f"refit-{settings_key(decomposition.stage, key, windows_key(windows), windows_key(aside), batch_size)}"
+
+    def run() -> dict:
+        groups, ranks = [g for g, _ in compressed], [r for _, r in compressed]
+        student = low_rank_student(load, decomposition, compressed)
+        records: list[dict] = []
+        with tqdm(total=len(compressed), desc="refit", leave=False) as bar:
+
+            def show(record: dict) -> None:
+                bar.update()
+                records.append(record)
+
+            found = refit(
+                load(), student, groups, ranks, windows, aside, decomposition.fit, batch_size=batch_size, on_group=show
+            )
+        for name, (a, b) in found.items():
+            workspace.save_tensors(stage, name, {"a": a.float(), "b": b.float()})
+        return {"refitted": sorted(found), "records": records}
+
+    result, unchanged = workspace.json(stage, run), decomposition.truncated(dict(compressed))
+
+    def factors_of(group: LinearGroup) -> tuple[torch.Tensor, torch.Tensor]:
+        if group.name in result["refitted"]:
+            kept = workspace.load_tensors(stage, group.name)
+            return kept["a"], kept["b"]
+        return unchanged(group)
+
+    return factors_of, result["records"]
+
+
+def ranks_from_file(
+    path: Path, groups: list[LinearGroup], partition: GroupsRule
+) -> tuple[list[LinearGroup], list[float]]:
+    """Groups and ideal ranks of a JSON file {group's first member: rank}, or of an earlier conversion's fermisvd.json,
+    whose own groups are taken over by --groups auto.
 
     Raises RankFileError if the file is unreadable, or its groups are not the model's.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(values.get("groups"), list):
+            if partition == "auto":
+                groups = groups_of_file(path, values["groups"], groups)
             values = {group["members"][0]: group["rank"] for group in values["groups"]}
         values = values.get("mu", values)
         ranks = {str(name): float(rank) for name, rank in values.items()}
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
         raise RankFileError(f"{path}: not a file of ranks ({error})") from None
     names = {group.name for group in groups}
     if strangers := ranks.keys() - names:
         raise RankFileError(f"{path}: {min(strangers)} is no group of the model (--groups must be the same)")
     if missing := names - ranks.keys():
         raise RankFileError(f"{path}: {min(missing)} has no rank in the file (--groups must be the same)")
-    return [ranks[group.name] for group in groups]
+    return groups, [ranks[group.name] for group in groups]
+
+
+def groups_of_file(path: Path, entries: list[dict], groups: list[LinearGroup]) -> list[LinearGroup]:
+    """The model's separate groups joined as the file's entries say. Raises RankFileError if they do not fit."""
+    first = {entry["members"][0]: list(entry["members"]) for entry in entries}
+    chosen, left = [], list(groups)
+    while left:
+        members = first.get(left[0].name, [])
+        parts, left = left[: len(members)], left[len(members) :]
+        if not parts or [group.name for group in parts] != members or len(fused_layers(parts)) != 1:
+            name = (parts or left)[0].name
+            raise RankFileError(f"{path}: its group of {name} is none of the model's")
+        chosen.append(joined(parts))
+    return chosen
 
 
 def choose_ranks(
     rule: str,
     groups: list[LinearGroup],
+    partition: GroupsRule,
     remove: float,
     form: Form,
     align: int | None,
     run_fermigrad: Callable[[], dict],
-) -> tuple[list[int], list[dict]]:
-    """Integer ranks on the budget by `uniform`, `fermigrad` or a file, and FermiGrad's trace."""
+) -> tuple[list[LinearGroup], list[int], list[dict]]:
+    """Groups, integer ranks on the budget by `uniform`, `fermigrad` or a file, and FermiGrad's trace."""
     if rule == "uniform":
-        return uniform_ranks(groups, remove, form, align), []
+        return groups, uniform_ranks(groups, remove, form, align), []
+    trace: list[dict] = []
     if rule == "fermigrad":
         result = run_fermigrad()
         ideal, trace = [result["mu"][group.name] for group in groups], result["trace"]
     else:
-        ideal, trace = ranks_from_file(Path(rule), groups), []
-    return round_to_budget(groups, ideal, kept_parameters(groups, remove), form, align), trace
+        groups, ideal = ranks_from_file(Path(rule), groups, partition)
+    return groups, round_to_budget(groups, ideal, kept_parameters(groups, remove), form, align), trace

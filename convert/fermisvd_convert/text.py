@@ -1,7 +1,7 @@
 """Calibration text: files and data sets in, windows of token ids out."""
 
-import itertools
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,15 +27,21 @@ class CalibrationText:
 
 
 def calibration_text(tokenizer, sources: Sequence[str], samples: int, length: int) -> CalibrationText:
-    """The first `samples` windows of the texts, taken in turn from each, and the windows after them held back.
+    """The first `samples` windows of the texts, mixed in proportion to their weights, and the windows after them held
+    back.
 
-    A text with no windows to spare gives up a tenth of them. Raises TextError for a text that gives no window, or
-    fewer than two in all.
+    sources: SOURCE or SOURCE@WEIGHT, weight 1 by default: web.txt@3 code.txt gives three windows of web for one of
+    code. A text with no windows to spare gives up a tenth of them. Raises TextError for a text that gives no window,
+    or fewer than two in all.
     """
     wanted = samples + HELD_BACK_WINDOWS
-    per_source = [windows_of(tokenizer, source, length, -(-wanted // len(sources))) for source in sources]
-    turns = itertools.zip_longest(*[w.unbind() for w in per_source])
-    windows = torch.stack([window for turn in turns for window in turn if window is not None][:wanted])
+    weighted = [weighted_source(source) for source in sources]
+    total = sum(weight for _, weight in weighted)
+    placed = []
+    for name, weight in weighted:
+        own = windows_of(tokenizer, name, length, math.ceil(wanted * weight / total))
+        placed += [((i + 0.5) / weight, window) for i, window in enumerate(own)]  # window i of a text is due here
+    windows = torch.stack([window for _, window in sorted(placed, key=lambda pair: pair[0])][:wanted])
     if len(windows) < 2:
         raise TextError(
             f"{', '.join(sources)}: {len(windows)} window of {length} tokens, two are needed; "
@@ -44,6 +50,21 @@ def calibration_text(tokenizer, sources: Sequence[str], samples: int, length: in
     held_back = min(HELD_BACK_WINDOWS, max(len(windows) - samples, len(windows) // 10, 1))
     calibration = windows[: min(samples, len(windows) - held_back)]
     return CalibrationText(calibration, windows[len(calibration) :][:held_back])
+
+
+def weighted_source(source: str) -> tuple[str, float]:
+    """Name and weight of SOURCE@WEIGHT; a name that itself ends in @ and a number is a file's. Raises TextError for
+    a weight that is not positive."""
+    name, mark, number = source.rpartition("@")
+    if not mark or Path(source).exists():
+        return source, 1.0
+    try:
+        weight = float(number)
+    except ValueError:
+        return source, 1.0
+    if not 0 < weight < math.inf:
+        raise TextError(f"--calibration {source}: a weight must be positive")
+    return name, weight
 
 
 def windows_of(tokenizer, source: str, length: int, limit: int | None = None) -> torch.Tensor:

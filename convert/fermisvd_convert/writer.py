@@ -10,7 +10,6 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from fermisvd.budget import Form
-from fermisvd.decomposition import low_rank_factors
 from fermisvd.format import (
     INDEX_NAME,
     INTERPOLATION,
@@ -24,7 +23,6 @@ from fermisvd.format import (
 from fermisvd.groups import LinearGroup
 from fermisvd.pivga import fix_gauge
 from fermisvd_convert.source import TORCH_TYPES, WEIGHT_SUFFIXES, Source
-from fermisvd_convert.stages import group_weight
 
 SHARD_BYTES = 4 * 2**30
 OWN_FILES = {"README.md", "config.json", INDEX_NAME}
@@ -36,11 +34,11 @@ def config_group(group: LinearGroup, rank: int, form: Form) -> Group:
 
 
 def compressed_tensors(
-    group: LinearGroup, weight: torch.Tensor, u: torch.Tensor, rank: int, form: Form, dtype: torch.dtype
+    group: LinearGroup, a: torch.Tensor, b: torch.Tensor, form: Form, dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
-    """Tensors of one group as stored, by name. weight: W (m x n); u: (m x k)."""
-    a, b = low_rank_factors(u, weight, rank)
+    """Tensors of one group as stored, by name. a: A (m x r); b: B (r x n)."""
     if form == "svd":
+        a, b = balanced(a, b)
         parts = a.to(dtype).split(list(group.member_rows))
         tensors = {f"{name}.{LOWRANK_A}": part for name, part in zip(group.members, parts, strict=True)}
         return tensors | {f"{group.name}.{LOWRANK_B}": b.to(dtype)}
@@ -50,12 +48,19 @@ def compressed_tensors(
     return tensors | {f"{name}.{SKELETON}": part for name, part in zip(group.members, skeletons, strict=True)}
 
 
+def balanced(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same product with columns of A and rows of B equally long, so that neither leaves a narrow type's range."""
+    a, b = a.double(), b.double()
+    scale = (b.norm(dim=1) / a.norm(dim=0).clamp(min=1e-30)).clamp(min=1e-30).sqrt()
+    return a * scale, b / scale[:, None]
+
+
 def write_checkpoint(
     source: Source,
     folder: Path,
     compressed: Sequence[tuple[LinearGroup, int]],
     form: Form,
-    basis_of: Callable[[LinearGroup], torch.Tensor],
+    factors_of: Callable[[LinearGroup], tuple[torch.Tensor, torch.Tensor]],
     dtype: torch.dtype,
     cast_dense: bool,
     provenance: dict,
@@ -63,7 +68,8 @@ def write_checkpoint(
 ) -> None:
     """Everything of the checkpoint but the model card, into `folder`, which must be empty.
 
-    compressed: groups that do not stay dense, with their ranks; basis_of: gives U of a group; dtype: of the factors;
+    compressed: groups that do not stay dense, with their ranks; factors_of: gives A and B of a group at
+    its rank; dtype: of the factors;
     cast_dense: whether the other tensors take it too, or stay as they are.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -80,16 +86,16 @@ def write_checkpoint(
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
-        by_weight = {f"{name}.weight": (group, rank) for group, rank in compressed for name in group.members}
+        by_weight = {f"{name}.weight": group for group, _ in compressed for name in group.members}
         for name in tqdm(source.headers, desc="write", leave=False):
             if name not in by_weight:
                 tensor = source.tensor(name)
                 yield name, tensor.to(dtype) if cast_dense and tensor.is_floating_point() else tensor
                 continue
-            group, rank = by_weight[name]
+            group = by_weight[name]
             if name == f"{group.name}.weight":
-                weight = group_weight(source, group).to(device)
-                yield from compressed_tensors(group, weight, basis_of(group).to(device), rank, form, dtype).items()
+                a, b = (factor.to(device) for factor in factors_of(group))
+                yield from compressed_tensors(group, a, b, form, dtype).items()
 
     _write_shards(folder, tensors())
 

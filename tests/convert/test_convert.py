@@ -1,5 +1,6 @@
 import json
 import shutil
+from itertools import pairwise
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ def settings(text, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["svd", "pivga"])
-@pytest.mark.parametrize("groups", ["joint", "separate"])
+@pytest.mark.parametrize("groups", ["joint", "separate", "auto"])
 @pytest.mark.parametrize("ranks", ["uniform", "fermigrad"])
 def test_every_way_writes_a_valid_checkpoint_on_the_budget(tiny_llama, tmp_path, settings, form, groups, ranks):
     out = tmp_path / "out"
@@ -52,7 +53,7 @@ def test_every_way_writes_a_valid_checkpoint_on_the_budget(tiny_llama, tmp_path,
 
 def test_more_removed_is_worse_and_little_removed_is_close(tiny_llama, tmp_path, settings):
     after = []
-    for remove in (0.02, 0.5):
+    for remove in (0.02, 0.6):
         report = convert(str(tiny_llama), tmp_path / f"out{remove}", remove, ranks="uniform", **settings)
         after.append(report["perplexity"]["after"])
     before = report["perplexity"]["before"]
@@ -60,15 +61,17 @@ def test_more_removed_is_worse_and_little_removed_is_close(tiny_llama, tmp_path,
 
 
 def test_second_removal_reuses_calibration_and_decomposition(tiny_llama, tmp_path, settings, monkeypatch):
+    settings |= {"refit": False, "groups": "separate"}  # both decompose for the ranks they are given
     convert(str(tiny_llama), tmp_path / "a", 0.2, ranks="fermigrad", **settings)
 
     def forbidden(*args, **kwargs):
         raise AssertionError("run again")
 
-    monkeypatch.setattr(convert_module.stages, "gram_matrices", forbidden)
-    monkeypatch.setattr(convert_module.stages, "data_aware_svd", forbidden)
+    monkeypatch.setattr(convert_module.stages, "calibration_grams", forbidden)
+    monkeypatch.setattr(convert_module.stages, "kfac_svd", forbidden)
     convert(str(tiny_llama), tmp_path / "b", 0.4, ranks="fermigrad", **settings)
-    monkeypatch.setattr(convert_module.stages, "optimise_ranks", forbidden)
+    for long_stage in ("optimise_ranks", "join_groups", "refit"):
+        monkeypatch.setattr(convert_module.stages, long_stage, forbidden)
     convert(str(tiny_llama), tmp_path / "c", 0.4, ranks="fermigrad", **settings)
     same = ("model.safetensors", "config.json")
     assert all((tmp_path / "b" / n).read_bytes() == (tmp_path / "c" / n).read_bytes() for n in same)
@@ -97,10 +100,36 @@ def test_changed_inputs_are_calibrated_again(tiny_llama, tmp_path, settings, cha
     assert set((tmp_path / "work").glob("gram-*")) > stages_before
 
 
-def test_ranks_of_an_earlier_conversion(tiny_llama, tmp_path, settings):
+@pytest.mark.parametrize("groups", ["auto", "joint"])
+def test_ranks_of_an_earlier_conversion(tiny_llama, tmp_path, settings, groups):
+    settings["groups"] = groups
     first = convert(str(tiny_llama), tmp_path / "a", 0.3, ranks="fermigrad", **settings)
     again = convert(str(tiny_llama), tmp_path / "b", 0.3, ranks=str(tmp_path / "a" / "fermisvd.json"), **settings)
     assert [g["rank"] for g in again["groups"]] == [g["rank"] for g in first["groups"]]
+    assert [g["members"] for g in again["groups"]] == [g["members"] for g in first["groups"]]
+    tensors = [load_file(tmp_path / out / "model.safetensors") for out in "ab"]
+    assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
+
+
+def test_second_run_after_joining_and_refitting_is_the_same(tiny_llama, tmp_path, settings, monkeypatch):
+    convert(str(tiny_llama), tmp_path / "a", 0.4, **settings)
+
+    def forbidden(*args, **kwargs):
+        raise AssertionError("run again")
+
+    for stage in ("calibration_grams", "kfac_svd", "optimise_ranks", "join_groups", "refit"):
+        monkeypatch.setattr(convert_module.stages, stage, forbidden)
+    convert(str(tiny_llama), tmp_path / "b", 0.4, **settings)
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+
+
+def test_choices_are_reported(tiny_llama, tmp_path, settings):
+    report = convert(str(tiny_llama), tmp_path / "out", 0.5, **settings)
+    joined, refitted = report["choices"]["groups"], report["choices"]["refit"]
+    assert {record["layer"].rpartition(".")[2] for record in joined} == {"q_proj", "o_proj", "gate_proj", "down_proj"}
+    assert all(record["joined_kl"] <= record["kl"] for record in joined)
+    for earlier, later in pairwise(refitted):
+        assert later["kl"] == min(earlier["kl"], earlier["refitted_kl"])
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import torch
 
 from fermisvd.budget import uniform_rank
 from fermisvd.calibration import gram_matrices
-from fermisvd.decomposition import data_aware_svd, low_rank_factors
+from fermisvd.decomposition import data_aware_svd
 from fermisvd.groups import find_groups, stacked_weight
 from fermisvd.hf import load_model
 from fermisvd_convert.evaluate import evaluate
@@ -24,11 +24,11 @@ def test_uniform_ranks_rounded_down_give_the_trials_perplexity(stories260k, form
     groups = find_groups(model, partition)
     grams = gram_matrices(model, [g.source for g in groups], calibration.split(8))
     weights = {g.name: stacked_weight(model, g).clone() for g in groups}
-    bases = {g.name: data_aware_svd(weights[g.name], grams[g.source])[0] for g in groups}
+    factors = {g.name: data_aware_svd(weights[g.name], grams[g.source]) for g in groups}
     for remove, trial in zip((0.2, 0.3, 0.4), TRIAL[form, partition], strict=True):
         with torch.no_grad():
             for g in groups:
-                a, b = low_rank_factors(bases[g.name], weights[g.name], int(uniform_rank(g, remove, form)))
+                a, b = factors[g.name].truncated(int(uniform_rank(g, remove, form)))
                 for member, part in zip(g.members, (a @ b).split(list(g.member_rows)), strict=True):
                     model.get_submodule(member).weight.copy_(part)
         assert evaluate(model, evaluation).perplexity == pytest.approx(trial, rel=0.01)

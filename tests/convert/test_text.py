@@ -101,3 +101,25 @@ def test_bad_text_is_named(tokenizer, tmp_path, name, content, message):
 def test_text_that_does_not_exist_is_named(tokenizer):
     with pytest.raises(TextError, match=r"nowhere\.txt"):
         windows_of(tokenizer, "nowhere.txt", 32)
+
+
+def test_weights_mix_the_texts_in_proportion(tokenizer, code, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text("while True:\n    break\n" * 4000)
+    text = calibration_text(tokenizer, [f"{code}@1", f"{other}@3"], samples=16, length=16)
+    own = {tuple(w.tolist()) for w in windows_of(tokenizer, str(code), 16)}
+    from_code = [tuple(w.tolist()) in own for w in text.windows]
+    assert sum(from_code) == 4
+    assert sum(from_code[:8]) == 2  # mixed, not one after the other
+
+
+def test_a_file_whose_name_looks_weighted_is_a_file(tokenizer, tmp_path):
+    path = tmp_path / "text@2"
+    path.write_text("x = 1\n" * 3000)
+    assert len(calibration_text(tokenizer, [str(path)], 4, 16).windows) == 4
+
+
+@pytest.mark.parametrize("weight", ["0", "-1", "nan", "inf"])
+def test_weights_must_be_positive(tokenizer, code, weight):
+    with pytest.raises(TextError, match="must be positive"):
+        calibration_text(tokenizer, [f"{code}@{weight}"], 4, 16)

@@ -2,7 +2,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from fermisvd.calibration import CalibrationError, gram_matrices
+from fermisvd.calibration import CalibrationError, calibration_grams, gram_matrices, group_output_gram
+from fermisvd.decomposition import OutputGram
 
 
 @pytest.fixture
@@ -45,3 +46,58 @@ def test_infinite_activations_name_the_layer(model):
         model.model.layers[1].input_layernorm.weight[0] = float("inf")
     with pytest.raises(CalibrationError, match=r"layers\.1\.self_attn\.q_proj"):
         gram_matrices(model, ["model.layers.1.self_attn.q_proj"], [torch.randint(2048, (1, 8))])
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.k_proj", "model.layers.1.mlp.up_proj"])  # wide, tall
+def test_output_gram_is_the_covariance_of_the_gradients(model, name):
+    """Reference: -log p(y) differentiated by autograd for the same drawn tokens, gradients recorded in float64."""
+    windows = torch.randint(2048, (4, 16))
+    layer = model.get_submodule(name)
+    _, found = calibration_grams(model, [], [name], windows.split(2), seed=3)
+    draw, gradients = torch.Generator().manual_seed(3), []
+    for batch in windows.split(2):
+        outputs = []
+        hook = layer.register_forward_hook(lambda _, x, y, kept=outputs: kept.append(y))
+        logits = model(input_ids=batch).logits
+        hook.remove()
+        drawn = torch.multinomial(logits.softmax(-1).flatten(0, -2), 1, generator=draw)
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, -2), drawn[:, 0], reduction="sum")
+        gradients.append(torch.autograd.grad(loss, outputs[0])[0].flatten(0, -2).double())
+    g = torch.cat(gradients)
+    covariance, w = g.T @ g, layer.weight.detach().double()
+    expected = covariance if w.shape[0] <= w.shape[1] else w.T @ covariance @ w
+    torch.testing.assert_close(found[name].matrix, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+    assert found[name].mean == pytest.approx(covariance.diagonal().mean().item(), rel=1e-3)
+
+
+def test_no_parameter_is_left_with_a_gradient(model):
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    calibration_grams(model, [], ["model.layers.0.mlp.up_proj"], [torch.randint(2048, (2, 8))])
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trained
+
+
+def test_both_sides_in_one_pass_equal_each_alone(model):
+    source, member = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
+    batches = torch.randint(2048, (4, 16)).split(2)
+    grams, outputs = calibration_grams(model, [source], [member], batches)
+    torch.testing.assert_close(grams[source], gram_matrices(model, [source], batches)[source])
+    torch.testing.assert_close(
+        outputs[member].matrix, calibration_grams(model, [], [member], batches)[1][member].matrix
+    )
+
+
+@pytest.mark.parametrize("columns", [40, 10])  # the group is wide, or tall with one member itself tall
+def test_group_of_members_has_one_output_space_each(columns):
+    sizes = (12, 8)
+    weights = [torch.randn(m, columns, dtype=torch.float64) for m in sizes]
+    covariances = [(g := torch.randn(m, 50, dtype=torch.float64)) @ g.T for m in sizes]
+    members = [
+        OutputGram(c if len(w) <= columns else w.T @ c @ w, c.diagonal().mean().item())
+        for c, w in zip(covariances, weights, strict=True)
+    ]
+    group, stacked = group_output_gram(members, weights), torch.cat(weights)
+    whole = torch.block_diag(*covariances)
+    expected = whole if len(stacked) <= columns else stacked.T @ whole @ stacked
+    torch.testing.assert_close(group.matrix, expected)
+    assert group.mean == pytest.approx(whole.diagonal().mean().item())

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from fermisvd.decomposition import data_aware_svd, low_rank_factors
+from fermisvd.decomposition import OutputGram, data_aware_svd, kfac_svd
 
 SHAPES = [(12, 30), (30, 12), (16, 16), (1, 9), (9, 1)]
 
@@ -12,18 +12,19 @@ def make_problem(m: int, n: int, tokens: int = 200):
     return torch.randn(m, n, dtype=torch.float64), x
 
 
-def output_error(w, x, rank, u):
-    a, b = low_rank_factors(u, w, rank)
+def output_error(w, x, rank, factors):
+    a, b = factors.truncated(rank)
     return ((w @ x - a @ b @ x) ** 2).sum()
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_loss_is_the_tail_of_the_spectrum(shape):
     w, x = make_problem(*shape)
-    u, sigma = data_aware_svd(w, x @ x.T)
+    factors = data_aware_svd(w, x @ x.T)
+    sigma = factors.sigma
     for rank in range(1, min(shape) + 1):
         tail = (sigma[rank:] ** 2).sum()
-        assert output_error(w, x, rank, u) == pytest.approx(tail.item(), abs=1e-9 * (sigma**2).sum().item())
+        assert output_error(w, x, rank, factors) == pytest.approx(tail.item(), abs=1e-9 * (sigma**2).sum().item())
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -31,7 +32,8 @@ def test_equals_svd_of_the_whitened_weight(shape):
     """Reference: torch.linalg.svd of W S with a Cholesky S, which a well-conditioned C allows."""
     w, x = make_problem(*shape)
     gram = x @ x.T
-    u, sigma = data_aware_svd(w, gram)
+    factors = data_aware_svd(w, gram)
+    u, sigma = factors.a, factors.sigma
     u_reference, sigma_reference, _ = torch.linalg.svd(w @ torch.linalg.cholesky(gram), full_matrices=False)
     torch.testing.assert_close(sigma, sigma_reference, rtol=1e-6, atol=1e-6 * sigma[0].item())
     rank = max(1, min(shape) // 2)
@@ -44,17 +46,16 @@ def test_joint_group_is_the_svd_of_the_stacked_matrix():
     wq, x = make_problem(20, 24)
     wk = torch.randn(8, 24, dtype=torch.float64)
     stacked = torch.cat([wq, wk])
-    u, sigma = data_aware_svd(stacked, x @ x.T)
-    a, b = low_rank_factors(u, stacked, 10)
+    factors = data_aware_svd(stacked, x @ x.T)
+    a, b = factors.truncated(10)
     error = sum(((w @ x - part @ b @ x) ** 2).sum() for w, part in zip([wq, wk], a.split([20, 8]), strict=True))
-    assert error == pytest.approx((sigma[10:] ** 2).sum().item(), rel=1e-9)
+    assert error == pytest.approx((factors.sigma[10:] ** 2).sum().item(), rel=1e-9)
 
 
 def test_full_rank_is_exact():
     for shape in SHAPES:
         w, x = make_problem(*shape)
-        u, _ = data_aware_svd(w, x @ x.T)
-        a, b = low_rank_factors(u, w, min(shape))
+        a, b = data_aware_svd(w, x @ x.T).truncated(min(shape))
         torch.testing.assert_close(a @ b, w)
 
 
@@ -71,13 +72,14 @@ def test_singular_gram_matrices(case, damping, shape):
         x[1::2] = x[::2]
     else:
         x = torch.zeros_like(x)
-    u, sigma = data_aware_svd(w, x @ x.T, damping)
+    factors = data_aware_svd(w, x @ x.T, damping)
+    u, sigma = factors.a, factors.sigma
     assert u.isfinite().all() and sigma.isfinite().all()
     torch.testing.assert_close(u.T @ u, torch.eye(min(shape), dtype=torch.float64))
     for rank in (1, 6, min(shape)):
         tail = (sigma[rank:] ** 2).sum()
         # damping counts unseen directions too, so the spectrum's tail is an upper bound of the loss
-        assert output_error(w, x, rank, u) <= tail + 1e-8 * (sigma**2).sum() + 1e-12
+        assert output_error(w, x, rank, factors) <= tail + 1e-8 * (sigma**2).sum() + 1e-12
 
 
 def test_damping_orders_directions_that_calibration_never_saw():
@@ -85,12 +87,81 @@ def test_damping_orders_directions_that_calibration_never_saw():
     x[:4] = 0
     w[:, 4:] = 0
     w[:, 0] *= 100
-    u, _ = data_aware_svd(w, x @ x.T, damping=1e-6)
+    u = data_aware_svd(w, x @ x.T, damping=1e-6).a
     best = torch.linalg.svd(w)[0][:, 0]
     assert abs((u[:, 0] @ best).item()) == pytest.approx(1, abs=1e-6)
 
 
 def test_singular_values_descend():
     w, x = make_problem(30, 12)
-    _, sigma = data_aware_svd(w, x @ x.T)
+    sigma = data_aware_svd(w, x @ x.T).sigma
     assert (sigma.diff() <= 0).all()
+
+
+def make_kfac_problem(m: int, n: int, spread: float = 1.0, tokens: int = 300):
+    """W, inputs, output gradients (m, tokens) whose covariance is not round, and the OutputGram of them."""
+    w, x = make_problem(m, n, tokens)
+    scales = torch.logspace(0, -spread, m, dtype=torch.float64)[:, None]
+    g = torch.randn(m, m, dtype=torch.float64) @ (scales * torch.randn(m, tokens, dtype=torch.float64))
+    covariance = g @ g.T
+    matrix = covariance if m <= n else w.T @ covariance @ w
+    return w, x, covariance, OutputGram(matrix, covariance.diagonal().mean().item())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("damping", [0.0, 0.1])
+def test_kfac_is_the_svd_between_both_roots(shape, damping):
+    """Reference: torch.linalg.svd of L^T W S with Cholesky roots, mapped back by solving with them."""
+    w, x, covariance, output = make_kfac_problem(*shape)
+    factors = kfac_svd(w, x @ x.T, output, output_damping=damping)
+    ridge = damping * covariance.diagonal().mean() * torch.eye(shape[0], dtype=torch.float64)
+    left, right = torch.linalg.cholesky(covariance + ridge), torch.linalg.cholesky(x @ x.T)
+    u, sigma, vh = torch.linalg.svd(left.T @ w @ right, full_matrices=False)
+    torch.testing.assert_close(factors.sigma, sigma, rtol=1e-5, atol=1e-6 * sigma[0].item())
+    for rank in {1, min(shape) // 2, min(shape)} - {0}:
+        a, b = factors.truncated(rank)
+        whitened = (u[:, :rank] * sigma[:rank]) @ vh[:rank]
+        best = torch.linalg.solve(left.T, torch.linalg.solve(right.T, whitened.T).T)
+        torch.testing.assert_close(a @ b, best, rtol=0, atol=1e-6 * w.abs().max().item())
+
+
+@pytest.mark.parametrize("shape", [(12, 30), (30, 12)])
+def test_kfac_beats_input_whitening_in_the_loss_that_it_minimises(shape):
+    w, x, covariance, output = make_kfac_problem(*shape, spread=2.0)
+    gram = x @ x.T
+
+    def loss(a, b):
+        error = w - a @ b
+        return (covariance @ error @ gram @ error.T).trace().item()
+
+    for rank in (2, 6, 10):
+        ours = loss(*kfac_svd(w, gram, output, output_damping=0.0).truncated(rank))
+        assert ours < 0.9 * loss(*data_aware_svd(w, gram).truncated(rank))
+
+
+@pytest.mark.parametrize("shape", [(12, 30), (30, 12)])
+def test_kfac_without_gradients_is_input_whitening(shape):
+    w, x = make_problem(*shape)
+    nothing = OutputGram(torch.zeros(min(shape), min(shape), dtype=torch.float64), 0.0)
+    a, b = kfac_svd(w, x @ x.T, nothing).truncated(5)
+    reference = data_aware_svd(w, x @ x.T).truncated(5)
+    torch.testing.assert_close(a @ b, reference[0] @ reference[1])
+
+
+@pytest.mark.parametrize("shape", [(12, 30), (30, 12)])
+@pytest.mark.parametrize("case", ["dead inputs", "dead outputs", "one token"])
+def test_kfac_with_singular_matrices(shape, case):
+    """At full rank the product is W, and every rank is finite, whatever calibration did not see."""
+    w, x, covariance, _ = make_kfac_problem(*shape)
+    if case == "dead inputs":
+        x[::2] = 0
+    elif case == "dead outputs":
+        covariance[::2] = 0
+        covariance[:, ::2] = 0
+    else:
+        x, covariance = x[:, :1], covariance[:, :1] @ covariance[:1]
+        covariance = covariance @ covariance.T
+    matrix = covariance if shape[0] <= shape[1] else w.T @ covariance @ w
+    factors = kfac_svd(w, x @ x.T, OutputGram(matrix, covariance.diagonal().mean().item()), 1e-6)
+    assert factors.a.isfinite().all() and factors.b.isfinite().all() and factors.sigma.isfinite().all()
+    torch.testing.assert_close(factors.a @ factors.b, w, rtol=0, atol=1e-6 * w.abs().max().item())

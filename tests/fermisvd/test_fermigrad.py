@@ -9,14 +9,15 @@ from fermisvd.budget import group_parameters
 from fermisvd.decomposition import data_aware_svd
 from fermisvd.fermigrad import (
     FermiGradSettings,
+    GatedGroup,
     GatedLinear,
     SoftBudget,
     fermi_gate,
     install_gates,
-    kl_divergence,
     optimise_ranks,
 )
 from fermisvd.groups import find_groups, stacked_weight
+from fermisvd.losses import kl_divergence
 
 
 def test_gate_is_the_printed_formula():
@@ -35,14 +36,15 @@ def test_gate_opens_fully_above_the_box():
 def test_gated_layer_is_the_formula_in_float64(bias):
     """Reference: U diag(F) U^T W x by plain matrix products, its gradients by autograd."""
     w = torch.randn(6, 9, dtype=torch.float64)
-    u, _ = data_aware_svd(w, torch.eye(9, dtype=torch.float64))
+    factors = data_aware_svd(w, torch.eye(9, dtype=torch.float64))
     b = torch.randn(6, dtype=torch.float64) if bias else None
-    layer = GatedLinear(u, u.T @ w, b)
+    shared = GatedGroup(factors.b)
+    layer = GatedLinear(factors.a, shared, b)
     x = torch.randn(2, 5, 9, dtype=torch.float64, requires_grad=True)
     torch.testing.assert_close(layer(x), nn.functional.linear(x, w, b))  # teacher
     gate = torch.rand(6, dtype=torch.float64, requires_grad=True)
-    layer.gate = gate
-    direct = nn.functional.linear(x, u @ torch.diag(gate) @ u.T @ w, b)
+    shared.set_gate(gate, 6)
+    direct = nn.functional.linear(x, factors.a @ torch.diag(gate) @ factors.a.T @ w, b)
     torch.testing.assert_close(layer(x), direct)
     weight = torch.randn_like(direct)
     ours = torch.autograd.grad((layer(x) * weight).sum(), [x, gate])
@@ -57,8 +59,8 @@ def gated_model(folder, partition="joint", dtype=torch.float64):
     bases = {}
     for group in groups:
         mixing = torch.randn(group.columns, group.columns, dtype=torch.float64)
-        bases[group.name] = data_aware_svd(stacked_weight(model, group), mixing @ mixing.T)[0]
-    return model, groups, install_gates(model, groups, lambda g: bases[g.name])
+        bases[group.name] = data_aware_svd(stacked_weight(model, group), mixing @ mixing.T)
+    return model, groups, install_gates(model, groups, lambda g: bases[g.name].truncated(g.full_rank))
 
 
 @pytest.mark.parametrize("partition", ["joint", "separate"])
@@ -77,9 +79,8 @@ def test_gradient_in_mu_equals_finite_differences(tiny_llama):
         teacher = model(input_ids=ids).logits
 
     def loss(mus):
-        for group, layers, mu in zip(groups, gated, mus, strict=True):
-            for layer in layers:
-                layer.gate = fermi_gate(mu, group.full_rank, 0.02)
+        for group, shared, mu in zip(groups, gated, mus, strict=True):
+            shared.set_gate(fermi_gate(mu, group.full_rank, 0.02), group.full_rank)
         log_p, log_q = teacher.log_softmax(-1), model(input_ids=ids).logits.log_softmax(-1)
         return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
 
@@ -158,8 +159,8 @@ def test_optimised_ranks_hold_the_budget_and_lower_the_loss(tiny_llama, constrai
     with torch.no_grad():
         weight = model.get_submodule(groups[poor].name).weight
         weight.copy_(torch.randn(weight.shape[0], 4) @ torch.randn(4, weight.shape[1]) * 0.2)
-    bases = {g.name: data_aware_svd(stacked_weight(model, g), torch.eye(g.columns))[0] for g in groups}
-    gated = install_gates(model, groups, lambda g: bases[g.name])
+    bases = {g.name: data_aware_svd(stacked_weight(model, g), torch.eye(g.columns)) for g in groups}
+    gated = install_gates(model, groups, lambda g: bases[g.name].truncated(g.full_rank))
     windows = torch.randint(2048, (8, 24))
     settings = FermiGradSettings(constraint=constraint, steps=60, batch_size=4, learning_rate=0.03, penalty_growth=1.08)
     mus, records = optimise_ranks(model, groups, gated, windows, 0.7, form, settings)

@@ -1,0 +1,121 @@
+"""`fermisvd heal`: distil a compressed checkpoint's factors from its dense model, and write it anew."""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from fermisvd.format import read_config, read_headers, validate_checkpoint
+from fermisvd.healing import HealingSettings, heal, rounded_factors, trained_factors
+from fermisvd.hf import load_model
+from fermisvd_convert.convert import OutputError, move_into_place
+from fermisvd_convert.evaluate import evaluate
+from fermisvd_convert.source import (
+    TORCH_TYPES,
+    SourceError,
+    load_dense_or_compressed,
+    load_tokenizer,
+    resolve_device,
+    window_length,
+)
+from fermisvd_convert.text import calibration_text
+
+
+def heal_checkpoint(
+    checkpoint: str | Path,
+    healed: str | Path,
+    text: Sequence[str],
+    *,
+    teacher: str | None = None,
+    steps: int = 200,
+    samples: int = 1024,
+    sequence_length: int | None = None,
+    batch_size: int = 8,
+    learning_rate: float = 0.01,
+    device: str = "auto",
+    seed: int = 0,
+    trust_remote_code: bool = False,
+) -> dict:
+    """Write `healed`, a copy of `checkpoint` with trained factors; returns the record that `healed`/healing.json holds.
+
+    teacher: the dense model, None for the base model that the checkpoint names; text: as --calibration of convert;
+    samples: windows to train on, over and over; learning_rate: relative to each factor's size. `healed` appears whole
+    or not at all. Raises FermiSVDError for bad input, naming it.
+    """
+    checkpoint, healed = Path(checkpoint), Path(healed).resolve()
+    if healed.exists():
+        raise OutputError(f"{healed}: exists; choose another folder")
+    validate_checkpoint(checkpoint)
+    provenance = read_config(checkpoint).provenance
+    teacher = teacher or str(provenance.get("model"))
+    if not Path(teacher).is_dir() and "/" not in teacher:
+        raise SourceError(f"{checkpoint}: its base model {teacher!r} is no hub id; give the dense model by --teacher")
+    device = resolve_device(device)
+    student = load_dense_or_compressed(checkpoint, device, trust_remote_code)
+    dense = load_dense_or_compressed(teacher, device, trust_remote_code)
+    if dense.config.vocab_size != student.config.vocab_size:
+        raise SourceError(f"--teacher {teacher}: another vocabulary than {checkpoint}")
+    length = window_length(sequence_length, getattr(student.config, "max_position_embeddings", None))
+    tokenizer = load_tokenizer(checkpoint, trust_remote_code)
+    chosen = calibration_text(tokenizer, text, samples, length)
+    before = evaluate(student, chosen.held_back, dense, batch_size, label="evaluate")
+    begin = time.perf_counter()
+    settings = HealingSettings(steps, batch_size, learning_rate, seed)
+    with tqdm(total=steps, desc="heal", leave=False) as bar:
+
+        def show(record: dict) -> None:
+            bar.update()
+            bar.set_postfix(kl=f"{record['kl']:.4f}")
+
+        trace = heal(dense, student, chosen.windows, settings, show)
+    seconds = round(time.perf_counter() - begin, 2)
+    partial = healed.with_name(f".{healed.name}.partial-{os.getpid()}")
+    try:
+        _write(checkpoint, partial, student)
+        final = load_model(partial, torch.float32, trust_remote_code=trust_remote_code).to(device)
+        after = evaluate(final, chosen.held_back, dense, batch_size, label="evaluate healed")
+        record = {
+            "teacher": Path(teacher).name if Path(teacher).is_dir() else teacher,
+            "text": [Path(source).name for source in text],
+            "steps": steps,
+            "tokens": steps * batch_size * length,
+            "windows": len(chosen.windows),
+            "learning_rate": learning_rate,
+            "seed": seed,
+            "before": before.as_dict(),
+            "after": after.as_dict(),
+            "seconds": seconds,
+            "trace": trace,
+        }
+        (partial / "healing.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        card = partial / "README.md"
+        note = f"\nHealed: {steps} steps of distillation from {record['teacher']}, held-back perplexity "
+        note += f"{before.perplexity:.4f} before and {after.perplexity:.4f} after (healing.json).\n"
+        card.write_text((card.read_text(encoding="utf-8") if card.exists() else "") + note, encoding="utf-8")
+        move_into_place(partial, healed)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return record
+
+
+def _write(checkpoint: Path, folder: Path, student: torch.nn.Module) -> None:
+    """A copy of the checkpoint with the student's factors, each in the type and file that it had."""
+    folder.mkdir(parents=True)
+    headers = read_headers(checkpoint)
+    files = {info.file for info in headers.values()}
+    for path in checkpoint.iterdir():
+        if path.is_file() and path not in files:
+            shutil.copyfile(path, folder / path.name)
+    names = trained_factors(student)
+    factors = rounded_factors(student, TORCH_TYPES[headers[next(iter(names))].dtype])  # all factors have one type
+    for file in sorted(files):
+        tensors = load_file(file)
+        tensors |= {name: factors[name].contiguous().cpu() for name in tensors.keys() & names.keys()}
+        save_file(tensors, folder / file.name, metadata={"format": "pt"})
+        (folder / file.name).chmod(0o644)

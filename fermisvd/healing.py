@@ -1,0 +1,112 @@
+"""Healing: the factors of a compressed model trained on for a while, towards the dense model's predictions.
+
+Ranks, skeleton and permutation stay what they are; PivGa's tensors are trained as they are stored, so the structure is
+exact at every step. Training is in float32 and the result is rounded once, at the end: in bfloat16 a step of usual size
+would be lost in rounding.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fermisvd.errors import FermiSVDError
+from fermisvd.format import INTERPOLATION
+from fermisvd.losses import kl_divergence
+from fermisvd.modules import CompressedLinear, PivGaColumnsLinear, PivGaRowsLinear
+from fermisvd.pivga import round_interpolation
+
+
+@dataclass(frozen=True)
+class HealingSettings:
+    """learning_rate: of Adam, relative to the root mean square of each factor, so that one rate serves all; it rises
+    over the first twentieth of the steps and falls to zero as a cosine."""
+
+    steps: int = 200
+    batch_size: int = 8
+    learning_rate: float = 0.01
+    seed: int = 0
+
+
+class HealingError(FermiSVDError):
+    """There is nothing to heal, or the loss became NaN or infinite."""
+
+
+def trained_factors(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The compressed layers' factors by tensor name: all they hold but biases and permutations."""
+    return {
+        f"{prefix}.{name}": parameter
+        for prefix, layer in model.named_modules()
+        if isinstance(layer, CompressedLinear)
+        for name, parameter in layer.named_parameters(recurse=False)
+        if name != "bias"
+    }
+
+
+def heal(
+    teacher: nn.Module,
+    student: nn.Module,
+    windows: torch.Tensor,
+    settings: HealingSettings,
+    on_step: Callable[[dict], None] = lambda _: None,
+) -> list[dict]:
+    """Train the student's factors in place, by KL(teacher || student) on windows (samples, length) of token ids.
+
+    student: compressed, float32. Returns each step's record (step, kl).
+    Raises HealingError if the student has no compressed layer, or the loss is not finite.
+    """
+    factors = trained_factors(student)
+    if not factors:
+        raise HealingError("the model has no compressed layer to heal")
+    student.requires_grad_(False)
+    groups = []
+    for parameter in factors.values():
+        parameter.requires_grad_()
+        scale = parameter.detach().square().mean().sqrt().item()
+        groups.append({"params": [parameter], "scale": settings.learning_rate * scale})
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
+    device, order = next(student.parameters()).device, torch.Generator().manual_seed(settings.seed)
+    queue: list[torch.Tensor] = []
+    records: list[dict] = []
+    for step in range(settings.steps):
+        if not queue:
+            queue = list(torch.randperm(len(windows), generator=order).split(settings.batch_size))
+        batch = windows[queue.pop()].to(device)
+        with torch.no_grad():
+            expected = teacher(input_ids=batch, use_cache=False).logits
+        kl = kl_divergence(expected, student(input_ids=batch, use_cache=False).logits)
+        if not kl.isfinite():
+            raise HealingError(f"KL is {kl.item()} at healing step {step}; try a smaller --learning-rate")
+        optimizer.zero_grad()
+        kl.backward()
+        for group in optimizer.param_groups:
+            group["lr"] = group["scale"] * _schedule(step, settings.steps)
+        optimizer.step()
+        records.append({"step": step, "kl": kl.item()})
+        on_step(records[-1])
+    student.requires_grad_(False)
+    return records
+
+
+def _schedule(step: int, steps: int) -> float:
+    warm = max(1, steps // 20)
+    return min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def rounded_factors(student: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The factors in their storage type. PivGa's interpolation matrix is solved again against the rounded skeleton, as
+    when it was made (fermisvd.pivga)."""
+    rounded = {name: parameter.detach().to(dtype) for name, parameter in trained_factors(student).items()}
+    layers = {n: m for n, m in student.named_modules() if isinstance(m, (PivGaColumnsLinear, PivGaRowsLinear))}
+    for name, layer in layers.items():
+        if layer.first is not layer:
+            continue
+        skeletons = [member.skeleton.detach() for member in layers.values() if member.first is layer]
+        skeleton, d = torch.cat(skeletons), layer.interpolation.detach()
+        if isinstance(layer, PivGaRowsLinear):
+            skeleton, d = skeleton.T, d.T
+        solved = round_interpolation(skeleton.to(dtype), skeleton.double() @ d.double(), dtype)
+        rounded[f"{name}.{INTERPOLATION}"] = (solved.T if isinstance(layer, PivGaRowsLinear) else solved).contiguous()
+    return rounded

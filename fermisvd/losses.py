@@ -1,0 +1,60 @@
+"""How far a student is from its teacher: KL(teacher || student), and a student made of replaced weights."""
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from fermisvd.groups import LinearGroup
+
+KL_SLICE = 1024  # tokens
+
+
+class _KLDivergence(torch.autograd.Function):
+    """Value and gradient, a slice of the tokens at a time: no probabilities of the whole batch are held."""
+
+    @staticmethod
+    def forward(ctx, teacher, student):
+        total, gradient = 0.0, torch.empty_like(student) if ctx.needs_input_grad[1] else None
+        for begin in range(0, len(student), KL_SLICE):
+            part = slice(begin, begin + KL_SLICE)
+            log_p, log_q = teacher[part].float().log_softmax(-1), student[part].float().log_softmax(-1)
+            total += functional.kl_div(log_q, log_p, log_target=True, reduction="sum")
+            if gradient is not None:
+                gradient[part] = (log_q.exp_() - log_p.exp_()) / len(student)
+        ctx.gradient = gradient
+        return total / len(student)
+
+    @staticmethod
+    def backward(ctx, scale):
+        return None, ctx.gradient * scale
+
+
+def kl_divergence(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
+    """Mean over tokens of KL(teacher || student), nats; logits (batch, length, vocabulary). Differentiable once, in
+    the student's."""
+    return _KLDivergence.apply(teacher.flatten(0, -2), student.flatten(0, -2))
+
+
+class StudentLoss:
+    """KL(teacher || student) on fixed windows, the teacher's logits computed once. windows: (samples, length)."""
+
+    @torch.no_grad()
+    def __init__(self, teacher: nn.Module, windows: torch.Tensor, batch_size: int = 8):
+        device = next(teacher.parameters()).device
+        self.batches = windows.to(device).split(batch_size)
+        self.expected = [teacher(input_ids=batch, use_cache=False).logits for batch in self.batches]
+
+    @torch.no_grad()
+    def __call__(self, student: nn.Module) -> float:
+        total = sum(
+            kl_divergence(expected, student(input_ids=batch, use_cache=False).logits).item() * len(batch)
+            for expected, batch in zip(self.expected, self.batches, strict=True)
+        )
+        return total / sum(len(batch) for batch in self.batches)
+
+
+def set_weight(model: nn.Module, group: LinearGroup, weight: torch.Tensor) -> None:
+    """Copy the stacked weight (m x n) into the group's dense layers."""
+    with torch.no_grad():
+        for name, rows in zip(group.members, weight.split(list(group.member_rows)), strict=True):
+            model.get_submodule(name).weight.copy_(rows)

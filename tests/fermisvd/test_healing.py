@@ -1,0 +1,72 @@
+import pytest
+import torch
+
+from families import compress, save
+from fermisvd import load_model
+from fermisvd.healing import HealingError, HealingSettings, heal, rounded_factors, trained_factors
+from fermisvd.losses import StudentLoss
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    return save("phi3", tmp_path_factory.mktemp("healing") / "phi3")
+
+
+@pytest.fixture(scope="module", params=["pivga", "svd"])
+def compressed(request, dense, demo_text):
+    return compress(dense, request.param, demo_text["calibration"], dense.parent / "work")
+
+
+def test_healing_lowers_the_loss_and_moves_only_factors(dense, compressed):
+    teacher, student = load_model(dense), load_model(compressed)
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    windows = torch.randint(2048, (16, 32))
+    loss = StudentLoss(teacher, windows)
+    start, settings = loss(student), HealingSettings(steps=60, batch_size=8, learning_rate=0.03)
+    records = heal(teacher, student, windows, settings)
+    assert loss(student) < 0.7 * start
+    assert records[0]["kl"] > records[-1]["kl"] and len(records) == 60
+    moved = {name for name, tensor in student.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert moved == set(trained_factors(student))
+    assert not any(parameter.requires_grad for parameter in student.parameters())
+    again = load_model(compressed)
+    assert heal(teacher, again, windows, settings) == records  # deterministic for a seed
+
+
+@torch.no_grad()
+def test_rounding_solves_the_interpolation_against_the_rounded_skeleton(dense, compressed):
+    """Reference: the output of the float32 layers; plain rounding of D is worse."""
+    student = load_model(compressed)
+    for parameter in trained_factors(student).values():  # not already representable in the narrow type
+        parameter.mul_(1 + 0.01 * torch.randn_like(parameter))
+    exact = {name: parameter.clone() for name, parameter in trained_factors(student).items()}
+    rounded = rounded_factors(student, torch.bfloat16)
+    assert rounded.keys() == exact.keys()
+    assert all(tensor.dtype == torch.bfloat16 for tensor in rounded.values())
+    worse = 0
+    for name, d in exact.items():
+        if not name.endswith("interpolation"):
+            assert torch.equal(rounded[name], d.to(torch.bfloat16))
+            continue
+        layer = student.get_submodule(name.removesuffix(".interpolation"))
+        x = torch.randn(64, layer.in_features)
+        expected, skeleton_name = layer(x), name.replace("interpolation", "skeleton")
+        layer.skeleton.copy_(rounded[skeleton_name].float())
+        layer.interpolation.copy_(rounded[name].float())
+        solved = (layer(x) - expected).norm()
+        layer.interpolation.copy_(d.to(torch.bfloat16).float())
+        worse += solved < (layer(x) - expected).norm()
+    assert worse >= 0.8 * sum(name.endswith("interpolation") for name in exact)
+
+
+def test_a_dense_model_has_nothing_to_heal(dense):
+    with pytest.raises(HealingError, match="no compressed layer"):
+        heal(load_model(dense), load_model(dense), torch.randint(2048, (2, 8)), HealingSettings(steps=1))
+
+
+@torch.no_grad()
+def test_a_loss_that_is_not_finite_is_an_error(dense, compressed):
+    student = load_model(compressed)
+    student.lm_head.weight.fill_(float("nan"))
+    with pytest.raises(HealingError, match="step 0"):
+        heal(load_model(dense), student, torch.randint(2048, (2, 8)), HealingSettings(steps=1))

@@ -1,0 +1,91 @@
+import pytest
+import torch
+
+from families import FAMILIES, save
+from fermisvd import load_model
+from fermisvd.budget import uniform_ranks
+from fermisvd.decomposition import data_aware_svd
+from fermisvd.groups import find_groups, stacked_weight
+from fermisvd.losses import StudentLoss, set_weight
+from fermisvd.refit import BlockReplay, refit, refit_weight
+
+
+def test_refit_weight_is_the_least_squares_map():
+    """Reference: numpy-style lstsq on the inputs themselves."""
+    w, x = torch.randn(5, 8, dtype=torch.float64), torch.randn(8, 60, dtype=torch.float64)
+    seen = x + 0.3 * torch.randn_like(x)
+    for mixture in (0.0, 0.5):
+        found = refit_weight(w, x @ seen.T, seen @ seen.T, mixture, damping=0.0)
+        target = (1 - mixture) * w @ x + mixture * w @ seen
+        torch.testing.assert_close(found, torch.linalg.lstsq(seen.T, target.T).solution.T)
+
+
+def test_refit_weight_without_drift_or_text_is_the_weight():
+    w, x = torch.randn(5, 8, dtype=torch.float64), torch.randn(8, 3, dtype=torch.float64)  # fewer tokens than channels
+    torch.testing.assert_close(refit_weight(w, x @ x.T, x @ x.T, 0.0), w)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_replayed_blocks_give_the_hidden_states_of_a_forward_pass(family, tmp_path_factory):
+    model = load_model(save(family, tmp_path_factory.mktemp("model")))
+    batches = torch.randint(100, (4, 12)).split(2)
+    replay = BlockReplay(model, batches)
+    seen = []
+    hooks = [
+        block.register_forward_hook(lambda _, x, y: seen.append(y[0] if isinstance(y, tuple) else y))
+        for block in replay.blocks
+    ]
+    with torch.no_grad():
+        model(input_ids=batches[1], use_cache=False)
+        expected, seen = seen, []
+        for hook in hooks:
+            hook.remove()
+        for index, hidden in enumerate(expected):
+            replay.run(index, keep=True)
+            torch.testing.assert_close(replay.hidden[1], hidden)
+
+
+def student_of(folder, dense, groups, ranks, grams):
+    student = load_model(folder)
+    for group, rank in zip(groups, ranks, strict=True):
+        a, b = data_aware_svd(stacked_weight(dense, group), grams).truncated(rank)
+        set_weight(student, group, (a @ b).float())
+    return student
+
+
+def test_refit_lowers_the_loss_it_accepts_by_and_gives_the_student_s_factors(tiny_llama):
+    dense = load_model(tiny_llama)
+    groups = find_groups(dense)
+    ranks = uniform_ranks(groups, 0.5, "pivga", 1)
+    student = load_model(tiny_llama)
+    for group, rank in zip(groups, ranks, strict=True):
+        a, b = data_aware_svd(stacked_weight(dense, group), torch.eye(group.columns)).truncated(rank)
+        set_weight(student, group, (a @ b).float())
+    untouched = {g.name: stacked_weight(student, g).clone() for g in groups}
+    windows, aside = torch.randint(2048, (24, 32)), torch.randint(2048, (8, 32))
+    before, records = StudentLoss(dense, aside)(student), []
+    found = refit(
+        dense, student, groups, ranks, windows, aside, lambda g, w, c: data_aware_svd(w, c), 8, records.append
+    )
+    after = StudentLoss(dense, aside)(student)
+    assert len(records) == len(groups) and found
+    assert after < 0.9 * before
+    assert after == pytest.approx(min(r["refitted_kl"] for r in records), rel=1e-4)
+    for group, rank in zip(groups, ranks, strict=True):
+        weight = stacked_weight(student, group)
+        if group.name in found:
+            a, b = found[group.name]
+            assert a.shape == (group.rows, rank) and b.shape == (rank, group.columns)
+            torch.testing.assert_close((a @ b).float(), weight)
+        else:
+            assert torch.equal(weight, untouched[group.name])
+
+
+def test_nothing_is_refitted_where_it_cannot_help(tiny_llama):
+    """At full rank the student is the teacher: no candidate is strictly better."""
+    dense, student = load_model(tiny_llama), load_model(tiny_llama)
+    groups = find_groups(dense)
+    ranks = [group.full_rank for group in groups]
+    windows = torch.randint(2048, (8, 32))
+    found = refit(dense, student, groups, ranks, windows, windows[:2], lambda g, w, c: data_aware_svd(w, c))
+    assert found == {}
