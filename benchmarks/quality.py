@@ -1,175 +1,204 @@
-"""The README's quality table: perplexity of every form, grouping and rank rule at 20, 30 and 40 % removed.
+"""Quality per parameter: perplexity and KL of four methods at 10 to 50 % removed, on three models.
 
-    python benchmarks/quality.py                       # run what is missing, then rewrite the table in README.md
+    python benchmarks/quality.py                       # run what is missing, then rewrite README's table and the figure
     python benchmarks/quality.py --only stories260K    # one model
     python benchmarks/quality.py --table-only
 
-Finished cells are kept in benchmarks/results/quality-MODEL.json and skipped the next time, unless the protocol or the
-version has changed, or --fresh is given. stories260K needs the shared
-data beside the repository; without it only the demo model is measured.
+Results are kept in benchmarks/results/quality-MODEL.json, cell by cell; a cell is skipped the next time, unless protocol
+or version has changed, or --fresh is given. stories260K needs the shared data beside the repository, kinds-11m is
+trained by tests/models/train.py; what is not there is left as it stands in the JSON.
 """
 
 import argparse
-import itertools
 import json
-import platform
+import math
 import sys
 import tempfile
 import time
-from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 
-import torch
-from torch import nn
+from records import RESULTS, new_record, write_record
 
 from fermisvd import load_model
-from fermisvd.budget import Form, uniform_rank
-from fermisvd.calibration import gram_matrices
-from fermisvd.decomposition import data_aware_svd
-from fermisvd.fermigrad import FermiGradSettings
-from fermisvd.groups import Partition, find_groups, stacked_weight
 from fermisvd_convert.convert import convert
 from fermisvd_convert.evaluate import evaluate
 from fermisvd_convert.source import load_tokenizer
 from fermisvd_convert.text import windows_of
 
 ROOT = Path(__file__).parent.parent
-SHARED = ROOT.parent / "shared" / "data"
 sys.path.insert(0, str(ROOT / "tests" / "models"))
+from kinds import KINDS, SHARED, write_kinds  # noqa: E402
 from stdlib_text import write_texts  # noqa: E402
 
-RULES = {
-    "uniform": {"ranks": "uniform"},
-    "FermiGrad, penalty": {"ranks": "fermigrad", "constraint": "penalty"},
-    "FermiGrad, projection": {"ranks": "fermigrad", "constraint": "projection"},
+PLAIN = {"whitening": "input", "heal_steps": 0, "refit": False}
+METHODS = {
+    "svd, uniform, separate (SVD-LLM's rule)": {**PLAIN, "form": "svd", "ranks": "uniform", "groups": "separate"},
+    "pivga, uniform, joint": {**PLAIN, "form": "pivga", "ranks": "uniform", "groups": "joint"},
+    "FermiGrad as in the paper": {
+        **PLAIN,
+        "form": "pivga",
+        "groups": "separate",
+        "count": "svd",
+        "constraint": "penalty",
+    },
+    "default without healing": {"heal_steps": 0},
+    "default": {},
 }
-ROUNDED_DOWN = "uniform, rounded down"
-REMOVALS = (0.2, 0.3, 0.4)
-FORMS, GROUPS = ("svd", "pivga"), ("separate", "joint")
+REMOVALS = (0.1, 0.2, 0.3, 0.4, 0.5)
 PROTOCOL = {"samples": 256, "gradient_samples": 256, "sequence_length": 256, "align": 1}
 EVALUATION_WINDOWS = 96
+EVALUATION_CHARACTERS = 150_000
+NAMES = ("stdlib-2m", "stories260K", "kinds-11m")
+# stories260K, dense 4.130, their own code, same protocol (DESIGN, section 5): LEMS + KFAC-SVD at 10 %, then MPIFA
+BEST_PEER = {"stories260K": {0.1: 5.100, 0.2: 7.933, 0.3: 14.74, 0.4: 26.06, 0.5: 40.40}}
 
 
 def models(folder: Path) -> dict[str, dict]:
-    """Name -> path, calibration text and evaluation text."""
+    """Name -> path, calibration texts and evaluation text; only those that are here."""
     texts = write_texts(folder)
     found = {
         "stdlib-2m": {
             "path": ROOT / "tests" / "models" / "stdlib-2m",
-            "calibration": texts["calibration"],
+            "calibration": [texts["calibration"]],
             "evaluation": texts["validation"],
         }
     }
-    stories = SHARED / "checkpoints" / "stories260K"
-    if stories.is_dir():
-        text = SHARED / "text"
+    text = SHARED / "text"
+    if (SHARED / "checkpoints" / "stories260K").is_dir():
+        cut = folder / "tinystories.valid.txt"
+        cut.write_text((text / "tinystories.valid.txt").read_text(encoding="utf-8")[:EVALUATION_CHARACTERS])
         found["stories260K"] = {
-            "path": stories,
-            "calibration": text / "tinystories.train.txt",
-            "evaluation": text / "tinystories.valid.txt",
+            "path": SHARED / "checkpoints" / "stories260K",
+            "calibration": [text / "tinystories.train.txt"],
+            "evaluation": cut,
+        }
+    if (ROOT / "models" / "kinds-11m").is_dir() and SHARED.is_dir():
+        kinds = write_kinds(folder / "kinds")
+        mixed = folder / "kinds.validation.txt"
+        parts = [kinds[kind]["validation"].read_text(encoding="utf-8")[:20_000] for kind in KINDS]
+        mixed.write_text("\n\n".join(parts), encoding="utf-8")
+        found["kinds-11m"] = {
+            "path": ROOT / "models" / "kinds-11m",
+            "calibration": [kinds[kind]["calibration"] for kind in KINDS],
+            "evaluation": mixed,
         }
     return found
 
 
-def results_file(name: str) -> Path:
-    return ROOT / "benchmarks" / "results" / f"quality-{name}.json"
-
-
 def new_results() -> dict:
-    return {
-        "protocol": {**PROTOCOL, "evaluation_windows": EVALUATION_WINDOWS, "fermigrad": asdict(FermiGradSettings())},
-        "command": "python benchmarks/quality.py",
-        "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
-        "date": time.strftime("%F"),
-        "versions": {package: version(package) for package in ("fermisvd", "torch", "transformers")},
-        "cells": {},
-    }
+    protocol = {**PROTOCOL, "evaluation_windows": EVALUATION_WINDOWS, "methods": METHODS}
+    return new_record("python benchmarks/quality.py", protocol) | {"cells": {}}
 
 
-def rounded_down(path: Path, groups: Partition, form: Form, remove: float, windows: torch.Tensor) -> nn.Module:
-    """The dense model with every group at its uniform rank rounded down, in its own type: DESIGN's uniform rows.
-
-    They leave up to one rank a group unspent, so the converter does not write them. windows: calibration text.
-    """
-    model = load_model(path)
-    layers = find_groups(model, groups)
-    grams = gram_matrices(model, [group.source for group in layers], windows.split(8))
-    for group in layers:
-        factors = data_aware_svd(stacked_weight(model, group), grams[group.source])
-        a, b = factors.truncated(int(uniform_rank(group, remove, form)))
-        with torch.no_grad():
-            for member, part in zip(group.members, (a @ b).split(list(group.member_rows)), strict=True):
-                model.get_submodule(member).weight.copy_(part)
-    return model
+def kept(name: str) -> dict | None:
+    """The model's record, if there is one."""
+    path = RESULTS / f"quality-{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
 
 
 def measure(only: str | None, fresh: bool) -> None:
-    """Fill the JSON files cell by cell."""
+    """Fill the JSON cell by cell."""
     with tempfile.TemporaryDirectory() as scratch:
         for name, model in models(Path(scratch)).items():
             if only not in (None, name):
                 continue
-            out = results_file(name)
-            results = new_results()
-            if out.exists() and not fresh:
-                earlier = json.loads(out.read_text())
-                if all(earlier.get(key) == results[key] for key in ("protocol", "versions")):
-                    results["cells"] = earlier["cells"]
+            results, earlier = new_results(), None if fresh else kept(name)
+            if earlier and all(earlier[key] == results[key] for key in ("protocol", "versions")):
+                results = earlier
             windows = windows_of(load_tokenizer(model["path"]), str(model["evaluation"]), 256, EVALUATION_WINDOWS)
+            dense = load_model(model["path"])
             cells = results["cells"]
             if "dense" not in cells:
-                cells["dense"] = evaluate(load_model(model["path"]), windows).as_dict()
-            text = windows_of(load_tokenizer(model["path"]), str(model["calibration"]), 256, PROTOCOL["samples"])
-            for form, groups, remove in itertools.product(FORMS, GROUPS, REMOVALS):
-                key = f"{form} | {groups} | {ROUNDED_DOWN} | {remove}"
-                if key not in cells:
-                    down = rounded_down(model["path"], groups, form, remove, text)
-                    cells[key] = evaluate(down, windows).as_dict()
-                    print(name, key, f"{cells[key]['perplexity']:.3f}", flush=True)
-                    out.write_text(json.dumps(results, indent=1) + "\n")
-            for form, groups, rule, remove in itertools.product(FORMS, GROUPS, RULES, REMOVALS):
-                key = f"{form} | {groups} | {rule} | {remove}"
-                if key in cells:
-                    continue
-                folder = Path(scratch) / "out"
-                begin = time.perf_counter()
-                report = convert(
-                    str(model["path"]),
-                    folder,
-                    remove,
-                    form=form,
-                    groups=groups,
-                    calibration=[str(model["calibration"])],
-                    work=Path(scratch) / "work" / name,
-                    overwrite=True,
-                    **PROTOCOL,
-                    **RULES[rule],
-                )
-                result = evaluate(load_model(folder), windows, load_model(model["path"]))
-                cells[key] = {
-                    **result.as_dict(),
-                    "removed": report["totals"]["removed"],
-                    "seconds": round(time.perf_counter() - begin, 1),
-                }
-                print(name, key, f"{result.perplexity:.3f}", f"{cells[key]['seconds']} s", flush=True)
-                out.write_text(json.dumps(results, indent=1) + "\n")
+                cells["dense"] = evaluate(dense, windows).as_dict()
+            for remove in REMOVALS:
+                for method, options in METHODS.items():
+                    key = f"{method} | {remove}"
+                    if key in cells:
+                        continue
+                    folder, begin = Path(scratch) / "out", time.perf_counter()
+                    report = convert(
+                        str(model["path"]),
+                        folder,
+                        remove,
+                        calibration=[str(path) for path in model["calibration"]],
+                        work=Path(scratch) / "work" / name,
+                        overwrite=True,
+                        **PROTOCOL,
+                        **options,
+                    )
+                    seconds = time.perf_counter() - begin
+                    cells[key] = {
+                        **evaluate(load_model(folder), windows, dense).as_dict(),
+                        "removed": report["totals"]["removed"],
+                        "seconds": round(seconds, 1),
+                        "stage_seconds": report["seconds"],
+                    }
+                    print(name, key, f"{cells[key]['perplexity']:.3f}", f"{seconds:.0f} s", flush=True)
+                    write_record(f"quality-{name}", results)
+
+
+def measured() -> dict[str, dict]:
+    """Cells of every model that has a record."""
+    return {name: record["cells"] for name in NAMES if (record := kept(name))}
+
+
+def lost(cells: dict, method: str, remove: float) -> float:
+    """Log-perplexity over dense."""
+    return math.log(cells[f"{method} | {remove}"]["perplexity"] / cells["dense"]["perplexity"])
 
 
 def table() -> str:
-    """Markdown: a row for form, groups and rule, a column for each model and fraction."""
-    found = {name: results_file(name) for name in ("stdlib-2m", "stories260K")}
-    cells = {name: json.loads(path.read_text())["cells"] for name, path in found.items() if path.exists()}
-    columns = [(name, remove) for name in cells for remove in REMOVALS]
-    head = [f"{name} ({cells[name]['dense']['perplexity']:.3f}), {remove:.0%}" for name, remove in columns]
-    lines = ["| form, groups, ranks | " + " | ".join(head) + " |", "|---" * (len(columns) + 1) + "|"]
-    for form, groups, rule in itertools.product(FORMS, GROUPS, [ROUNDED_DOWN, *RULES]):
-        values = []
-        for name, remove in columns:
-            cell = cells[name].get(f"{form} | {groups} | {rule} | {remove}")
-            values.append(f"{cell['perplexity']:.3f}" if cell else "")
-        lines.append(f"| {form}, {groups}, {rule} | " + " | ".join(values) + " |")
-    return "\n".join(lines)
+    """Markdown: perplexity of every method and fraction, then the default's loss as a share of others'."""
+    found = measured()
+    first, _, paper, _, default = METHODS
+    lines = []
+    for name, cells in found.items():
+        lines += [
+            f"| {name}, dense {cells['dense']['perplexity']:.3f} | " + " | ".join(f"{r:.0%}" for r in REMOVALS) + " |",
+            "|---" * (len(REMOVALS) + 1) + "|",
+        ]
+        for method in METHODS:
+            values = [cells.get(f"{method} | {remove}") for remove in REMOVALS]
+            lines.append(f"| {method} | " + " | ".join(f"{v['perplexity']:.3f}" if v else "" for v in values) + " |")
+        if name in BEST_PEER:
+            values = " | ".join(f"{BEST_PEER[name][remove]:.3f}" for remove in REMOVALS)
+            lines.append(f"| best peer | {values} |")
+        for label, other in (("SVD-LLM's rule", first), ("the paper's", paper)):
+            shares = [
+                f"{lost(cells, default, r) / lost(cells, other, r):.2f}"
+                if f"{default} | {r}" in cells and f"{other} | {r}" in cells
+                else ""
+                for r in REMOVALS
+            ]
+            lines.append(f"| *default's loss, as a share of {label}* | " + " | ".join(shares) + " |")
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+def figure() -> None:
+    """docs/quality.svg: log-perplexity over dense against the fraction removed, a panel a model."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams["svg.hashsalt"] = "fermisvd"
+    found = measured()
+    panels, axes = plt.subplots(1, len(found), figsize=(4.2 * len(found), 3.6), squeeze=False)
+    for axis, (name, cells) in zip(axes[0], found.items(), strict=True):
+        for method in METHODS:
+            points = [(100 * r, lost(cells, method, r)) for r in REMOVALS if f"{method} | {r}" in cells]
+            axis.plot(*zip(*points, strict=True), marker="o", label=method)
+        if name in BEST_PEER:
+            dense = cells["dense"]["perplexity"]
+            peer = [(100 * r, math.log(p / dense)) for r, p in BEST_PEER[name].items()]
+            axis.plot(*zip(*peer, strict=True), "k--", marker="x", label="best peer")
+        axis.set(title=name, xlabel="% of linear parameters removed", ylim=(0, None))
+    axes[0][0].set_ylabel("log-perplexity over dense")
+    handles, labels = max((axis.get_legend_handles_labels() for axis in axes[0]), key=lambda pair: len(pair[0]))
+    panels.legend(handles, labels, loc="lower center", ncol=3, frameon=False)
+    panels.tight_layout(rect=(0, 0.16, 1, 1))
+    panels.savefig(ROOT / "docs" / "quality.svg", metadata={"Date": None})
 
 
 def write_readme() -> None:
@@ -190,3 +219,4 @@ if __name__ == "__main__":
     if not arguments.table_only:
         measure(arguments.only, arguments.fresh)
     write_readme()
+    figure()

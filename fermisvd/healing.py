@@ -24,7 +24,7 @@ class HealingSettings:
     """learning_rate: of Adam, relative to the root mean square of each factor, so that one rate serves all; it rises
     over the first twentieth of the steps and falls to zero as a cosine."""
 
-    steps: int = 200
+    steps: int = 128
     batch_size: int = 8
     learning_rate: float = 0.01
     seed: int = 0

@@ -93,7 +93,12 @@ def convert(
     whitening: Annotated[
         Whitening, typer.Option(help="What weighs an error: the layer's inputs, or also the loss gradient.")
     ] = Whitening.kfac,
-    refit: Annotated[bool, typer.Option(help="Fit each group again to the compressed layers before it.")] = True,
+    refit: Annotated[
+        bool | None,
+        typer.Option(
+            "--refit/--no-refit", help="Fit each group to what compressed layers send it [default: unless healed]"
+        ),
+    ] = None,
     calibration: Annotated[
         list[str] | None, typer.Option(help="Text or .jsonl files, or data sets (NAME[:CONFIG]); several may follow.")
     ] = None,
@@ -109,6 +114,9 @@ def convert(
     minimum_rank: Annotated[int, typer.Option(min=1, help="Lowest rank FermiGrad may choose.")] = 1,
     penalty_growth: Annotated[float, typer.Option(min=1.0, help="Growth of the penalty a step.")] = 1.03,
     count: Annotated[Form | None, typer.Option(help="Form whose parameters FermiGrad counts [default: --form]")] = None,
+    heal_steps: Annotated[
+        int, typer.Option(min=0, help="Steps of distillation on the calibration windows at the end; 0 for none.")
+    ] = 128,
     align: Annotated[str, typer.Option(help="Step of the ranks.", callback=_align)] = "auto",
     dtype: Annotated[Dtype, typer.Option(help="Storage type; auto keeps the model's.")] = Dtype.auto,
     device: Annotated[Device, typer.Option()] = Device.auto,
@@ -148,6 +156,7 @@ def convert(
             minimum_rank=minimum_rank,
             penalty_growth=penalty_growth,
             count=None if count is None else count.value,
+            heal_steps=heal_steps,
             align=None if align == "auto" else int(align),
             dtype=dtype.value,
             device=device.value,

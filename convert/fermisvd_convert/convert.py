@@ -16,9 +16,9 @@ import torch
 from tqdm import tqdm
 
 from fermisvd.budget import Form, kept_parameters, stays_dense
-from fermisvd.errors import FermiSVDError
 from fermisvd.fermigrad import Constraint, FermiGradSettings
 from fermisvd.format import FormatError, read_config
+from fermisvd.healing import HealingSettings
 from fermisvd.hf import load_model
 from fermisvd_convert import stages
 from fermisvd_convert.evaluate import evaluate
@@ -27,16 +27,19 @@ from fermisvd_convert.source import open_source, resolve_device, window_length
 from fermisvd_convert.stages import GroupsRule, Whitening
 from fermisvd_convert.text import DEFAULT_DATASET, calibration_text
 from fermisvd_convert.workspace import Workspace, settings_key
-from fermisvd_convert.writer import storage_type, weight_bytes, write_checkpoint
+from fermisvd_convert.writer import (
+    OutputError,
+    move_into_place,
+    replace_tensors,
+    storage_type,
+    weight_bytes,
+    write_checkpoint,
+)
 
 logger = logging.getLogger("fermisvd")
 
 
 ASIDE_WINDOWS = 32
-
-
-class OutputError(FermiSVDError):
-    """OUT cannot be written there."""
 
 
 def convert(
@@ -48,7 +51,7 @@ def convert(
     ranks: str = "fermigrad",
     groups: GroupsRule = "auto",
     whitening: Whitening = "kfac",
-    refit: bool = True,
+    refit: bool | None = None,
     calibration: Sequence[str] = (DEFAULT_DATASET,),
     samples: int = 256,
     gradient_samples: int = 256,
@@ -60,6 +63,7 @@ def convert(
     minimum_rank: int = 1,
     penalty_growth: float = 1.03,
     count: Form | None = None,
+    heal_steps: int = 128,
     align: int | None = None,
     dtype: str = "auto",
     device: str = "auto",
@@ -72,8 +76,10 @@ def convert(
     """Compress `model` (folder or hub id) into the new folder `out`; returns the report that `out`/fermisvd.json holds.
 
     remove: fraction of the parameters of the decoder blocks' linear layers; sequence_length: tokens a window, None for
-    the model's context up to 2048; align: step of the ranks, None for a power of two near k/64; work: where stages are
-    kept and found again, None for .fermisvd/<model> beside `out`. `out` appears whole or not at all.
+    the model's context up to 2048; count: form whose parameters FermiGrad counts, None for `form`; heal_steps: of the
+    closing distillation on the calibration windows; refit: None for only where there is none; align: step of the ranks,
+    None for a power of two near k/64; work: where stages are kept and found again, None for .fermisvd/<model> beside
+    `out`. `out` appears whole or not at all.
     Raises FermiSVDError for bad input, naming it.
     """
     out, seconds = Path(out).resolve(), {}
@@ -138,6 +144,7 @@ def convert(
             ),
         )
     choices: dict[str, list[dict]] = {}
+    refit = heal_steps == 0 if refit is None else refit
     if groups == "auto" and not Path(ranks).is_file():
         with _timed(seconds, "groups"):
             linear, chosen, choices["groups"] = stages.join(
@@ -174,6 +181,7 @@ def convert(
             "minimum_rank": minimum_rank,
             "penalty_growth": penalty_growth,
             "count": count or form,
+            "heal_steps": heal_steps,
             "align": align or "auto",
             "dtype": str(storage).removeprefix("torch."),
             "seed": seed,
@@ -187,6 +195,10 @@ def convert(
         "choices": choices,
     }
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+
+    def load_student():
+        return load_model(partial, torch.float32, trust_remote_code=trust_remote_code).to(device)
+
     try:
         with _timed(seconds, "write"):
             provenance = {
@@ -203,9 +215,15 @@ def convert(
                 provenance,
                 device,
             )
+        if heal_steps and compressed:
+            with _timed(seconds, "heal"):
+                healing = HealingSettings(heal_steps, batch_size, seed=seed)
+                factors, report["healing"] = stages.heal_factors(
+                    workspace, partial, storage, windows, healing, load, load_student
+                )
+                replace_tensors(partial, factors)
         with _timed(seconds, "evaluate"):
-            small = load_model(partial, torch.float32, trust_remote_code=trust_remote_code).to(device)
-            after = evaluate(small, text.held_back, batch_size=batch_size, label="evaluate compressed")
+            after = evaluate(load_student(), text.held_back, batch_size=batch_size, label="evaluate compressed")
         report["perplexity"] = {"before": before["perplexity"], "after": after.perplexity, "tokens": after.tokens}
         report["bytes"] = {"before": weight_bytes(source.folder), "after": weight_bytes(partial)}
         report["seconds"] = seconds
@@ -232,20 +250,6 @@ def _check_out(out: Path, model: str, work: Path, overwrite: bool) -> None:
         read_config(out)
     except FormatError:
         raise OutputError(f"{out}: --overwrite replaces FermiSVD checkpoints only, and this is none") from None
-
-
-def move_into_place(partial: Path, out: Path) -> None:
-    """Rename a finished folder to its name, an earlier one of that name out of the way first."""
-    old = out.with_name(f".{out.name}.old-{os.getpid()}")
-    if out.exists():
-        out.rename(old)
-    try:
-        partial.rename(out)
-    except OSError:
-        if old.exists():
-            old.rename(out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager

@@ -8,13 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from fermisvd.format import read_config, read_headers, validate_checkpoint
 from fermisvd.healing import HealingSettings, heal, rounded_factors, trained_factors
 from fermisvd.hf import load_model
-from fermisvd_convert.convert import OutputError, move_into_place
 from fermisvd_convert.evaluate import evaluate
 from fermisvd_convert.source import (
     TORCH_TYPES,
@@ -25,6 +23,7 @@ from fermisvd_convert.source import (
     window_length,
 )
 from fermisvd_convert.text import calibration_text
+from fermisvd_convert.writer import OutputError, move_into_place, replace_tensors
 
 
 def heal_checkpoint(
@@ -77,7 +76,9 @@ def heal_checkpoint(
     seconds = round(time.perf_counter() - begin, 2)
     partial = healed.with_name(f".{healed.name}.partial-{os.getpid()}")
     try:
-        _write(checkpoint, partial, student)
+        shutil.copytree(checkpoint, partial)
+        stored = read_headers(checkpoint)[next(iter(trained_factors(student)))]  # all factors have one type
+        replace_tensors(partial, rounded_factors(student, TORCH_TYPES[stored.dtype]))
         final = load_model(partial, torch.float32, trust_remote_code=trust_remote_code).to(device)
         after = evaluate(final, chosen.held_back, dense, batch_size, label="evaluate healed")
         record = {
@@ -102,20 +103,3 @@ def heal_checkpoint(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return record
-
-
-def _write(checkpoint: Path, folder: Path, student: torch.nn.Module) -> None:
-    """A copy of the checkpoint with the student's factors, each in the type and file that it had."""
-    folder.mkdir(parents=True)
-    headers = read_headers(checkpoint)
-    files = {info.file for info in headers.values()}
-    for path in checkpoint.iterdir():
-        if path.is_file() and path not in files:
-            shutil.copyfile(path, folder / path.name)
-    names = trained_factors(student)
-    factors = rounded_factors(student, TORCH_TYPES[headers[next(iter(names))].dtype])  # all factors have one type
-    for file in sorted(files):
-        tensors = load_file(file)
-        tensors |= {name: factors[name].contiguous().cpu() for name in tensors.keys() & names.keys()}
-        save_file(tensors, folder / file.name, metadata={"format": "pt"})
-        (folder / file.name).chmod(0o644)

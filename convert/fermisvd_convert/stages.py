@@ -26,6 +26,7 @@ from fermisvd.decomposition import Factors, OutputGram, data_aware_svd, kfac_svd
 from fermisvd.errors import FermiSVDError
 from fermisvd.fermigrad import FermiGradSettings, install_gates, optimise_ranks
 from fermisvd.groups import LinearGroup, Partition, find_groups, left_dense
+from fermisvd.healing import HealingSettings, heal, rounded_factors
 from fermisvd.losses import set_weight
 from fermisvd.partition import fused_layers, join_groups, joined
 from fermisvd.refit import refit
@@ -306,6 +307,38 @@ def refit_groups(
         return unchanged(group)
 
     return factors_of, result["records"]
+
+
+def heal_factors(
+    workspace: Workspace,
+    checkpoint: Path,
+    dtype: torch.dtype,
+    windows: torch.Tensor,
+    settings: HealingSettings,
+    load: Callable[[], nn.Module],
+    load_student: Callable[[], nn.Module],
+) -> tuple[dict[str, torch.Tensor], list[dict]]:
+    """The checkpoint's factors after distillation from the dense model, in their storage type, and its records."""
+    digest = hashlib.sha256()
+    for file in sorted(checkpoint.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    stage = f"healed-{settings_key(digest.hexdigest(), windows_key(windows), asdict(settings))}"
+
+    def run() -> list[dict]:
+        teacher, student = load(), load_student()
+        with tqdm(total=settings.steps, desc="heal", leave=False) as bar:
+
+            def show(record: dict) -> None:
+                bar.update()
+                bar.set_postfix(kl=f"{record['kl']:.4f}")
+
+            records = heal(teacher, student, windows, settings, show)
+        workspace.save_tensors(stage, "factors", rounded_factors(student, dtype))
+        return records
+
+    records = workspace.json(stage, run)
+    return workspace.load_tensors(stage, "factors"), records
 
 
 def ranks_from_file(

@@ -1,15 +1,17 @@
 """The checkpoint writer: the source's files with the compressed groups in place of their weights."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from fermisvd.budget import Form
+from fermisvd.errors import FermiSVDError
 from fermisvd.format import (
     INDEX_NAME,
     INTERPOLATION,
@@ -19,6 +21,7 @@ from fermisvd.format import (
     SKELETON,
     FermiSVDConfig,
     Group,
+    read_headers,
 )
 from fermisvd.groups import LinearGroup
 from fermisvd.pivga import fix_gauge
@@ -26,6 +29,10 @@ from fermisvd_convert.source import TORCH_TYPES, WEIGHT_SUFFIXES, Source
 
 SHARD_BYTES = 4 * 2**30
 OWN_FILES = {"README.md", "config.json", INDEX_NAME}
+
+
+class OutputError(FermiSVDError):
+    """OUT cannot be written there."""
 
 
 def config_group(group: LinearGroup, rank: int, form: Form) -> Group:
@@ -132,6 +139,30 @@ def _write_shards(folder: Path, tensors: Iterator[tuple[str, torch.Tensor]]) -> 
         weight_map |= dict.fromkeys(names, file_name)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / INDEX_NAME).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+
+
+def replace_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Rewrite the files of `folder` that hold tensors of these names, with the new values."""
+    for file in sorted({info.file for info in read_headers(folder).values()}):
+        stored = load_file(file)
+        if new := stored.keys() & tensors.keys():
+            stored |= {name: tensors[name].contiguous().cpu() for name in new}
+            save_file(stored, file, metadata={"format": "pt"})
+            file.chmod(0o644)
+
+
+def move_into_place(partial: Path, out: Path) -> None:
+    """Rename a finished folder to its name, an earlier one of that name out of the way first."""
+    old = out.with_name(f".{out.name}.old-{os.getpid()}")
+    if out.exists():
+        out.rename(old)
+    try:
+        partial.rename(out)
+    except OSError:
+        if old.exists():
+            old.rename(out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def weight_bytes(folder: Path) -> int:

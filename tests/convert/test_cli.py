@@ -40,6 +40,8 @@ def converted(tiny_llama, texts, tmp_path_factory):
         "--calibration",
         texts / "a.txt",
         texts / "b.txt",
+        "--heal-steps",
+        2,
         "--samples",
         8,
         "--gradient-samples",

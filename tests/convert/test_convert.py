@@ -25,7 +25,14 @@ def text(tmp_path_factory):
 @pytest.fixture
 def settings(text, tmp_path):
     return dict(
-        calibration=[text], samples=12, sequence_length=32, steps=6, batch_size=4, align=1, work=tmp_path / "work"
+        calibration=[text],
+        samples=12,
+        sequence_length=32,
+        steps=6,
+        heal_steps=2,
+        batch_size=4,
+        align=1,
+        work=tmp_path / "work",
     )
 
 
@@ -61,7 +68,7 @@ def test_more_removed_is_worse_and_little_removed_is_close(tiny_llama, tmp_path,
 
 
 def test_second_removal_reuses_calibration_and_decomposition(tiny_llama, tmp_path, settings, monkeypatch):
-    settings |= {"refit": False, "groups": "separate"}  # both decompose for the ranks they are given
+    settings["groups"] = "separate"  # joining decomposes for the ranks that it is given
     convert(str(tiny_llama), tmp_path / "a", 0.2, ranks="fermigrad", **settings)
 
     def forbidden(*args, **kwargs):
@@ -70,7 +77,7 @@ def test_second_removal_reuses_calibration_and_decomposition(tiny_llama, tmp_pat
     monkeypatch.setattr(convert_module.stages, "calibration_grams", forbidden)
     monkeypatch.setattr(convert_module.stages, "kfac_svd", forbidden)
     convert(str(tiny_llama), tmp_path / "b", 0.4, ranks="fermigrad", **settings)
-    for long_stage in ("optimise_ranks", "join_groups", "refit"):
+    for long_stage in ("optimise_ranks", "join_groups", "heal"):
         monkeypatch.setattr(convert_module.stages, long_stage, forbidden)
     convert(str(tiny_llama), tmp_path / "c", 0.4, ranks="fermigrad", **settings)
     same = ("model.safetensors", "config.json")
@@ -112,19 +119,20 @@ def test_ranks_of_an_earlier_conversion(tiny_llama, tmp_path, settings, groups):
 
 
 def test_second_run_after_joining_and_refitting_is_the_same(tiny_llama, tmp_path, settings, monkeypatch):
+    settings["refit"] = True
     convert(str(tiny_llama), tmp_path / "a", 0.4, **settings)
 
     def forbidden(*args, **kwargs):
         raise AssertionError("run again")
 
-    for stage in ("calibration_grams", "kfac_svd", "optimise_ranks", "join_groups", "refit"):
+    for stage in ("calibration_grams", "kfac_svd", "optimise_ranks", "join_groups", "refit", "heal"):
         monkeypatch.setattr(convert_module.stages, stage, forbidden)
     convert(str(tiny_llama), tmp_path / "b", 0.4, **settings)
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
 
 
 def test_choices_are_reported(tiny_llama, tmp_path, settings):
-    report = convert(str(tiny_llama), tmp_path / "out", 0.5, **settings)
+    report = convert(str(tiny_llama), tmp_path / "out", 0.5, refit=True, **settings)
     joined, refitted = report["choices"]["groups"], report["choices"]["refit"]
     assert {record["layer"].rpartition(".")[2] for record in joined} == {"q_proj", "o_proj", "gate_proj", "down_proj"}
     assert all(record["joined_kl"] <= record["kl"] for record in joined)

@@ -27,6 +27,7 @@ def compressed(request, tiny_llama, tmp_path_factory):
         groups=partition,
         ranks="uniform",
         align=1,
+        heal_steps=2,
         calibration=[str(text)],
         samples=8,
         sequence_length=32,

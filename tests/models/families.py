@@ -84,6 +84,7 @@ def compress(source: Path, form: str, text: Path, work: Path) -> Path:
         groups="joint" if form == "pivga" else "separate",
         ranks="uniform",
         align=1,
+        heal_steps=0,
         dtype="float32",
         calibration=[str(text)],
         samples=16,

@@ -28,6 +28,7 @@ def compressed(demo_model, demo_text, tmp_path_factory):
             form=form,
             groups=groups,
             steps=20,
+            heal_steps=8,
             align=1,
             dtype="float32",
             calibration=[str(demo_text["calibration"])],

@@ -1,0 +1,56 @@
+"""Calibration text x evaluation text: what is kept and what is lost when they do not match.
+
+    python benchmarks/calibration.py
+
+The five-kinds model, 30 % removed by the converter's defaults, calibrated on each kind alone and on all five in equal
+parts; log-perplexity over dense on held-back text of each kind. Results: benchmarks/results/calibration.json.
+"""
+
+import math
+import tempfile
+from pathlib import Path
+
+from quality import PROTOCOL, ROOT
+from records import new_record, write_record
+
+from fermisvd import load_model
+from fermisvd_convert.convert import convert
+from fermisvd_convert.evaluate import evaluate
+from fermisvd_convert.source import load_tokenizer
+from fermisvd_convert.text import windows_of
+from kinds import KINDS, write_kinds
+
+REMOVE, STEPS, WINDOWS = 0.3, 60, 32
+
+
+def main() -> None:
+    path = ROOT / "models" / "kinds-11m"
+    rows = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        texts = write_kinds(Path(scratch) / "kinds")
+        tokenizer, dense = load_tokenizer(path), load_model(path)
+        windows = {k: windows_of(tokenizer, str(texts[k]["validation"]), 256, WINDOWS) for k in KINDS}
+        before = {kind: evaluate(dense, windows[kind]).perplexity for kind in KINDS}
+        print("| calibrated on | " + " | ".join(KINDS) + " |\n|---" + "|---" * len(KINDS) + "|")
+        print("| dense perplexity | " + " | ".join(f"{p:.2f}" for p in before.values()) + " |")
+        for name, chosen in {**{kind: [kind] for kind in KINDS}, "all five": list(KINDS)}.items():
+            convert(
+                str(path),
+                Path(scratch) / "out",
+                REMOVE,
+                calibration=[str(texts[kind]["calibration"]) for kind in chosen],
+                work=Path(scratch) / "work",
+                overwrite=True,
+                steps=STEPS,
+                **PROTOCOL,
+            )
+            small = load_model(Path(scratch) / "out")
+            rows[name] = {k: math.log(evaluate(small, windows[k]).perplexity / before[k]) for k in KINDS}
+            print(f"| {name} | " + " | ".join(f"{v:.3f}" for v in rows[name].values()) + " |", flush=True)
+    protocol = {**PROTOCOL, "remove": REMOVE, "steps": STEPS, "evaluation_windows": WINDOWS}
+    record = new_record("python benchmarks/calibration.py", protocol)
+    write_record("calibration", record | {"dense": before, "lost": rows})
+
+
+if __name__ == "__main__":
+    main()
