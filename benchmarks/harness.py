@@ -2,7 +2,7 @@
 
     python benchmarks/harness.py MODEL OUT [OUT ...] --engine hf --engine vllm
 
-`import fermisvd` is all that lm-eval's own `hf` model needs to load a compressed folder; `vllm` needs nothing.
+`import fermisvd` is all that lm-eval's own `hf` model needs to load a compressed folder; `vllm` needs none.
 Tasks: the YAML files of benchmarks/tasks. Run from the repository's root, with the shared data beside it. Results are
 added to benchmarks/results/harness.json.
 """

@@ -5,7 +5,8 @@
 
 Two peaks: bytes of live tensors, and growth of the resident set over what it is before, imports done. The bound is 3
 times the model as loaded (float32 on a CPU) plus the factors of the largest group; what a forward pass of --batch-size
-windows needs comes on top, so windows are short here. The resident set also holds mapped files and heap not given back.
+windows needs comes on top, so windows are short here. Healing is left out: it holds teacher, student, gradients and
+Adam's moments. The resident set also holds mapped files and heap not given back.
 """
 
 import argparse
@@ -107,7 +108,7 @@ def measure(model: Path, scratch: Path) -> dict:
     del loaded
     text = scratch / "text.txt"
     text.write_text("".join(f"def f{i}(x):\n    return x + {i}\n\n" for i in range(2000)))
-    settings = {"samples": 16, "sequence_length": 64, "batch_size": 1, "steps": 4}
+    settings = {"samples": 16, "sequence_length": 64, "batch_size": 1, "steps": 4, "heal_steps": 0, "refit": False}
     resident = ResidentPeak()
     resident.start()
     convert(str(model), scratch / "a", 0.2, calibration=[str(text)], work=scratch / "work-a", **settings)

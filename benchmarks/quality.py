@@ -4,25 +4,29 @@
     python benchmarks/quality.py --only stories260K    # one model
     python benchmarks/quality.py --table-only
 
-Results are kept in benchmarks/results/quality-MODEL.json, cell by cell; a cell is skipped the next time, unless protocol
+Results are kept in benchmarks/results/quality-MODEL.json, cell by cell; a cell is skipped next time, unless protocol
 or version has changed, or --fresh is given. stories260K needs the shared data beside the repository, kinds-11m is
 trained by tests/models/train.py; what is not there is left as it stands in the JSON.
 """
 
 import argparse
+import inspect
 import json
 import math
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 from records import RESULTS, new_record, write_record
 
 from fermisvd import load_model
+from fermisvd.healing import HealingSettings
 from fermisvd_convert.convert import convert
 from fermisvd_convert.evaluate import evaluate
 from fermisvd_convert.source import load_tokenizer
+from fermisvd_convert.stages import DAMPING, OUTPUT_DAMPING
 from fermisvd_convert.text import windows_of
 
 ROOT = Path(__file__).parent.parent
@@ -86,7 +90,13 @@ def models(folder: Path) -> dict[str, dict]:
 
 
 def new_results() -> dict:
-    protocol = {**PROTOCOL, "evaluation_windows": EVALUATION_WINDOWS, "methods": METHODS}
+    defaults = {
+        name: p.default for name, p in inspect.signature(convert).parameters.items() if p.kind == p.KEYWORD_ONLY
+    }
+    protocol = {**PROTOCOL, "evaluation_windows": EVALUATION_WINDOWS, "methods": METHODS, "defaults": defaults}
+    protocol["constants"] = {"damping": DAMPING, "output_damping": OUTPUT_DAMPING}
+    protocol["healing"] = asdict(HealingSettings())
+    protocol = json.loads(json.dumps(protocol))
     return new_record("python benchmarks/quality.py", protocol) | {"cells": {}}
 
 

@@ -61,23 +61,28 @@ def auto_alignment(group: LinearGroup) -> int:
     return 2 ** min(6, max(0, int(math.log2(max(1, group.full_rank / 64)))))
 
 
-def rank_ladder(group: LinearGroup, form: Form, align: int) -> list[int]:
-    """Ranks a group may take: multiples of `align` that save something, then k, which means dense."""
-    ladder = [r for r in range(align, group.full_rank, align) if not stays_dense(group, r, form)]
+def rank_ladder(group: LinearGroup, form: Form, align: int, minimum: int = 1) -> list[int]:
+    """Ranks a group may take: multiples of `align`, from `minimum` on, that save something, then k, i.e. dense."""
+    ladder = [r for r in range(align, group.full_rank, align) if r >= minimum and not stays_dense(group, r, form)]
     return [*ladder, group.full_rank]
 
 
 def round_to_budget(
-    groups: Sequence[LinearGroup], ideal: Sequence[float], budget: int, form: Form, align: int | None = None
+    groups: Sequence[LinearGroup],
+    ideal: Sequence[float],
+    budget: int,
+    form: Form,
+    align: int | None = None,
+    minimum: int = 1,
 ) -> list[int]:
     """Integer ranks near `ideal` that spend at most `budget` and leave less than one step of it unspent.
 
-    ideal: real ranks, one a group; align: step of the ranks, None for auto_alignment. Ranks start from
-    the rung below the ideal, come down where that is too much and go up where the next rung still
-    fits, always where the distance to the ideal, in units of k, is largest.
+    ideal: real ranks, one a group; align: step of the ranks, None for auto_alignment; minimum: lowest rank. Ranks
+    start from the rung below the ideal, come down where that is too much and go up where the next rung still fits,
+    always where the distance to the ideal, in units of k, is largest.
     Raises BudgetError if even the lowest ranks exceed the budget.
     """
-    ladders = [rank_ladder(g, form, align or auto_alignment(g)) for g in groups]
+    ladders = [rank_ladder(g, form, align or auto_alignment(g), minimum) for g in groups]
     costs = [[int(group_parameters(g, r, form)) for r in ladder] for g, ladder in zip(groups, ladders, strict=True)]
     rungs = [
         max([i for i, r in enumerate(ladder) if r <= x], default=0) for ladder, x in zip(ladders, ideal, strict=True)
@@ -87,7 +92,7 @@ def round_to_budget(
     if lowest > budget:
         raise BudgetError(
             f"the lowest aligned ranks need {lowest} parameters, the budget is {budget}; "
-            "ask for less or a smaller --align"
+            "ask for less, or a smaller --align or --minimum-rank"
         )
 
     def surplus(g: int, rung: int) -> float:

@@ -58,9 +58,9 @@ def kfac_svd(
 
     The first is used when m <= n, the second when m > n: only the smaller side is factorised, by an eigendecomposition
     of the damped matrix. output_damping: added to the diagonal of G, relative to its mean; damping: the same for C.
-    A group whose gradients vanish is decomposed by `input` whitening.
+    A group whose gradients or inputs vanish is decomposed by `input` whitening.
     """
-    if output.mean == 0:
+    if output.mean == 0 or not gram.any():
         return data_aware_svd(weight, gram, damping)
     weight, ridge = weight.double(), output_damping * output.mean
     if weight.shape[0] <= weight.shape[1]:

@@ -61,23 +61,31 @@ class GatedGroup:
     only as wide as the gate is open; nothing of the size of W is made, and B x is computed once for all members.
     """
 
-    def __init__(self, b: torch.Tensor):
-        self.b = b
-        self._input: torch.Tensor | None = None
-        self._projected = b
+    def __init__(self, b: torch.Tensor, readers: int = 1):
+        self.b, self.readers = b, readers
         self.set_gate(None, len(b))
 
     def set_gate(self, gate: torch.Tensor | None, open_rank: int) -> None:
         """gate: F (k,) or None; open_rank: how many of its entries are not negligible."""
-        self.gate, self.open_rank, self._input = gate, open_rank, None
+        self.gate, self.open_rank = gate, open_rank
+        self._forget()
+
+    def _forget(self) -> None:
+        self._input: torch.Tensor | None = None
+        self._projected: torch.Tensor | None = None
+        self._reads = 0
 
     def project(self, x: torch.Tensor) -> torch.Tensor:
-        """F B x, (..., open_rank), remembered for the members that read the same tensor."""
-        if self._input is not x:
+        """F B x, (..., open_rank), remembered until all members have read it."""
+        if self._projected is None or self._input is not x:
             projected = functional.linear(x, self.b[: self.open_rank])
             self._projected = projected if self.gate is None else projected * self.gate[: self.open_rank]
-            self._input = x
-        return self._projected
+            self._input, self._reads = x, 0
+        projected = self._projected
+        self._reads += 1
+        if self._reads == self.readers:
+            self._forget()
+        return projected
 
 
 class GatedLinear(nn.Module):
@@ -104,7 +112,7 @@ def install_gates(
     for group in groups:
         layers = [model.get_submodule(name) for name in group.members]
         a, b = (factor.to(layers[0].weight) for factor in factors_of(group))
-        gated.append(GatedGroup(b))
+        gated.append(GatedGroup(b, len(layers)))
         for name, layer, rows in zip(group.members, layers, a.split(list(group.member_rows)), strict=True):
             model.set_submodule(name, GatedLinear(rows, gated[-1], layer.bias))
     return gated
@@ -198,7 +206,7 @@ def optimise_ranks(
 
     for step in range(settings.steps):
         if not queue:
-            if _plateau(records, len(windows), settings):
+            if _plateau(records, len(windows), kept, settings):
                 break
             queue = list(torch.randperm(len(windows), generator=order).split(settings.batch_size))
         batch = windows[queue.pop()].to(device)
@@ -251,13 +259,14 @@ def gated_kl(
     return kl_divergence(teacher, model(input_ids=batch, use_cache=False).logits)
 
 
-def _plateau(records: Sequence[dict], samples: int, settings: FermiGradSettings) -> bool:
-    """Whether the last pass over the windows gained next to nothing on the one before; both saw the same text."""
+def _plateau(records: Sequence[dict], samples: int, kept: float, settings: FermiGradSettings) -> bool:
+    """Whether the last pass over the windows gained next to nothing on the one before; both saw the same text, at the
+    target to a thousandth."""
     steps = -(-samples // settings.batch_size)
-    begin = 0 if settings.constraint == "penalty" else settings.anneal * settings.steps
-    if not settings.plateau or len(records) < begin + 2 * steps:
+    recent = records[-2 * steps :]
+    if not settings.plateau or len(recent) < 2 * steps or any(r["kept"] > kept + 1e-3 for r in recent):
         return False
-    before, last = (sum(r["kl"] for r in part) for part in (records[-2 * steps : -steps], records[-steps:]))
+    before, last = (sum(r["kl"] for r in part) for part in (recent[:steps], recent[steps:]))
     return last > (1 - settings.plateau) * before
 
 

@@ -14,19 +14,21 @@ from torch import nn
 
 from fermisvd.errors import FermiSVDError
 from fermisvd.format import INTERPOLATION
-from fermisvd.losses import kl_divergence
+from fermisvd.losses import StudentLoss, kl_divergence
 from fermisvd.modules import CompressedLinear, PivGaColumnsLinear, PivGaRowsLinear
-from fermisvd.pivga import round_interpolation
+from fermisvd.pivga import refuse_overflow, round_interpolation
 
 
 @dataclass(frozen=True)
 class HealingSettings:
-    """learning_rate: of Adam, relative to the root mean square of each factor, so that one rate serves all; it rises
+    """learning_rate: of Adam, relative to the root mean square of each factor over the root of its longer side, so that
+    a step changes its largest singular value by the same share at any width, and to the root of the loss at the start
+    (at most 1): a loss grows as the square of the error, so what there is to mend is as large as its root. It rises
     over the first twentieth of the steps and falls to zero as a cosine."""
 
     steps: int = 128
     batch_size: int = 8
-    learning_rate: float = 0.01
+    learning_rate: float = 0.1
     seed: int = 0
 
 
@@ -49,23 +51,30 @@ def heal(
     teacher: nn.Module,
     student: nn.Module,
     windows: torch.Tensor,
+    aside: torch.Tensor,
     settings: HealingSettings,
     on_step: Callable[[dict], None] = lambda _: None,
-) -> list[dict]:
+) -> dict:
     """Train the student's factors in place, by KL(teacher || student) on windows (samples, length) of token ids.
 
-    student: compressed, float32. Returns each step's record (step, kl).
+    student: compressed, float32; aside: windows not trained on. Where the loss on them is no lower at the end, the
+    factors are put back. Returns {"kl_before", "kl_after" (both on `aside`), "trace": each step's step and kl}.
     Raises HealingError if the student has no compressed layer, or the loss is not finite.
     """
     factors = trained_factors(student)
     if not factors:
         raise HealingError("the model has no compressed layer to heal")
     student.requires_grad_(False)
+    loss = StudentLoss(teacher, aside, settings.batch_size)
+    before, start = loss(student), {name: parameter.detach().clone() for name, parameter in factors.items()}
+    if not math.isfinite(before):
+        raise HealingError(f"KL is {before} before healing; check the checkpoint and its dense model")
+    rate = settings.learning_rate * min(1.0, math.sqrt(before))
     groups = []
     for parameter in factors.values():
         parameter.requires_grad_()
-        scale = parameter.detach().square().mean().sqrt().item()
-        groups.append({"params": [parameter], "scale": settings.learning_rate * scale})
+        size = parameter.detach().square().mean().sqrt().item() / math.sqrt(max(parameter.shape))
+        groups.append({"params": [parameter], "scale": rate * size})
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
     device, order = next(student.parameters()).device, torch.Generator().manual_seed(settings.seed)
     queue: list[torch.Tensor] = []
@@ -78,7 +87,7 @@ def heal(
             expected = teacher(input_ids=batch, use_cache=False).logits
         kl = kl_divergence(expected, student(input_ids=batch, use_cache=False).logits)
         if not kl.isfinite():
-            raise HealingError(f"KL is {kl.item()} at healing step {step}; try a smaller --learning-rate")
+            raise HealingError(f"KL is {kl.item()} at healing step {step}; try a smaller learning rate, or no healing")
         optimizer.zero_grad()
         kl.backward()
         for group in optimizer.param_groups:
@@ -87,7 +96,11 @@ def heal(
         records.append({"step": step, "kl": kl.item()})
         on_step(records[-1])
     student.requires_grad_(False)
-    return records
+    if (after := loss(student)) >= before:
+        for name, parameter in factors.items():
+            parameter.copy_(start[name])
+        after = before
+    return {"kl_before": before, "kl_after": after, "trace": records}
 
 
 def _schedule(step: int, steps: int) -> float:
@@ -99,6 +112,8 @@ def rounded_factors(student: nn.Module, dtype: torch.dtype) -> dict[str, torch.T
     """The factors in their storage type. PivGa's interpolation matrix is solved again against the rounded skeleton, as
     when it was made (fermisvd.pivga)."""
     rounded = {name: parameter.detach().to(dtype) for name, parameter in trained_factors(student).items()}
+    for tensor in rounded.values():
+        refuse_overflow(tensor, dtype)
     layers = {n: m for n, m in student.named_modules() if isinstance(m, (PivGaColumnsLinear, PivGaRowsLinear))}
     for name, layer in layers.items():
         if layer.first is not layer:

@@ -7,6 +7,7 @@ from torch.nn import functional
 from fermisvd.groups import LinearGroup
 
 KL_SLICE = 1024  # tokens
+KEPT_LOGITS = 2**30  # bytes
 
 
 class _KLDivergence(torch.autograd.Function):
@@ -21,12 +22,13 @@ class _KLDivergence(torch.autograd.Function):
             total += functional.kl_div(log_q, log_p, log_target=True, reduction="sum")
             if gradient is not None:
                 gradient[part] = (log_q.exp_() - log_p.exp_()) / len(student)
-        ctx.gradient = gradient
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
         return total / len(student)
 
     @staticmethod
     def backward(ctx, scale):
-        return None, ctx.gradient * scale
+        return None, ctx.saved_tensors[0] * scale
 
 
 def kl_divergence(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
@@ -36,20 +38,25 @@ def kl_divergence(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
 
 
 class StudentLoss:
-    """KL(teacher || student) on fixed windows, the teacher's logits computed once. windows: (samples, length)."""
+    """KL(teacher || student) on fixed windows, (samples, length). The teacher's logits are kept if they are small."""
 
     @torch.no_grad()
     def __init__(self, teacher: nn.Module, windows: torch.Tensor, batch_size: int = 8):
         device = next(teacher.parameters()).device
-        self.batches = windows.to(device).split(batch_size)
-        self.expected = [teacher(input_ids=batch, use_cache=False).logits for batch in self.batches]
+        self.teacher, self.batches = teacher, windows.to(device).split(batch_size)
+        first = self._teach(self.batches[0])
+        fits = first.nbytes * len(self.batches) <= KEPT_LOGITS
+        self.expected = [self._teach(batch) for batch in self.batches] if fits else None
+
+    def _teach(self, batch: torch.Tensor) -> torch.Tensor:
+        return self.teacher(input_ids=batch, use_cache=False).logits
 
     @torch.no_grad()
     def __call__(self, student: nn.Module) -> float:
-        total = sum(
-            kl_divergence(expected, student(input_ids=batch, use_cache=False).logits).item() * len(batch)
-            for expected, batch in zip(self.expected, self.batches, strict=True)
-        )
+        total = 0.0
+        for i, batch in enumerate(self.batches):
+            expected = self.expected[i] if self.expected else self._teach(batch)
+            total += kl_divergence(expected, student(input_ids=batch, use_cache=False).logits).item() * len(batch)
         return total / sum(len(batch) for batch in self.batches)
 
 

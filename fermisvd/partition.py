@@ -65,7 +65,7 @@ def join_groups(
     rank_of = dict(zip(groups, ranks, strict=True))
     for parts in fused_layers(groups):
         chosen = [(group, rank_of[group]) for group in parts]
-        if all(stays_dense(group, rank, form) for group, rank in chosen):
+        if len(parts) == 1 or all(stays_dense(group, rank, form) for group, rank in chosen):
             result += chosen
             continue
         best, weights = current, [stacked_weight(student, group).clone() for group in parts]
@@ -80,7 +80,7 @@ def join_groups(
                 continue
             for group, rank in candidate:
                 a, b = factors_of(group).truncated(rank)
-                set_weight(student, group, a @ b)
+                set_weight(student, group, stacked_weight(dense, group) if stays_dense(group, rank, form) else a @ b)
             kl = loss(student)
             if kl <= best:
                 best, chosen = kl, candidate

@@ -74,12 +74,12 @@ def fix_gauge(a: torch.Tensor, b: torch.Tensor, side: Side, dtype: torch.dtype =
     permutation = choose_skeleton(a, b)
     skeleton_columns, rest = permutation[:rank].long(), permutation[rank:].long()
     skeleton = (a @ b[:, skeleton_columns]).to(dtype)
-    _refuse_overflow(skeleton, dtype)
+    refuse_overflow(skeleton, dtype)
     if dtype == torch.float64:
         interpolation = _solve(b[:, skeleton_columns], b[:, rest])
     else:
         interpolation = round_interpolation(skeleton, a @ b[:, rest], dtype)
-    _refuse_overflow(interpolation, dtype)
+    refuse_overflow(interpolation, dtype)
     return PivGa(skeleton, interpolation.contiguous(), permutation, "columns")
 
 
@@ -90,7 +90,8 @@ def round_interpolation(skeleton: torch.Tensor, rest: torch.Tensor, dtype: torch
     return round_with_error_feedback(_solve(skeleton.double(), rest), skeleton, dtype).to(dtype)
 
 
-def _refuse_overflow(tensor: torch.Tensor, dtype: torch.dtype) -> None:
+def refuse_overflow(tensor: torch.Tensor, dtype: torch.dtype) -> None:
+    """Raises PivGaError if the tensor, cast to `dtype`, is no longer finite."""
     if not tensor.isfinite().all():
         raise PivGaError(f"the factors overflow {dtype}; choose a wider storage type")
 

@@ -13,22 +13,25 @@ from typing import Any
 import torch
 from torch import nn
 
-from fermisvd.decomposition import Factors, damped
-from fermisvd.groups import LinearGroup, decoder_blocks, stacked_weight
+from fermisvd.decomposition import Factors
+from fermisvd.groups import LinearGroup, decoder_blocks, linear_layer, stacked_weight
 from fermisvd.losses import StudentLoss, set_weight
 
 MIXTURES = (0.0, 0.5)  # alpha, tried in turn
 DAMPING = 1e-3  # of mean(diag C'): pulls W' towards W in directions that few tokens use
 
 
-def refit_weight(
-    weight: torch.Tensor, cross: torch.Tensor, gram: torch.Tensor, mixture: float, damping: float = DAMPING
-) -> torch.Tensor:
-    """W' (m x n), float64. cross: X X'^T, gram: X' X'^T, both (n x n); mixture: alpha."""
-    target = damped((1 - mixture) * cross + mixture * gram, 0.0)
-    ridge = damping * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64, device=gram.device)
-    solved = torch.linalg.solve(gram.double() + ridge, (target + ridge).T).T  # both damped alike: W' -> W
-    return weight.double() @ solved
+def refit_map(cross: torch.Tensor, gram: torch.Tensor, mixture: float, damping: float = DAMPING) -> torch.Tensor:
+    """M (n x n), float64, with W' = W M. cross: X X'^T, gram: X' X'^T, both (n x n); mixture: alpha.
+
+    Inputs that are all zero give the identity.
+    """
+    identity = torch.eye(len(gram), dtype=torch.float64, device=gram.device)
+    ridge = damping * gram.double().diagonal().mean() * identity
+    if not gram.any():
+        return identity
+    target = (1 - mixture) * cross.double() + mixture * gram.double()
+    return torch.linalg.solve(gram.double() + ridge, (target + ridge).T).T  # both damped alike: W' -> W
 
 
 class BlockReplay:
@@ -66,13 +69,16 @@ class BlockReplay:
         args, kwargs = calls[0]
         return args[0] if args else kwargs["hidden_states"]
 
-    def run(self, index: int, keep: bool) -> None:
-        """Block `index` over all batches; keep: whether its outputs become the hidden states."""
+    def run(self, index: int, batch: int) -> torch.Tensor:
+        """Hidden states behind block `index` of one batch, (windows, length, hidden)."""
         args, kwargs = self.arguments[index]
-        for i, hidden in enumerate(self.hidden):
-            out = self.blocks[index](hidden, *args, **kwargs)
-            if keep:
-                self.hidden[i] = out[0] if isinstance(out, tuple) else out
+        out = self.blocks[index](self.hidden[batch], *args, **kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    def advance(self, index: int) -> None:
+        """Put the hidden states of all batches behind block `index`."""
+        for batch in range(len(self.hidden)):
+            self.hidden[batch] = self.run(index, batch)
 
 
 class _Stop(Exception):
@@ -94,10 +100,15 @@ def refit(
     """A (m x r) and B (r x n) of the groups whose refit lowers KL(dense || student) on the windows kept aside.
 
     student: the same model with the groups' weights replaced by their low-rank products; it is changed as refits are
-    accepted. windows, aside: token ids (samples, length); decompose: factors of (group, weight, Gram matrix).
-    on_group sees each group's record: name, kl before, best candidate's kl, its mixture.
+    accepted. windows, aside: token ids (samples, length), of windows the last that do not fill a batch are left out;
+    decompose: data-aware factors of W M from (group, M, Gram matrix). on_group sees each group's record: name, kl
+    before, best candidate's kl, its mixture.
     """
-    batches = windows[: len(windows) // batch_size * batch_size].split(batch_size)
+    if not len(windows):
+        return {}
+    batch_size = min(batch_size, len(windows))
+    device = next(dense.parameters()).device
+    batches = windows[: len(windows) // batch_size * batch_size].to(device).split(batch_size)
     replays = BlockReplay(dense, batches), BlockReplay(student, batches)
     prefix = decoder_blocks(dense)
     loss = StudentLoss(dense, aside, batch_size)
@@ -107,11 +118,10 @@ def refit(
         for source, readers in groupby(inside, key=lambda pair: pair[0].source):
             cross, gram = _input_grams(dense, student, replays, index, source)
             for group, rank in readers:
-                weight, before = stacked_weight(dense, group), stacked_weight(student, group).clone()
+                before = stacked_weight(student, group).clone()
                 best = None
                 for mixture in MIXTURES:
-                    factors = decompose(group, refit_weight(weight, cross, gram, mixture), gram)
-                    a, b = factors.truncated(rank)
+                    a, b = decompose(group, refit_map(cross, gram, mixture), gram).truncated(rank)
                     set_weight(student, group, a @ b)
                     kl = loss(student)
                     if best is None or kl < best[0]:
@@ -124,7 +134,7 @@ def refit(
                 else:
                     set_weight(student, group, before)
         for replay in replays:
-            replay.run(index, keep=True)
+            replay.advance(index)
     return found
 
 
@@ -132,19 +142,23 @@ def _input_grams(
     dense: nn.Module, student: nn.Module, replays: tuple[BlockReplay, BlockReplay], index: int, source: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """X X'^T and X' X'^T of a layer's inputs, float64, from one more run of its block in both models."""
-    inputs: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+    inputs: list[torch.Tensor] = []
     hooks = [
-        model.get_submodule(source).register_forward_pre_hook(lambda _, x, kept=kept: kept.append(x[0].flatten(0, -2)))
-        for model, kept in zip((dense, student), inputs, strict=True)
+        model.get_submodule(source).register_forward_pre_hook(lambda _, x: inputs.append(x[0].flatten(0, -2).double()))
+        for model in (dense, student)
     ]
-    for replay in replays:
-        replay.run(index, keep=False)
-    for hook in hooks:
-        hook.remove()
-    width = inputs[0][0].shape[1]
-    cross = torch.zeros(width, width, dtype=torch.float64, device=inputs[0][0].device)
+    width = linear_layer(dense, source).in_features
+    cross = torch.zeros(width, width, dtype=torch.float64, device=replays[0].hidden[0].device)
     gram = torch.zeros_like(cross)
-    for x, seen in zip(*inputs, strict=True):
-        cross.addmm_(x.double().T, seen.double())
-        gram.addmm_(seen.double().T, seen.double())
+    try:
+        for batch in range(len(replays[0].hidden)):
+            inputs.clear()
+            for replay in replays:
+                replay.run(index, batch)
+            x, seen = inputs
+            cross.addmm_(x.T, seen)
+            gram.addmm_(seen.T, seen)
+    finally:
+        for hook in hooks:
+            hook.remove()
     return cross, gram

@@ -100,7 +100,10 @@ def convert(
         ),
     ] = None,
     calibration: Annotated[
-        list[str] | None, typer.Option(help="Text or .jsonl files, or data sets (NAME[:CONFIG]); several may follow.")
+        list[str] | None,
+        typer.Option(
+            help="Text or .jsonl files, or data sets (NAME[:CONFIG]), each with @WEIGHT if need be; several may follow."
+        ),
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 256,
     gradient_samples: Annotated[int, typer.Option(min=1, help="Windows FermiGrad trains on.")] = 256,
@@ -113,6 +116,9 @@ def convert(
     steps: Annotated[int, typer.Option(min=1, help="FermiGrad steps.")] = 150,
     minimum_rank: Annotated[int, typer.Option(min=1, help="Lowest rank FermiGrad may choose.")] = 1,
     penalty_growth: Annotated[float, typer.Option(min=1.0, help="Growth of the penalty a step.")] = 1.03,
+    plateau: Annotated[
+        float, typer.Option(min=0.0, help="End FermiGrad once a pass over its windows gains less than this; 0: never.")
+    ] = 0.0,
     count: Annotated[Form | None, typer.Option(help="Form whose parameters FermiGrad counts [default: --form]")] = None,
     heal_steps: Annotated[
         int, typer.Option(min=0, help="Steps of distillation on the calibration windows at the end; 0 for none.")
@@ -155,6 +161,7 @@ def convert(
             steps=steps,
             minimum_rank=minimum_rank,
             penalty_growth=penalty_growth,
+            plateau=plateau,
             count=None if count is None else count.value,
             heal_steps=heal_steps,
             align=None if align == "auto" else int(align),
@@ -183,7 +190,7 @@ def heal(
         int | None, typer.Option(help="Tokens a window [default: the model's context, at most 2048]")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows a step.")] = 8,
-    learning_rate: Annotated[float, typer.Option(min=0.0, help="Relative to each factor's size.")] = 0.01,
+    learning_rate: Annotated[float, typer.Option(min=0.0, help="Relative to each factor's size and width.")] = 0.1,
     device: Annotated[Device, typer.Option()] = Device.auto,
     seed: Annotated[int, typer.Option()] = 0,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code")] = False,

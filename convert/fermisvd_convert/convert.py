@@ -62,6 +62,7 @@ def convert(
     steps: int = 150,
     minimum_rank: int = 1,
     penalty_growth: float = 1.03,
+    plateau: float = 0.0,
     count: Form | None = None,
     heal_steps: int = 128,
     align: int | None = None,
@@ -119,9 +120,9 @@ def convert(
     with _timed(seconds, "decompose"):
         for group in tqdm(linear, desc="decompose", leave=False):
             decomposition.factors(group)
-    # windows that decide between alternatives; neither refitted on nor reported on
+    # windows that decide between alternatives, neither refitted nor healed on; the report's are others again
     held = min(ASIDE_WINDOWS, -(-len(windows) // 8))
-    aside, refit_windows = windows[:held], windows[held:]
+    aside, training = windows[:held], windows[held:]
     with _timed(seconds, "ranks"):
         settings = FermiGradSettings(
             constraint=constraint,
@@ -130,6 +131,7 @@ def convert(
             temperature=temperature,
             minimum_rank=minimum_rank,
             penalty_growth=penalty_growth,
+            plateau=plateau,
             seed=seed,
         )
         linear, chosen, trace = stages.choose_ranks(
@@ -139,13 +141,14 @@ def convert(
             remove,
             form,
             align,
+            minimum_rank,
             lambda: stages.fermigrad(
                 decomposition, linear, gradient_windows, remove, form, count or form, settings, load
             ),
         )
     choices: dict[str, list[dict]] = {}
     refit = heal_steps == 0 if refit is None else refit
-    if groups == "auto" and not Path(ranks).is_file():
+    if groups == "auto" and ranks in ("uniform", "fermigrad"):
         with _timed(seconds, "groups"):
             linear, chosen, choices["groups"] = stages.join(
                 decomposition, linear, chosen, remove, form, align, aside, batch_size, load
@@ -154,7 +157,7 @@ def convert(
     if refit:
         with _timed(seconds, "refit"):
             factors_of, choices["refit"] = stages.refit_groups(
-                decomposition, compressed, refit_windows, aside, batch_size, load
+                decomposition, compressed, training, aside, batch_size, load
             )
     else:
         factors_of = decomposition.truncated(dict(compressed))
@@ -180,6 +183,7 @@ def convert(
             "steps": steps,
             "minimum_rank": minimum_rank,
             "penalty_growth": penalty_growth,
+            "plateau": plateau,
             "count": count or form,
             "heal_steps": heal_steps,
             "align": align or "auto",
@@ -215,11 +219,11 @@ def convert(
                 provenance,
                 device,
             )
-        if heal_steps and compressed:
+        if heal_steps and compressed and len(training):
             with _timed(seconds, "heal"):
                 healing = HealingSettings(heal_steps, batch_size, seed=seed)
                 factors, report["healing"] = stages.heal_factors(
-                    workspace, partial, storage, windows, healing, load, load_student
+                    workspace, key, partial, storage, training, aside, healing, load, load_student
                 )
                 replace_tensors(partial, factors)
         with _timed(seconds, "evaluate"):

@@ -16,9 +16,11 @@ from fermisvd.hf import load_model
 from fermisvd_convert.evaluate import evaluate
 from fermisvd_convert.source import (
     TORCH_TYPES,
+    Source,
     SourceError,
     load_dense_or_compressed,
     load_tokenizer,
+    open_source,
     resolve_device,
     window_length,
 )
@@ -36,7 +38,7 @@ def heal_checkpoint(
     samples: int = 1024,
     sequence_length: int | None = None,
     batch_size: int = 8,
-    learning_rate: float = 0.01,
+    learning_rate: float = 0.1,
     device: str = "auto",
     seed: int = 0,
     trust_remote_code: bool = False,
@@ -44,22 +46,19 @@ def heal_checkpoint(
     """Write `healed`, a copy of `checkpoint` with trained factors; returns the record that `healed`/healing.json holds.
 
     teacher: the dense model, None for the base model that the checkpoint names; text: as --calibration of convert;
-    samples: windows to train on, over and over; learning_rate: relative to each factor's size. `healed` appears whole
+    samples: windows to train on, over and over; learning_rate: as in HealingSettings. `healed` appears whole
     or not at all. Raises FermiSVDError for bad input, naming it.
     """
     checkpoint, healed = Path(checkpoint), Path(healed).resolve()
     if healed.exists():
         raise OutputError(f"{healed}: exists; choose another folder")
+    if checkpoint.resolve() in healed.parents:
+        raise OutputError(f"{healed}: lies inside {checkpoint}; choose another folder")
     validate_checkpoint(checkpoint)
     provenance = read_config(checkpoint).provenance
-    teacher = teacher or str(provenance.get("model"))
-    if not Path(teacher).is_dir() and "/" not in teacher:
-        raise SourceError(f"{checkpoint}: its base model {teacher!r} is no hub id; give the dense model by --teacher")
+    source = _teacher(checkpoint, teacher, provenance, trust_remote_code)
     device = resolve_device(device)
-    student = load_dense_or_compressed(checkpoint, device, trust_remote_code)
-    dense = load_dense_or_compressed(teacher, device, trust_remote_code)
-    if dense.config.vocab_size != student.config.vocab_size:
-        raise SourceError(f"--teacher {teacher}: another vocabulary than {checkpoint}")
+    student, dense = load_dense_or_compressed(checkpoint, device, trust_remote_code), source.load(device)
     length = window_length(sequence_length, getattr(student.config, "max_position_embeddings", None))
     tokenizer = load_tokenizer(checkpoint, trust_remote_code)
     chosen = calibration_text(tokenizer, text, samples, length)
@@ -72,7 +71,8 @@ def heal_checkpoint(
             bar.update()
             bar.set_postfix(kl=f"{record['kl']:.4f}")
 
-        trace = heal(dense, student, chosen.windows, settings, show)
+        held = -(-len(chosen.windows) // 8)
+        outcome = heal(dense, student, chosen.windows[held:], chosen.windows[:held], settings, show)
     seconds = round(time.perf_counter() - begin, 2)
     partial = healed.with_name(f".{healed.name}.partial-{os.getpid()}")
     try:
@@ -82,17 +82,16 @@ def heal_checkpoint(
         final = load_model(partial, torch.float32, trust_remote_code=trust_remote_code).to(device)
         after = evaluate(final, chosen.held_back, dense, batch_size, label="evaluate healed")
         record = {
-            "teacher": Path(teacher).name if Path(teacher).is_dir() else teacher,
+            "teacher": source.folder.name if Path(source.name).is_dir() else source.name,
             "text": [Path(source).name for source in text],
             "steps": steps,
-            "tokens": steps * batch_size * length,
             "windows": len(chosen.windows),
             "learning_rate": learning_rate,
             "seed": seed,
             "before": before.as_dict(),
             "after": after.as_dict(),
             "seconds": seconds,
-            "trace": trace,
+            **outcome,
         }
         (partial / "healing.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         card = partial / "README.md"
@@ -103,3 +102,14 @@ def heal_checkpoint(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return record
+
+
+def _teacher(checkpoint: Path, teacher: str | None, provenance: dict, trust_remote_code: bool) -> Source:
+    """The dense model that the checkpoint was made of. Raises SourceError if it is another, or not known."""
+    base, revision = str(provenance.get("model")), provenance.get("revision")
+    if teacher is None and ("/" not in base or trust_remote_code):  # a checkpoint does not choose whose code is run
+        raise SourceError(f"{checkpoint}: its base model is {base!r}; give the dense model by --teacher")
+    source = open_source(teacher or base, revision if teacher in (None, base) else None, trust_remote_code)
+    if provenance.get("model_sha256") not in (None, source.key):
+        raise SourceError(f"--teacher {source.name}: not the model that {checkpoint} was made of (hashes differ)")
+    return source

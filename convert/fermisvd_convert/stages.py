@@ -29,7 +29,8 @@ from fermisvd.groups import LinearGroup, Partition, find_groups, left_dense
 from fermisvd.healing import HealingSettings, heal, rounded_factors
 from fermisvd.losses import set_weight
 from fermisvd.partition import fused_layers, join_groups, joined
-from fermisvd.refit import refit
+from fermisvd.refit import DAMPING as REFIT_DAMPING
+from fermisvd.refit import MIXTURES, refit
 from fermisvd_convert.source import Source
 from fermisvd_convert.workspace import Workspace, settings_key
 
@@ -120,8 +121,9 @@ def calibrate(
         for name, gram in grams.items():
             workspace.save_tensors(found.grams, name, {"gram": gram})
         for name, output in outputs.items():
+            assert found.outputs is not None
             mean = torch.tensor(output.mean, dtype=torch.float64)
-            workspace.save_tensors(found.outputs or "", name, {"matrix": output.matrix, "mean": mean})
+            workspace.save_tensors(found.outputs, name, {"matrix": output.matrix, "mean": mean})
     return found
 
 
@@ -148,7 +150,7 @@ class Decomposition:
         name = group.name if len(group.members) == 1 else f"{group.name}+{len(group.members) - 1}"
         if not self.workspace.has_tensors(self.stage, name):
             gram = self.workspace.load_tensors(self.statistics.grams, group.source)["gram"]
-            made = self.fit(group, group_weight(self.source, group).to(self.device), gram.to(self.device))
+            made = self.fit(group, None, gram.to(self.device))
             tensors = {"a": made.a.float(), "b": made.b.float(), "sigma": made.sigma}
             self.workspace.save_tensors(self.stage, name, tensors)
         return Factors(**self.workspace.load_tensors(self.stage, name))
@@ -157,16 +159,21 @@ class Decomposition:
         """What gives A (m x r) and B (r x n) of a group at its rank."""
         return lambda group: self.factors(group).truncated(ranks[group])
 
-    def fit(self, group: LinearGroup, weight: torch.Tensor, gram: torch.Tensor) -> Factors:
-        """Factors, float64, of any weight (m x n) at the group's place, for inputs with this Gram matrix (n x n)."""
+    def fit(self, group: LinearGroup, change: torch.Tensor | None, gram: torch.Tensor) -> Factors:
+        """Factors, float64, of W, or of W M where `change` is M (n x n), for inputs with this Gram matrix (n x n)."""
+        weight = dense = group_weight(self.source, group).to(gram.device).double()
+        if change is not None:
+            weight = dense @ change
         if self.statistics.outputs is None:
             return data_aware_svd(weight, gram, DAMPING)
         outputs = []
         for name in group.members:
             kept = self.workspace.load_tensors(self.statistics.outputs, name)
             outputs.append(OutputGram(kept["matrix"].to(weight.device), kept["mean"].item()))
-        parts = group_weight(self.source, group).to(weight.device).split(list(group.member_rows))
-        return kfac_svd(weight, gram, group_output_gram(outputs, parts), DAMPING, OUTPUT_DAMPING)
+        output = group_output_gram(outputs, dense.split(list(group.member_rows)))
+        if change is not None and group.rows > group.columns:  # W^T G W becomes M^T W^T G W M
+            output = OutputGram(change.T @ output.matrix @ change, output.mean)
+        return kfac_svd(weight, gram, output, DAMPING, OUTPUT_DAMPING)
 
 
 def fermigrad(
@@ -240,7 +247,7 @@ def join(
         compressed = [(g, r) for g, r in zip(groups, ranks, strict=True) if not stays_dense(g, r, form)]
         dense, student = load(), low_rank_student(load, decomposition, compressed)
         records: list[dict] = []
-        fused = sum(1 for parts in fused_layers(groups) if len(parts) > 1)
+        fused = sum(len(parts) > 1 for parts in fused_layers(groups))
         with tqdm(total=fused, desc="groups", leave=False) as bar:
 
             def show(record: dict) -> None:
@@ -278,8 +285,9 @@ def refit_groups(
     load: Callable[[], nn.Module],
 ) -> tuple[FactorsOf, list[dict]]:
     """Sequential refit; returns what gives A (m x r) and B (r x n) of a compressed group, and its records."""
-    workspace, key = decomposition.workspace, [[g.members, r] for g, r in compressed]
-    stage = f"refit-{settings_key(decomposition.stage, key, windows_key(windows), windows_key(aside), batch_size)}"
+    workspace, chosen = decomposition.workspace, [[g.members, r] for g, r in compressed]
+    texts = [windows_key(windows), windows_key(aside), batch_size]
+    stage = f"refit-{settings_key(decomposition.stage, chosen, texts, MIXTURES, REFIT_DAMPING)}"
 
     def run() -> dict:
         groups, ranks = [g for g, _ in compressed], [r for _, r in compressed]
@@ -298,7 +306,8 @@ def refit_groups(
             workspace.save_tensors(stage, name, {"a": a.float(), "b": b.float()})
         return {"refitted": sorted(found), "records": records}
 
-    result, unchanged = workspace.json(stage, run), decomposition.truncated(dict(compressed))
+    result = workspace.json(stage, run, lambda r: all(workspace.has_tensors(stage, name) for name in r["refitted"]))
+    unchanged = decomposition.truncated(dict(compressed))
 
     def factors_of(group: LinearGroup) -> tuple[torch.Tensor, torch.Tensor]:
         if group.name in result["refitted"]:
@@ -311,21 +320,27 @@ def refit_groups(
 
 def heal_factors(
     workspace: Workspace,
+    key: str,
     checkpoint: Path,
     dtype: torch.dtype,
     windows: torch.Tensor,
+    aside: torch.Tensor,
     settings: HealingSettings,
     load: Callable[[], nn.Module],
     load_student: Callable[[], nn.Module],
-) -> tuple[dict[str, torch.Tensor], list[dict]]:
-    """The checkpoint's factors after distillation from the dense model, in their storage type, and its records."""
+) -> tuple[dict[str, torch.Tensor], dict]:
+    """The checkpoint's factors after distillation from the dense model, in their storage type, and its record.
+
+    key: of the dense model; windows: to train on; aside: windows that say whether it helped.
+    """
     digest = hashlib.sha256()
     for file in sorted(checkpoint.glob("*.safetensors")):
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
-    stage = f"healed-{settings_key(digest.hexdigest(), windows_key(windows), asdict(settings))}"
+    texts = [windows_key(windows), windows_key(aside)]
+    stage = f"healed-{settings_key(key, digest.hexdigest(), texts, asdict(settings))}"
 
-    def run() -> list[dict]:
+    def run() -> dict:
         teacher, student = load(), load_student()
         with tqdm(total=settings.steps, desc="heal", leave=False) as bar:
 
@@ -333,12 +348,12 @@ def heal_factors(
                 bar.update()
                 bar.set_postfix(kl=f"{record['kl']:.4f}")
 
-            records = heal(teacher, student, windows, settings, show)
+            record = heal(teacher, student, windows, aside, settings, show)
         workspace.save_tensors(stage, "factors", rounded_factors(student, dtype))
-        return records
+        return record
 
-    records = workspace.json(stage, run)
-    return workspace.load_tensors(stage, "factors"), records
+    record = workspace.json(stage, run, lambda _: workspace.has_tensors(stage, "factors"))
+    return workspace.load_tensors(stage, "factors"), record
 
 
 def ranks_from_file(
@@ -388,6 +403,7 @@ def choose_ranks(
     remove: float,
     form: Form,
     align: int | None,
+    minimum_rank: int,
     run_fermigrad: Callable[[], dict],
 ) -> tuple[list[LinearGroup], list[int], list[dict]]:
     """Groups, integer ranks on the budget by `uniform`, `fermigrad` or a file, and FermiGrad's trace."""
@@ -399,4 +415,4 @@ def choose_ranks(
         ideal, trace = [result["mu"][group.name] for group in groups], result["trace"]
     else:
         groups, ideal = ranks_from_file(Path(rule), groups, partition)
-    return groups, round_to_budget(groups, ideal, kept_parameters(groups, remove), form, align), trace
+    return groups, round_to_budget(groups, ideal, kept_parameters(groups, remove), form, align, minimum_rank), trace

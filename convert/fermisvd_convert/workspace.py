@@ -37,15 +37,18 @@ class Workspace:
     def __init__(self, folder: Path):
         self.folder = folder
 
-    def json(self, name: str, make: Callable[[], Any]) -> Any:
-        """The JSON artefact `name`, made and kept if it is not there or not readable."""
+    def json(self, name: str, make: Callable[[], Any], whole: Callable[[Any], bool] = lambda _: True) -> Any:
+        """The JSON artefact `name`, made and kept if it is not there, not readable, or by `whole` lacks its tensors."""
         path = self.folder / f"{name}.json"
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
+            value = json.loads(path.read_text(encoding="utf-8"))
+            if whole(value):
+                return value
         except (OSError, ValueError):
-            value = make()
-            write_whole(path, lambda p: p.write_text(json.dumps(value, indent=1), encoding="utf-8"))
-            return value
+            pass
+        value = make()
+        write_whole(path, lambda p: p.write_text(json.dumps(value, indent=1), encoding="utf-8"))
+        return value
 
     def has_tensors(self, stage: str, name: str) -> bool:
         try:

@@ -131,10 +131,55 @@ def test_second_run_after_joining_and_refitting_is_the_same(tiny_llama, tmp_path
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("damage", ["gone", "cut off"])
+def test_lost_tensors_of_a_stage_are_made_again(tiny_llama, tmp_path, settings, damage):
+    """Its JSON is there, its tensors are not."""
+    settings["refit"] = True
+    convert(str(tiny_llama), tmp_path / "a", 0.5, **settings)
+    lost = [path for stage in ("healed-*", "refit-*") for path in (tmp_path / "work").glob(f"{stage}/*")]
+    assert lost
+    for path in lost:
+        path.unlink() if damage == "gone" else path.write_bytes(path.read_bytes()[:50])
+    convert(str(tiny_llama), tmp_path / "b", 0.5, **settings)
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+
+
+def test_minimum_rank_is_held(tiny_llama, tmp_path, settings):
+    report = convert(str(tiny_llama), tmp_path / "out", 0.5, minimum_rank=9, **settings)
+    assert min(group["rank"] for group in report["groups"]) >= 9
+
+
+def test_refit_of_a_tall_group_is_the_kfac_svd_of_the_changed_weight(tiny_llama, tmp_path, settings):
+    """Reference: kfac_svd of W M with its own W^T G W, from G on the output side."""
+    from fermisvd.decomposition import OutputGram, kfac_svd
+    from fermisvd_convert.source import open_source
+    from fermisvd_convert.workspace import Workspace
+
+    convert(str(tiny_llama), tmp_path / "a", 0.3, ranks="uniform", **settings)
+    stage = {kind: next((tmp_path / "work").glob(f"{kind}-*")).name for kind in ("gram", "outputs")}
+    workspace, source = Workspace(tmp_path / "work"), open_source(str(tiny_llama))
+    statistics = convert_module.stages.Statistics(stage["gram"], stage["outputs"])
+    decomposition = convert_module.stages.Decomposition(workspace, source, statistics, "cpu")
+    group = next(g for g in convert_module.stages.find_groups(source.load("cpu"), "joint") if "q_proj" in g.name)
+    assert group.rows > group.columns
+    change = torch.eye(group.columns, dtype=torch.float64) + 0.1 * torch.randn(96, 96, dtype=torch.float64)
+    gram = workspace.load_tensors(stage["gram"], group.source)["gram"]
+    found = decomposition.fit(group, change, gram)
+    kept = [workspace.load_tensors(stage["outputs"], name) for name in group.members]
+    covariance = torch.block_diag(*[k["matrix"] for k in kept])
+    weight = convert_module.stages.group_weight(source, group).double() @ change
+    output = OutputGram(weight.T @ covariance @ weight, covariance.diagonal().mean().item())
+    expected = kfac_svd(weight, gram, output, convert_module.stages.DAMPING, convert_module.stages.OUTPUT_DAMPING)
+    torch.testing.assert_close(found.sigma, expected.sigma)
+    for rank in (4, 20):
+        (a, b), (c, d) = found.truncated(rank), expected.truncated(rank)
+        torch.testing.assert_close(a @ b, c @ d)
+
+
 def test_choices_are_reported(tiny_llama, tmp_path, settings):
     report = convert(str(tiny_llama), tmp_path / "out", 0.5, refit=True, **settings)
     joined, refitted = report["choices"]["groups"], report["choices"]["refit"]
-    assert {record["layer"].rpartition(".")[2] for record in joined} == {"q_proj", "o_proj", "gate_proj", "down_proj"}
+    assert {record["layer"].rpartition(".")[2] for record in joined} == {"q_proj", "gate_proj"}
     assert all(record["joined_kl"] <= record["kl"] for record in joined)
     for earlier, later in pairwise(refitted):
         assert later["kl"] == min(earlier["kl"], earlier["refitted_kl"])

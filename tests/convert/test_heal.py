@@ -1,25 +1,29 @@
 import json
+import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from families import compress, save
 from fermisvd.errors import FermiSVDError
 from fermisvd.format import validate_checkpoint
-from fermisvd_convert.convert import OutputError
+from fermisvd_convert.convert import convert
 from fermisvd_convert.heal import heal_checkpoint
+from fermisvd_convert.writer import OutputError
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory, demo_text):
-    dense = save("llama", tmp_path_factory.mktemp("heal") / "llama")
-    return dense, compress(dense, "pivga", demo_text["calibration"], dense.parent / "work")
+def models(tmp_path_factory, demo_model, demo_text):
+    """A real model: what healing learns from one text must help on another."""
+    out = tmp_path_factory.mktemp("heal") / "half"
+    options = {"ranks": "uniform", "samples": 32, "sequence_length": 64, "heal_steps": 0, "refit": False}
+    convert(str(demo_model), out, 0.5, calibration=[str(demo_text["calibration"])], **options)
+    return demo_model, out
 
 
 @pytest.fixture
 def settings(models, demo_text):
-    return dict(text=[str(demo_text["calibration"])], teacher=str(models[0]), steps=40, samples=200, sequence_length=32)
+    return dict(text=[str(demo_text["calibration"])], teacher=str(models[0]), steps=40, samples=256, sequence_length=64)
 
 
 def test_healed_checkpoint_is_whole_and_better(models, settings, tmp_path):
@@ -48,4 +52,13 @@ def test_refusals_leave_nothing_behind(models, settings, tmp_path):
         heal_checkpoint(compressed, tmp_path / "b", **settings | {"teacher": None})
     with pytest.raises(FermiSVDError, match="nowhere"):
         heal_checkpoint(compressed, tmp_path / "c", **settings | {"teacher": str(tmp_path / "nowhere")})
+    other = shutil.copytree(dense, tmp_path / "other")
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.norm.weight"] *= 2
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(FermiSVDError, match="not the model that"):
+        heal_checkpoint(compressed, tmp_path / "d", **settings | {"teacher": str(other)})
+    shutil.rmtree(other)
+    with pytest.raises(OutputError, match="lies inside"):
+        heal_checkpoint(compressed, compressed / "inside", **settings)
     assert [path.name for path in tmp_path.iterdir()] == ["there"]

@@ -109,3 +109,13 @@ def test_uniform_ranks_remove_what_was_asked():
     for form in ("svd", "pivga"):
         removed = 1 - total_parameters(groups, uniform_ranks(groups, 0.3, form, 1), form) / dense
         assert 0.3 <= removed < 0.3 + 240 / dense  # one step of one group is at most m + n numbers
+
+
+@pytest.mark.parametrize("form", ["svd", "pivga"])
+def test_no_rank_is_below_the_minimum(form):
+    groups = [LinearGroup((name,), (48,), 64, "columns", name) for name in "abc"]
+    budget = kept_parameters(groups, 0.4)
+    ranks = round_to_budget(groups, [2.0, 5.0, 48.0], budget, form, 1, minimum=8)
+    assert min(ranks) >= 8
+    with pytest.raises(BudgetError, match="lowest aligned ranks"):
+        round_to_budget(groups, [2.0, 5.0, 48.0], kept_parameters(groups, 0.9), form, 1, minimum=30)

@@ -149,11 +149,13 @@ def test_kfac_without_gradients_is_input_whitening(shape):
 
 
 @pytest.mark.parametrize("shape", [(12, 30), (30, 12)])
-@pytest.mark.parametrize("case", ["dead inputs", "dead outputs", "one token"])
+@pytest.mark.parametrize("case", ["no inputs", "dead inputs", "dead outputs", "one token"])
 def test_kfac_with_singular_matrices(shape, case):
     """At full rank the product is W, and every rank is finite, whatever calibration did not see."""
     w, x, covariance, _ = make_kfac_problem(*shape)
-    if case == "dead inputs":
+    if case == "no inputs":
+        x = torch.zeros_like(x)
+    elif case == "dead inputs":
         x[::2] = 0
     elif case == "dead outputs":
         covariance[::2] = 0

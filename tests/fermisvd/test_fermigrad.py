@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from fermisvd import fermigrad
 from fermisvd.budget import group_parameters
 from fermisvd.decomposition import data_aware_svd
 from fermisvd.fermigrad import (
@@ -12,12 +13,14 @@ from fermisvd.fermigrad import (
     GatedGroup,
     GatedLinear,
     SoftBudget,
+    _plateau,
     fermi_gate,
+    gated_kl,
     install_gates,
     optimise_ranks,
 )
 from fermisvd.groups import find_groups, stacked_weight
-from fermisvd.losses import kl_divergence
+from fermisvd.losses import KL_SLICE, kl_divergence
 
 
 def test_gate_is_the_printed_formula():
@@ -99,6 +102,56 @@ def test_kl_is_the_definition():
     p, q = torch.randn(2, 3, 7), torch.randn(2, 3, 7)
     expected = (p.softmax(-1) * (p.softmax(-1) / q.softmax(-1)).log()).sum(-1).mean()
     torch.testing.assert_close(kl_divergence(p, q), expected)
+
+
+def test_kl_gradient_is_autograd_s_over_several_slices():
+    """Reference: the definition, differentiated by autograd; more tokens than a slice holds."""
+    tokens = KL_SLICE + 37
+    p = torch.randn(tokens, 1, 5)
+    ours, reference = (torch.randn(tokens, 1, 5, generator=torch.Generator().manual_seed(1)) for _ in range(2))
+    value = kl_divergence(p, ours.requires_grad_())
+    log_p, log_q = p.log_softmax(-1), reference.requires_grad_().log_softmax(-1)
+    expected = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    torch.testing.assert_close(value, expected)
+    (3 * value).backward()
+    (3 * expected).backward()
+    torch.testing.assert_close(ours.grad, reference.grad)
+
+
+def test_narrow_products_equal_the_whole_ones(tiny_llama, monkeypatch):
+    """Gates closed beyond TAIL are left out; reference: nothing left out."""
+    model, groups, gated = gated_model(tiny_llama)
+    ids = torch.randint(2048, (2, 12))
+
+    def loss_and_gradient():
+        mus = torch.tensor([0.3 * g.full_rank for g in groups], dtype=torch.float64, requires_grad=True)
+        loss = gated_kl(model, groups, gated, ids, mus, 0.01)
+        assert all(g.open_rank < len(g.b) for g in gated) == (fermigrad.TAIL < 100)
+        return loss, *torch.autograd.grad(loss, mus)
+
+    narrow = loss_and_gradient()
+    monkeypatch.setattr(fermigrad, "TAIL", 1000.0)
+    for ours, whole in zip(narrow, loss_and_gradient(), strict=True):
+        torch.testing.assert_close(ours, whole, rtol=5e-3, atol=1e-6)
+
+
+def test_nothing_of_a_forward_pass_is_kept_once_all_members_have_read(tiny_llama):
+    model, groups, gated = gated_model(tiny_llama)
+    with torch.no_grad():
+        model(input_ids=torch.randint(2048, (1, 6)))
+    assert any(len(g.members) > 1 for g in groups)
+    assert all(shared._projected is None for shared in gated)
+
+
+def test_plateau_needs_two_passes_at_the_target():
+    settings = FermiGradSettings(plateau=0.01, batch_size=4)
+    records = [{"kl": 1.0, "kept": 0.8}] * 4
+    assert _plateau(records, 8, 0.8, settings)
+    assert not _plateau(records[:3], 8, 0.8, settings)
+    assert not _plateau([{"kl": 1.0, "kept": 0.9}, *records[1:]], 8, 0.8, settings)
+    falling = [{"kl": kl, "kept": 0.8} for kl in (1.0, 1.0, 0.9, 0.9)]
+    assert not _plateau(falling, 8, 0.8, settings)
+    assert not _plateau(records, 8, 0.8, FermiGradSettings(batch_size=4))
 
 
 @pytest.mark.parametrize("form", ["svd", "pivga"])

@@ -7,22 +7,23 @@ from fermisvd.budget import uniform_ranks
 from fermisvd.decomposition import data_aware_svd
 from fermisvd.groups import find_groups, stacked_weight
 from fermisvd.losses import StudentLoss, set_weight
-from fermisvd.refit import BlockReplay, refit, refit_weight
+from fermisvd.refit import BlockReplay, refit, refit_map
 
 
-def test_refit_weight_is_the_least_squares_map():
-    """Reference: numpy-style lstsq on the inputs themselves."""
+def test_refit_map_gives_the_least_squares_weight():
+    """Reference: lstsq on the inputs themselves."""
     w, x = torch.randn(5, 8, dtype=torch.float64), torch.randn(8, 60, dtype=torch.float64)
     seen = x + 0.3 * torch.randn_like(x)
     for mixture in (0.0, 0.5):
-        found = refit_weight(w, x @ seen.T, seen @ seen.T, mixture, damping=0.0)
+        found = w @ refit_map(x @ seen.T, seen @ seen.T, mixture, damping=0.0)
         target = (1 - mixture) * w @ x + mixture * w @ seen
         torch.testing.assert_close(found, torch.linalg.lstsq(seen.T, target.T).solution.T)
 
 
-def test_refit_weight_without_drift_or_text_is_the_weight():
-    w, x = torch.randn(5, 8, dtype=torch.float64), torch.randn(8, 3, dtype=torch.float64)  # fewer tokens than channels
-    torch.testing.assert_close(refit_weight(w, x @ x.T, x @ x.T, 0.0), w)
+@pytest.mark.parametrize("tokens", [0, 3, 60])
+def test_refit_map_without_drift_is_the_identity(tokens):
+    x = torch.randn(8, tokens, dtype=torch.float64)  # no token, fewer tokens than channels, enough
+    torch.testing.assert_close(refit_map(x @ x.T, x @ x.T, 0.0), torch.eye(8, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -41,16 +42,12 @@ def test_replayed_blocks_give_the_hidden_states_of_a_forward_pass(family, tmp_pa
         for hook in hooks:
             hook.remove()
         for index, hidden in enumerate(expected):
-            replay.run(index, keep=True)
+            replay.advance(index)
             torch.testing.assert_close(replay.hidden[1], hidden)
 
 
-def student_of(folder, dense, groups, ranks, grams):
-    student = load_model(folder)
-    for group, rank in zip(groups, ranks, strict=True):
-        a, b = data_aware_svd(stacked_weight(dense, group), grams).truncated(rank)
-        set_weight(student, group, (a @ b).float())
-    return student
+def decomposition_of(dense):
+    return lambda group, change, gram: data_aware_svd(stacked_weight(dense, group).double() @ change, gram)
 
 
 def test_refit_lowers_the_loss_it_accepts_by_and_gives_the_student_s_factors(tiny_llama):
@@ -64,9 +61,8 @@ def test_refit_lowers_the_loss_it_accepts_by_and_gives_the_student_s_factors(tin
     untouched = {g.name: stacked_weight(student, g).clone() for g in groups}
     windows, aside = torch.randint(2048, (24, 32)), torch.randint(2048, (8, 32))
     before, records = StudentLoss(dense, aside)(student), []
-    found = refit(
-        dense, student, groups, ranks, windows, aside, lambda g, w, c: data_aware_svd(w, c), 8, records.append
-    )
+    decompose = decomposition_of(dense)
+    found = refit(dense, student, groups, ranks, windows, aside, decompose, 8, records.append)
     after = StudentLoss(dense, aside)(student)
     assert len(records) == len(groups) and found
     assert after < 0.9 * before
@@ -87,5 +83,5 @@ def test_nothing_is_refitted_where_it_cannot_help(tiny_llama):
     groups = find_groups(dense)
     ranks = [group.full_rank for group in groups]
     windows = torch.randint(2048, (8, 32))
-    found = refit(dense, student, groups, ranks, windows, windows[:2], lambda g, w, c: data_aware_svd(w, c))
-    assert found == {}
+    for chosen in (windows, windows[:3], windows[:0]):  # also less than a batch, and none
+        assert refit(dense, student, groups, ranks, chosen, windows[:2], decomposition_of(dense)) == {}
