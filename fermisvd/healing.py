@@ -96,7 +96,8 @@ def heal(
         records.append({"step": step, "kl": kl.item()})
         on_step(records[-1])
     student.requires_grad_(False)
-    if (after := loss(student)) >= before:
+    after = loss(student)
+    if not after < before:  # also where the last step made it NaN
         for name, parameter in factors.items():
             parameter.copy_(start[name])
         after = before

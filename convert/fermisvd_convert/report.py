@@ -112,7 +112,8 @@ def model_card(report: dict, out: Path) -> str:
             f"# {Path(base).name}, {total['removed']:.1%} of its linear parameters removed",
             "",
             f"Compressed by FermiSVD {report['versions']['fermisvd']} (arXiv 2512.03062): "
-            f"{settings['form']} form, {settings['ranks']} ranks, {settings['groups']} groups.",
+            f"{settings['form']} form, {settings['ranks']} ranks, {settings['groups']} groups, "
+            f"{settings['whitening']} whitening, {settings['heal_steps']} steps of distillation.",
             "",
             "| | before | after |",
             "|---|---|---|",
