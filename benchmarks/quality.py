@@ -1,7 +1,7 @@
 """Quality per parameter: perplexity and KL of four methods at 10 to 50 % removed, on three models.
 
     python benchmarks/quality.py                       # run what is missing, then rewrite README's table and the figure
-    python benchmarks/quality.py --only stories260K    # one model
+    python benchmarks/quality.py --only stories260K    # one model; --method and --remove name single cells
     python benchmarks/quality.py --table-only
 
 Results are kept in benchmarks/results/quality-MODEL.json, cell by cell; a cell is skipped next time, unless protocol
@@ -44,9 +44,11 @@ METHODS = {
         "groups": "separate",
         "count": "svd",
         "constraint": "penalty",
+        "steps": 150,
     },
     "default without healing": {"heal_steps": 0},
     "default": {},
+    "default, svd form": {"form": "svd"},
 }
 REMOVALS = (0.1, 0.2, 0.3, 0.4, 0.5)
 PROTOCOL = {"samples": 256, "gradient_samples": 256, "sequence_length": 256, "align": 1}
@@ -106,24 +108,36 @@ def kept(name: str) -> dict | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def measure(only: str | None, fresh: bool) -> None:
-    """Fill the JSON cell by cell."""
+def results_so_far(name: str) -> dict:
+    """The model's record where protocol and versions are today's, else a new one."""
+    results, earlier = new_results(), kept(name)
+    if earlier and all(earlier[key] == results[key] for key in ("protocol", "versions")):
+        return earlier
+    return results
+
+
+def put(name: str, key: str, cell: dict) -> None:
+    results = results_so_far(name)
+    results["cells"][key] = cell
+    write_record(f"quality-{name}", results)
+
+
+def measure(only: str | None, methods: list[str], removals: list[float], fresh: bool) -> None:
+    """Fill the JSON cell by cell; runs beside each other may fill different cells of one model."""
     with tempfile.TemporaryDirectory() as scratch:
         for name, model in models(Path(scratch)).items():
             if only not in (None, name):
                 continue
-            results, earlier = new_results(), None if fresh else kept(name)
-            if earlier and all(earlier[key] == results[key] for key in ("protocol", "versions")):
-                results = earlier
+            if fresh:
+                write_record(f"quality-{name}", new_results())
             windows = windows_of(load_tokenizer(model["path"]), str(model["evaluation"]), 256, EVALUATION_WINDOWS)
             dense = load_model(model["path"])
-            cells = results["cells"]
-            if "dense" not in cells:
-                cells["dense"] = evaluate(dense, windows).as_dict()
-            for remove in REMOVALS:
-                for method, options in METHODS.items():
-                    key = f"{method} | {remove}"
-                    if key in cells:
+            if "dense" not in results_so_far(name)["cells"]:
+                put(name, "dense", evaluate(dense, windows).as_dict())
+            for remove in removals:
+                for method in methods:
+                    key, options = f"{method} | {remove}", METHODS[method]
+                    if key in results_so_far(name)["cells"]:
                         continue
                     folder, begin = Path(scratch) / "out", time.perf_counter()
                     report = convert(
@@ -137,14 +151,14 @@ def measure(only: str | None, fresh: bool) -> None:
                         **options,
                     )
                     seconds = time.perf_counter() - begin
-                    cells[key] = {
+                    cell = {
                         **evaluate(load_model(folder), windows, dense).as_dict(),
                         "removed": report["totals"]["removed"],
                         "seconds": round(seconds, 1),
                         "stage_seconds": report["seconds"],
                     }
-                    print(name, key, f"{cells[key]['perplexity']:.3f}", f"{seconds:.0f} s", flush=True)
-                    write_record(f"quality-{name}", results)
+                    print(name, key, f"{cell['perplexity']:.3f}", f"{seconds:.0f} s", flush=True)
+                    put(name, key, cell)
 
 
 def measured() -> dict[str, dict]:
@@ -160,7 +174,7 @@ def lost(cells: dict, method: str, remove: float) -> float:
 def table() -> str:
     """Markdown: perplexity of every method and fraction, then the default's loss as a share of others'."""
     found = measured()
-    first, _, paper, _, default = METHODS
+    first, _, paper, _, default, _ = METHODS
     lines = []
     for name, cells in found.items():
         lines += [
@@ -222,11 +236,15 @@ def write_readme() -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("--only")
+    parser.add_argument("--only", choices=NAMES)
+    parser.add_argument("--method", choices=METHODS, action="append", dest="methods")
+    parser.add_argument("--remove", type=float, choices=REMOVALS, action="append", dest="removals")
     parser.add_argument("--fresh", action="store_true")
     parser.add_argument("--table-only", action="store_true")
     arguments = parser.parse_args()
     if not arguments.table_only:
-        measure(arguments.only, arguments.fresh)
+        measure(
+            arguments.only, arguments.methods or list(METHODS), arguments.removals or list(REMOVALS), arguments.fresh
+        )
     write_readme()
     figure()

@@ -29,7 +29,7 @@ class FermiGradSettings:
     of the paper's penalty, rho (N - N_target)^2 with both counts as fractions of the dense count."""
 
     constraint: Constraint = "projection"
-    steps: int = 150
+    steps: int = 64
     batch_size: int = 8
     temperature: float = 0.01
     learning_rate: float = 0.02
@@ -165,14 +165,16 @@ class SoftBudget:
         weight = price * inside if inside.any() else price
         return gradient - (gradient @ weight) / (weight @ weight).clamp(min=1e-30) * price
 
-    def project(self, state: torch.Tensor, kept: float, low: torch.Tensor, high: float) -> torch.Tensor:
+    def project(self, state: torch.Tensor, kept: float, low: torch.Tensor, high: torch.Tensor | float) -> torch.Tensor:
         """All mu/k shifted together, inside the box, so that the kept fraction is `kept` (bisection on the shift)."""
-        below, above = -1.0 - high, 1.0 + high
+        high = torch.as_tensor(high, dtype=state.dtype)
+        above = 1.0 + high.max().item()
+        below = -above
         for _ in range(60):
             middle = (below + above) / 2
-            shifted = torch.maximum((state + middle).clamp(max=high), low)
+            shifted = torch.maximum(torch.minimum(state + middle, high), low)
             below, above = (middle, above) if self.fraction(shifted) < kept else (below, middle)
-        return torch.maximum((state + below).clamp(max=high), low)
+        return torch.maximum(torch.minimum(state + below, high), low)
 
 
 def optimise_ranks(
@@ -236,7 +238,7 @@ def optimise_ranks(
         records.append(record | {"share": [round(share, 4) for share in state.tolist()]})
         on_step(records[-1])
 
-    _open_gates(gated)
+    open_gates(gated)
     final = budget.project(state.detach(), kept, low, high)
     return (final.clamp(max=1) * budget.full_rank).tolist(), records
 
@@ -250,7 +252,7 @@ def gated_kl(
     temperature: float,
 ) -> torch.Tensor:
     """KL(teacher || student) of a batch (windows, length) with the gates at mus (groups,), differentiable in mus."""
-    _open_gates(gated)
+    open_gates(gated)
     with torch.no_grad():
         teacher = model(input_ids=batch, use_cache=False).logits
     for group, shared, mu in zip(groups, gated, mus, strict=True):
@@ -276,6 +278,7 @@ def _anneal_learning_rate(optimizer: torch.optim.Optimizer, settings: FermiGradS
     optimizer.param_groups[0]["lr"] = settings.learning_rate * (0.1 + 0.9 * remaining)
 
 
-def _open_gates(gated: Sequence[GatedGroup]) -> None:
+def open_gates(gated: Sequence[GatedGroup]) -> None:
+    """Make the student the teacher again."""
     for group in gated:
         group.set_gate(None, len(group.b))

@@ -30,16 +30,33 @@ class PivGaError(FermiSVDError):
     """The factors do not fit the storage type."""
 
 
-def choose_skeleton(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def choose_skeleton(a: torch.Tensor, b: torch.Tensor, largest: float = 1.01) -> torch.Tensor:
     """Permutation (n,) that puts r well-conditioned columns of A B first; both parts sorted, so gathers run forward.
 
-    Pivoted QR of R B, A = Q R: same column geometry as A B at r rows instead of m.
+    Pivoted QR of R B, A = Q R: same column geometry as A B at r rows instead of m. Then columns are exchanged until no
+    entry of D exceeds `largest`: strong rank-revealing QR (Gu and Eisenstat, 1996). Each exchange multiplies the
+    skeleton's volume by that entry, so it ends.
     """
     rank = len(b)
     reduced = (torch.linalg.qr(a.double(), mode="r")[1] @ b.double()).cpu().numpy()
-    pivots = scipy.linalg.qr(reduced, mode="r", pivoting=True)[-1]
+    triangle, pivots = scipy.linalg.qr(reduced, mode="r", pivoting=True)
+    triangle, diagonal = triangle[:rank], np.abs(np.diag(triangle))
+    if rank < len(pivots) and diagonal.min() > 1e-9 * diagonal.max():  # else A B has a lower rank and D is not unique
+        d = scipy.linalg.solve_triangular(triangle[:, :rank], triangle[:, rank:])
+        while abs(d).max() > largest:
+            i, j = np.unravel_index(abs(d).argmax(), d.shape)
+            exchange(d, i, j)
+            pivots[[i, rank + j]] = pivots[[rank + j, i]]
     order = np.concatenate([np.sort(pivots[:rank]), np.sort(pivots[rank:])])
     return torch.from_numpy(order).to(torch.int32)
+
+
+def exchange(d: np.ndarray, i: int, j: int) -> None:
+    """D (r x q), in place, after skeleton column i and other column j have changed places: a Gauss-Jordan step."""
+    pivot, column, row = d[i, j], d[:, j].copy(), d[i] / d[i, j]
+    d -= np.outer(column, row)
+    d[i], d[:, j] = row, -column / pivot
+    d[i, j] = 1.0 / pivot
 
 
 def round_with_error_feedback(d: torch.Tensor, skeleton: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

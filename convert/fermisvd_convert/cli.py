@@ -113,7 +113,7 @@ def convert(
     batch_size: Annotated[int, typer.Option(min=1, help="Windows a forward pass.")] = 8,
     constraint: Annotated[Constraint, typer.Option(help="How FermiGrad holds the budget.")] = Constraint.projection,
     temperature: Annotated[float, typer.Option(min=1e-6, help="T of the Fermi gate.")] = 0.01,
-    steps: Annotated[int, typer.Option(min=1, help="FermiGrad steps.")] = 150,
+    steps: Annotated[int, typer.Option(min=1, help="FermiGrad steps.")] = 64,
     minimum_rank: Annotated[int, typer.Option(min=1, help="Lowest rank FermiGrad may choose.")] = 1,
     penalty_growth: Annotated[float, typer.Option(min=1.0, help="Growth of the penalty a step.")] = 1.03,
     plateau: Annotated[

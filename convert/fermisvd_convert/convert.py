@@ -39,9 +39,6 @@ from fermisvd_convert.writer import (
 logger = logging.getLogger("fermisvd")
 
 
-ASIDE_WINDOWS = 32
-
-
 def convert(
     model: str,
     out: str | Path,
@@ -59,7 +56,7 @@ def convert(
     batch_size: int = 8,
     constraint: Constraint = "projection",
     temperature: float = 0.01,
-    steps: int = 150,
+    steps: int = 64,
     minimum_rank: int = 1,
     penalty_growth: float = 1.03,
     plateau: float = 0.0,
@@ -121,7 +118,7 @@ def convert(
         for group in tqdm(linear, desc="decompose", leave=False):
             decomposition.factors(group)
     # windows that decide between alternatives, neither refitted nor healed on; the report's are others again
-    held = min(ASIDE_WINDOWS, -(-len(windows) // 8))
+    held = min(stages.ASIDE_WINDOWS, -(-len(windows) // 8))
     aside, training = windows[:held], windows[held:]
     with _timed(seconds, "ranks"):
         settings = FermiGradSettings(
@@ -134,7 +131,7 @@ def convert(
             plateau=plateau,
             seed=seed,
         )
-        linear, chosen, trace = stages.choose_ranks(
+        linear, chosen, records = stages.choose_ranks(
             ranks,
             linear,
             groups,
@@ -146,7 +143,7 @@ def convert(
                 decomposition, linear, gradient_windows, remove, form, count or form, settings, load
             ),
         )
-    choices: dict[str, list[dict]] = {}
+    choices: dict[str, list[dict]] = {"jump": records.get("jumps", [])}
     refit = heal_steps == 0 if refit is None else refit
     if groups == "auto" and ranks in ("uniform", "fermigrad"):
         with _timed(seconds, "groups"):
@@ -195,7 +192,7 @@ def convert(
         "left_dense": others,
         "versions": {name: version(name) for name in ("fermisvd", "torch", "transformers", "safetensors", "scipy")}
         | {"python": platform.python_version()},
-        "trace": trace,
+        "trace": records.get("trace", []),
         "choices": choices,
     }
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")

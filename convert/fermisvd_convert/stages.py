@@ -27,6 +27,7 @@ from fermisvd.errors import FermiSVDError
 from fermisvd.fermigrad import FermiGradSettings, install_gates, optimise_ranks
 from fermisvd.groups import LinearGroup, Partition, find_groups, left_dense
 from fermisvd.healing import HealingSettings, heal, rounded_factors
+from fermisvd.jump import settle_jump
 from fermisvd.losses import set_weight
 from fermisvd.partition import fused_layers, join_groups, joined
 from fermisvd.refit import DAMPING as REFIT_DAMPING
@@ -37,6 +38,7 @@ from fermisvd_convert.workspace import Workspace, settings_key
 FactorsOf = Callable[[LinearGroup], tuple[torch.Tensor, torch.Tensor]]
 Whitening = Literal["input", "kfac"]
 GroupsRule = Literal["auto", "joint", "separate"]
+ASIDE_WINDOWS = 32  # windows that decide between measured alternatives
 DAMPING = 1e-6  # of mean(diag C): orders the directions that calibration never saw, changes no other
 OUTPUT_DAMPING = 0.1  # of mean(diag G); measured, docs/decisions.md
 
@@ -186,7 +188,7 @@ def fermigrad(
     settings: FermiGradSettings,
     load: Callable[[], nn.Module],
 ) -> dict:
-    """{"mu": {group: real rank}, "trace": [...]} of the rank optimisation.
+    """{"mu": {group: real rank}, "trace": [...], "jumps": [...]} of the rank optimisation.
 
     form: the form to be written; count: the form whose parameters are counted meanwhile. Where they differ (the paper
     counts svd and applies PivGa afterwards) the target is the count of the uniform ranks that remove the same.
@@ -212,11 +214,17 @@ def fermigrad(
         kept = target / sum(g.dense_parameters for g in groups)
         mus, trace = optimise_ranks(model, groups, gated, windows, kept, count, settings, show, capped=count == form)
         bar.close()
-        return {"mu": {g.name: mu for g, mu in zip(groups, mus, strict=True)}, "trace": trace}
+        jumps: list[dict] = []
+        if count == form == "svd":
+            whole, aside = kept_parameters(groups, remove), windows[:ASIDE_WINDOWS]
+            mus, jumps = settle_jump(
+                model, groups, gated, mus, whole, aside, settings.minimum_rank, settings.batch_size
+            )
+        return {"mu": {g.name: mu for g, mu in zip(groups, mus, strict=True)}, "trace": trace, "jumps": jumps}
 
     partition = [group.members for group in groups]
     key = settings_key(decomposition.stage, partition, windows_key(windows), remove, form, count, asdict(settings))
-    return decomposition.workspace.json(f"ranks-{key}", run)
+    return decomposition.workspace.json(f"ranks-{key}", run, lambda found: "jumps" in found)
 
 
 def low_rank_student(
@@ -405,14 +413,15 @@ def choose_ranks(
     align: int | None,
     minimum_rank: int,
     run_fermigrad: Callable[[], dict],
-) -> tuple[list[LinearGroup], list[int], list[dict]]:
-    """Groups, integer ranks on the budget by `uniform`, `fermigrad` or a file, and FermiGrad's trace."""
+) -> tuple[list[LinearGroup], list[int], dict]:
+    """Groups, integer ranks on the budget by `uniform`, `fermigrad` or a file, and FermiGrad's records, if any:
+    `trace`, one a step, and `jumps`, one a group tried both dense and not."""
     if rule == "uniform":
-        return groups, uniform_ranks(groups, remove, form, align), []
-    trace: list[dict] = []
+        return groups, uniform_ranks(groups, remove, form, align), {}
+    records: dict = {}
     if rule == "fermigrad":
-        result = run_fermigrad()
-        ideal, trace = [result["mu"][group.name] for group in groups], result["trace"]
+        records = run_fermigrad()
+        ideal = [records["mu"][group.name] for group in groups]
     else:
         groups, ideal = ranks_from_file(Path(rule), groups, partition)
-    return groups, round_to_budget(groups, ideal, kept_parameters(groups, remove), form, align, minimum_rank), trace
+    return groups, round_to_budget(groups, ideal, kept_parameters(groups, remove), form, align, minimum_rank), records

@@ -1,10 +1,11 @@
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fermisvd.decomposition import data_aware_svd
-from fermisvd.pivga import PivGaError, choose_skeleton, dense_product, fix_gauge, round_with_error_feedback
+from fermisvd.pivga import PivGaError, choose_skeleton, dense_product, exchange, fix_gauge, round_with_error_feedback
 
 SIDES = ["columns", "rows"]
 
@@ -53,6 +54,31 @@ def test_skeleton_is_well_conditioned():
     b[:, :10] = b[:, :1] + 1e-9 * b[:, :10]
     assert dense_product(fix_gauge(a, b, "columns")).sub(a @ b).abs().max() < 1e-9
     assert fix_gauge(a, b, "columns").interpolation.abs().max() < 20
+
+
+@pytest.mark.parametrize("largest", [1.0001, 1.1])
+def test_no_entry_of_the_interpolation_exceeds_the_bound(largest):
+    """Reference: D by numpy's solver. Pivoted QR alone does not hold the bound on this product."""
+    a, b = random_factors(40, 90, 30)
+    b = b.cumsum(0)
+
+    def interpolation(order):
+        product, order = (a @ b).numpy(), order.long()
+        return np.linalg.lstsq(product[:, order[:30]], product[:, order[30:]], rcond=None)[0]
+
+    assert abs(interpolation(choose_skeleton(a, b, np.inf))).max() > 1.15
+    assert abs(interpolation(choose_skeleton(a, b, largest))).max() <= largest + 1e-9
+
+
+@given(st.integers(2, 8), st.integers(2, 9), st.data())
+def test_exchange_is_the_interpolation_of_the_exchanged_columns(r, q, data):
+    """Reference: D solved anew."""
+    i, j = data.draw(st.integers(0, r - 1)), data.draw(st.integers(0, q - 1))
+    columns = np.random.default_rng(r * 10 + q).standard_normal((r, r + q))
+    d = np.linalg.solve(columns[:, :r], columns[:, r:])
+    exchange(d, i, j)
+    columns[:, [i, r + j]] = columns[:, [r + j, i]]
+    np.testing.assert_allclose(d, np.linalg.solve(columns[:, :r], columns[:, r:]), rtol=1e-6, atol=1e-7)
 
 
 def test_skeleton_does_not_depend_on_the_gauge_of_the_factors():
