@@ -39,8 +39,9 @@ def choose_skeleton(a: torch.Tensor, b: torch.Tensor, largest: float = 1.01) -> 
     """
     rank = len(b)
     reduced = (torch.linalg.qr(a.double(), mode="r")[1] @ b.double()).cpu().numpy()
-    triangle, pivots = scipy.linalg.qr(reduced, mode="r", pivoting=True)
-    triangle, diagonal = triangle[:rank], np.abs(np.diag(triangle))
+    found = scipy.linalg.qr(reduced, mode="r", pivoting=True)
+    triangle, pivots = found[0][:rank], found[-1]
+    diagonal = np.abs(np.diag(triangle))
     if rank < len(pivots) and diagonal.min() > 1e-9 * diagonal.max():  # else A B has a lower rank and D is not unique
         d = scipy.linalg.solve_triangular(triangle[:, :rank], triangle[:, rank:])
         while abs(d).max() > largest:
