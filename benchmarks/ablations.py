@@ -13,7 +13,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from quality import EVALUATION_WINDOWS, PROTOCOL, models
+from quality import EVALUATION_WINDOWS, PROTOCOL, defaults, models
 from records import RESULTS, new_record, write_record
 
 from fermisvd import load_model
@@ -33,7 +33,7 @@ ABLATIONS: dict[str, dict[str, dict]] = {
     "minimum_rank": {f"r_min = {r}": {"minimum_rank": r} for r in (1, 4, 8, 16, 32)},
     "gradient_samples": {f"{n} windows": {"gradient_samples": n} for n in (16, 64, 256, 1024)},
     "samples": {f"{n} windows": {"samples": n} for n in (16, 64, 256, 1024)},
-    "steps": {f"{n} steps": {"steps": n} for n in (50, 100, 150, 300)},
+    "steps": {f"{n} steps": {"steps": n} for n in (32, 64, 128, 256)},
     "groups": {name: {"groups": name} for name in ("separate", "joint", "auto")},
     "count": {f"counted in {count}": {"count": count} for count in ("pivga", "svd")},
     "whitening": {name: {"whitening": name} for name in ("input", "kfac")},
@@ -54,8 +54,11 @@ def main() -> None:
     arguments = parser.parse_args()
     if unknown := set(arguments.names) - ABLATIONS.keys():
         parser.error(f"no ablation {min(unknown)}; there are {', '.join(ABLATIONS)}")
+    protocol = {**PROTOCOL, **SEPARATE, "evaluation_windows": EVALUATION_WINDOWS, "defaults": defaults()}
+    record = new_record("python benchmarks/ablations.py", json.loads(json.dumps(protocol)))
     out = RESULTS / f"ablations-{arguments.model}.json"
-    tables = json.loads(out.read_text())["tables"] if out.exists() else {}
+    earlier = json.loads(out.read_text()) if out.exists() else {}
+    tables = earlier["tables"] if earlier.get("protocol") == record["protocol"] else {}
     with tempfile.TemporaryDirectory() as scratch:
         model = models(Path(scratch))[arguments.model]
         windows = windows_of(load_tokenizer(model["path"]), str(model["evaluation"]), 256, EVALUATION_WINDOWS)
@@ -79,8 +82,6 @@ def main() -> None:
                     "ranks_seconds": seconds,
                     "removed": report["totals"]["removed"],
                 }
-                protocol = {**PROTOCOL, **SEPARATE, "evaluation_windows": EVALUATION_WINDOWS}
-                record = new_record("python benchmarks/ablations.py", protocol)
                 write_record(f"ablations-{arguments.model}", record | {"tables": tables})
 
 

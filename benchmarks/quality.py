@@ -91,11 +91,13 @@ def models(folder: Path) -> dict[str, dict]:
     return found
 
 
+def defaults() -> dict:
+    """The converter's own, by option."""
+    return {name: p.default for name, p in inspect.signature(convert).parameters.items() if p.kind == p.KEYWORD_ONLY}
+
+
 def new_results() -> dict:
-    defaults = {
-        name: p.default for name, p in inspect.signature(convert).parameters.items() if p.kind == p.KEYWORD_ONLY
-    }
-    protocol = {**PROTOCOL, "evaluation_windows": EVALUATION_WINDOWS, "methods": METHODS, "defaults": defaults}
+    protocol = {**PROTOCOL, "evaluation_windows": EVALUATION_WINDOWS, "methods": METHODS, "defaults": defaults()}
     protocol["constants"] = {"damping": DAMPING, "output_damping": OUTPUT_DAMPING}
     protocol["healing"] = asdict(HealingSettings())
     protocol = json.loads(json.dumps(protocol))

