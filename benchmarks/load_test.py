@@ -1,9 +1,9 @@
 """Load test: dense, svd and pivga of one model and the same ranks, each behind its own `vllm serve`, side by side.
 
-    python benchmarks/load_test.py wide --remove 0.4                  # a shape with dummy weights (benchmarks/shapes.py)
-    python benchmarks/load_test.py llama-3.1-8b --remove 0.2 --concurrent 1 16 64 256 --serve="--gpu-memory-utilization 0.3"
-    python benchmarks/load_test.py DENSE SVD PIVGA                    # three checkpoints
-    python benchmarks/load_test.py --table-only                       # README's table and docs/load.svg from the JSONs
+    python benchmarks/load_test.py wide --remove 0.4     # a shape of benchmarks/shapes.py, dummy weights
+    python benchmarks/load_test.py llama-3.1-8b --concurrent 1 16 64 256 --serve="--gpu-memory-utilization 0.3"
+    python benchmarks/load_test.py DENSE SVD PIVGA       # three checkpoints
+    python benchmarks/load_test.py --table-only          # tables of what was measured
 
 All three servers are up at once and asked in turn by `vllm bench serve`, case by case and repetition by repetition, so
 that a noisy minute hits all of them; figures are medians, ratios are to dense in the same repetition. It is checked
@@ -27,7 +27,7 @@ from records import RESULTS, new_record, write_record
 from shapes import FORMS, ROOT, SHAPES, TOKENIZER, write_folder
 
 sys.path.append(str(ROOT / "tests" / "models"))
-from server import VLLM, Server, serve  # noqa: E402
+from server import VLLM, Server, serve
 
 HELD = re.compile(r"FermiSVD: .* holds ([\d,]+) numbers")
 KV_TOKENS = re.compile(r"KV cache size: ([\d,]+) tokens")
@@ -87,7 +87,7 @@ def number_in(log: Path, pattern: re.Pattern) -> int | None:
 def check_held(form: str, log: Path, layers: int | None) -> int | None:
     """What the plugin says it holds. Raises SystemExit for a low-rank model served dense, or the other way round."""
     held = number_in(log, HELD)
-    if (held is None) != (form == "dense") or None not in (held, layers) and held != layers:
+    if (held is None) != (form == "dense") or (None not in (held, layers) and held != layers):
         raise SystemExit(f"{form}: the server holds {held} low-rank numbers, its ranks say {layers}; see {log}")
     return held
 
@@ -168,9 +168,8 @@ def table(record: dict) -> str:
         for form in FORMS:
             speed, ratio = median_of(runs, form, "total_token_throughput"), ratio_to_dense(runs, form)
             first, first99, step, step99 = (median_of(runs, form, figure) for figure in FIGURES[2:6])
-            lines.append(
-                f"| {case} | {form} | {speed:.1f} | {ratio:.2f} | {first:.0f} / {first99:.0f} | {step:.1f} / {step99:.1f} |"
-            )
+            times = f"{first:.0f} / {first99:.0f} | {step:.1f} / {step99:.1f}"
+            lines.append(f"| {case} | {form} | {speed:.1f} | {ratio:.2f} | {times} |")
     return "\n".join(lines)
 
 
@@ -188,7 +187,8 @@ if __name__ == "__main__":
     parser.add_argument("--table-only", action="store_true")
     arguments = parser.parse_args()
     if not arguments.table_only:
-        if len(arguments.model) not in (1, 3) or len(arguments.model) == 1 and arguments.model[0] not in SHAPES:
+        shape = len(arguments.model) == 1 and arguments.model[0] in SHAPES
+        if not shape and len(arguments.model) != 3:
             parser.error(f"give one of {', '.join(SHAPES)}, or three folders")
         measure(arguments)
     for path in sorted(RESULTS.glob("load-*.json")):
