@@ -1,10 +1,20 @@
 """Shared models and texts. Checkpoints for engines and servers are in tests/vllm_plugin/conftest.py."""
 
 import os
+import shutil
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
+# Without a GPU Triton's kernels are interpreted, and so is its own library if the variable is set when that is first
+# imported, which transformers does. The variable itself must not reach other processes.
+if find_spec("triton") and not shutil.which("nvidia-smi"):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        import triton.language  # noqa: F401
+
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 

@@ -1,5 +1,6 @@
 """Compressed checkpoints of the demo model, and the environment of real vLLM processes."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 
 @pytest.fixture(scope="session")
@@ -58,3 +60,21 @@ def run_engines(vllm_environment, tmp_path_factory):
         return results + [lost] * (len(tasks) - len(results))
 
     return run
+
+
+@pytest.fixture(scope="session")
+def _decorated_kernels():
+    """A kernel is interpreted if the variable is set both when it is decorated and when it runs."""
+    pytest.importorskip("triton")
+    with pytest.MonkeyPatch.context() as patch:
+        if not torch.cuda.is_available():
+            patch.setenv("TRITON_INTERPRET", "1")
+        return importlib.import_module("fermisvd_vllm.kernels")
+
+
+@pytest.fixture
+def kernels(_decorated_kernels, monkeypatch):
+    """fermisvd_vllm.kernels, interpreted where there is no GPU."""
+    if not torch.cuda.is_available():
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    return _decorated_kernels

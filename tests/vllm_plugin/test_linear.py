@@ -16,6 +16,7 @@ from fermisvd.format import FermiSVDConfig as CheckpointConfig
 from fermisvd.format import FormatError, Group
 from fermisvd.pivga import dense_product, fix_gauge
 from fermisvd_vllm.config import FermiSVDConfig
+from fermisvd_vllm.tuning import most_tokens
 
 HIDDEN, HEAD, HEADS, KV_HEADS = 96, 32, 3, 1
 ROWS = {"q_proj": 96, "k_proj": 32, "v_proj": 32, "o_proj": 96, "gate_proj": 136, "up_proj": 136}
@@ -123,6 +124,23 @@ def test_row_parallel_layer(form, side, rank):
     layer = make_layer("o_proj", [group])
     load(layer, tensors)
     check_forward(layer, dense, ["o_proj"])
+
+
+@pytest.mark.parametrize("most", [2, 50])  # fewer tokens than check_forward's seven, and more
+@pytest.mark.parametrize("kind", ["qkv_proj", "o_proj"])
+@pytest.mark.parametrize("rank", [1, 33, 96])
+def test_fused_kernels_equal_the_dense_product(kernels, monkeypatch, kind, rank, most):
+    monkeypatch.setattr("fermisvd_vllm.linear.most_tokens", lambda side, rank, rest, *_: most if rest else 0)
+    members = ["q_proj", "k_proj", "v_proj"] if kind == "qkv_proj" else ["o_proj"]
+    group, tensors, dense = make_group(members, "pivga", "columns" if kind == "qkv_proj" else "rows", rank)
+    layer = make_layer(kind, [group])
+    load(layer, tensors)
+    check_forward(layer, dense, members)
+    assert layer.quant_method.fused == {0: most if rank < 96 else 0}
+
+
+def test_no_kernel_is_measured_without_a_gpu():
+    assert most_tokens("columns", 64, 64, torch.bfloat16, torch.device("cpu")) == 0
 
 
 def test_layer_in_no_group_is_vllms_own():
