@@ -2,8 +2,9 @@
 
     python benchmarks/calibration.py
 
-The five-kinds model, 30 % removed by the converter's defaults, calibrated on each kind alone and on all five in equal
-parts; log-perplexity over dense on held-back text of each kind. Results: benchmarks/results/calibration.json.
+The five-kinds model, 30 % removed, calibrated on each kind alone and on all five in equal parts; whitening and ranks
+only, neither refitted nor healed. Log-perplexity over dense on held-back text of each kind. Results:
+benchmarks/results/calibration.json.
 """
 
 import math
@@ -20,7 +21,8 @@ from fermisvd_convert.source import load_tokenizer
 from fermisvd_convert.text import windows_of
 from kinds import KINDS, write_kinds
 
-REMOVE, STEPS, WINDOWS = 0.3, 60, 32
+REMOVE, WINDOWS = 0.3, 32
+OPTIONS = {**PROTOCOL, "steps": 32, "groups": "separate", "refit": False, "heal_steps": 0}
 
 
 def main() -> None:
@@ -41,13 +43,12 @@ def main() -> None:
                 calibration=[str(texts[kind]["calibration"]) for kind in chosen],
                 work=Path(scratch) / "work",
                 overwrite=True,
-                steps=STEPS,
-                **PROTOCOL,
+                **OPTIONS,
             )
             small = load_model(Path(scratch) / "out")
             rows[name] = {k: math.log(evaluate(small, windows[k]).perplexity / before[k]) for k in KINDS}
             print(f"| {name} | " + " | ".join(f"{v:.3f}" for v in rows[name].values()) + " |", flush=True)
-    protocol = {**PROTOCOL, "remove": REMOVE, "steps": STEPS, "evaluation_windows": WINDOWS}
+    protocol = {**OPTIONS, "remove": REMOVE, "evaluation_windows": WINDOWS}
     record = new_record("python benchmarks/calibration.py", protocol)
     write_record("calibration", record | {"dense": before, "lost": rows})
 

@@ -32,8 +32,10 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=1000)
     arguments = parser.parse_args()
     tasks = TaskManager(include_path=str(FOLDER), include_defaults=False)
-    earlier = RESULTS / "harness.json"
-    rows = json.loads(earlier.read_text())["rows"] if earlier.exists() else {}
+    record = new_record("python benchmarks/harness.py", {"limit": arguments.limit, "lm_eval": lm_eval.__version__})
+    path = RESULTS / "harness.json"
+    earlier = json.loads(path.read_text()) if path.exists() else {}
+    rows = earlier["rows"] if earlier.get("protocol") == record["protocol"] else {}
     print("| model, engine | " + " | ".join(TASKS) + " |\n|---" + "|---" * len(TASKS) + "|")
     for engine in arguments.engine or ["hf"]:
         for model in arguments.models:
@@ -54,8 +56,6 @@ def main() -> None:
             rows[f"{model.name}, {engine}"] = {task: found["results"][task]["acc,none"] for task in TASKS}
             values = rows[f"{model.name}, {engine}"].values()
             print(f"| {model.name}, {engine} | " + " | ".join(f"{value:.3f}" for value in values) + " |", flush=True)
-            protocol = {"limit": arguments.limit, "lm_eval": lm_eval.__version__}
-            record = new_record("python benchmarks/harness.py", protocol)
             write_record("harness", record | {"rows": rows})
 
 

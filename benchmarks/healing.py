@@ -20,7 +20,7 @@ from fermisvd_convert.heal import heal_checkpoint
 from fermisvd_convert.source import load_tokenizer
 from fermisvd_convert.text import windows_of
 
-STEPS = (0, 32, 64, 128, 256, 512)
+STEPS = (0, 32, 64, 128, 256)
 SAMPLES = 2048  # windows to train on: as many as the longest run takes, once
 
 
