@@ -3,6 +3,7 @@
     python benchmarks/layers.py --shape llama-3.1-8b --remove 0.2 0.4 0.6          # on a GPU, in CUDA graphs
     python benchmarks/layers.py --shape wide --remove 0.4 --tokens 1 16 64
 
+Fused layers are measured with one group for all members and, to see its price, with a group for each of them.
 Floor: max(bytes / bandwidth, FLOPs / peak) of weights, input and output, with bandwidth and peak measured here: a large
 copy, a large product. Forms take turns; medians over rounds. Results: benchmarks/results/layers-SHAPE-DEVICE.json.
 """
@@ -14,12 +15,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
 from load_test import vllm_versions
 from records import new_record, write_record
-from shapes import FORMS, SHAPES, groups_of, ranks_of
+from shapes import SHAPES, groups_of, ranks_of
 from torch import nn
 from vllm.config import LoadConfig, VllmConfig, set_current_vllm_config
 from vllm.distributed import init_distributed_environment, initialize_model_parallel
@@ -38,14 +40,31 @@ DUMMY = LoadConfig(load_format="dummy")
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 
 
-def make_layer(group: LinearGroup, form: str, rank: int, shape: dict) -> nn.Module:
-    """vLLM's layer for one group of a decoder block, random weights, ready to multiply."""
+def variants(group: LinearGroup, remove: float) -> dict[str, list[tuple[LinearGroup, int]]]:
+    """What to measure: name, `form` or `form, separate` -> groups and ranks, uniform and equal for both forms."""
+    joint = [(group, *ranks_of([group], remove))]
+    found = {"dense": [], "svd": joint, "pivga": joint}
+    if len(group.members) > 1:
+        own = [
+            replace(group, members=(name,), member_rows=(rows,))
+            for name, rows in zip(group.members, group.member_rows, strict=True)
+        ]
+        separate = list(zip(own, ranks_of(own, remove), strict=True))
+        found |= {"svd, separate": separate, "pivga, separate": separate}
+    return found
+
+
+def make_layer(group: LinearGroup, form: str, parts: list[tuple[LinearGroup, int]], shape: dict) -> nn.Module:
+    """vLLM's layer for one group of a decoder block, split in parts, with random weights, ready to multiply."""
     config = None
     parent, last = group.name.rsplit(".", 1)
     kind = next((fused for fused, members in FUSED.items() if last in members), last)
-    if form != "dense":
-        entry = Group(members=group.members, form=form, side=group.side if form == "pivga" else None, rank=rank)
-        config = FermiSVDConfig.from_config(CheckpointConfig(groups=(entry,)).model_dump(mode="json"))
+    if parts:
+        entries = tuple(
+            Group(members=part.members, form=form, side=part.side if form == "pivga" else None, rank=rank)
+            for part, rank in parts
+        )
+        config = FermiSVDConfig.from_config(CheckpointConfig(groups=entries).model_dump(mode="json"))
         config.packed_modules_mapping = FUSED
     options = {"bias": False, "quant_config": config, "prefix": f"{parent}.{kind}", "disable_tp": True}
     options["params_dtype"] = torch.bfloat16
@@ -97,6 +116,12 @@ def graphed(call: Callable[[], object], times: int = 10) -> Callable[[], float]:
     return seconds
 
 
+def interleaved(timers: dict[str, Callable[[], float]]) -> dict[str, float]:
+    """Median seconds of each, asked in turn after a warm-up."""
+    times = [{name: timer() for name, timer in timers.items()} for _ in range(ROUNDS + 1)][1:]
+    return {name: statistics.median(row[name] for row in times) for name in timers}
+
+
 def machine_floor() -> tuple[float, float]:
     """(bytes/s, FLOP/s): read bandwidth of a large sum, peak of a large bf16 product; best of several."""
     size = 2**30 if DEVICE == "cuda" else 2**27
@@ -117,45 +142,30 @@ def main() -> None:
     shape, rows = SHAPES[arguments.shape], []
     bandwidth, peak = machine_floor()
     print(f"{bandwidth / 1e9:.1f} GB/s, {peak / 1e12:.2f} TFLOP/s\n")
-    print(
-        "| removed | layer | rank | tokens | "
-        + " | ".join(f"{form} us (of floor)" for form in FORMS)
-        + " | pivga / svd |"
-    )
-    print("|---" * (5 + len(FORMS)) + "|")
+    print("| removed | layer | form | rank | tokens | us | of the floor | of dense |\n" + "|---" * 8 + "|")
     groups = groups_of({**shape, "num_hidden_layers": 1})
     with tempfile.NamedTemporaryFile() as store, set_current_vllm_config(VllmConfig(load_config=DUMMY)):
         init_distributed_environment(1, 0, f"file://{store.name}", 0, "nccl" if DEVICE == "cuda" else "gloo")
         initialize_model_parallel()
         for remove in arguments.remove:
-            for group, rank in zip(groups, ranks_of(groups, remove), strict=True):
-                layers = {form: make_layer(group, form, rank, shape) for form in FORMS}
+            for group in groups:
+                chosen = variants(group, remove)
+                layers = {name: make_layer(group, name.split(",")[0], p, shape) for name, p in chosen.items()}
                 for tokens in arguments.tokens:
                     x = torch.randn(tokens, group.columns, device=DEVICE, dtype=torch.bfloat16)
-                    timers = {form: graphed(partial(layers[form], x)) for form in FORMS}
-                    for timer in timers.values():
-                        timer()
-                    seconds = {form: [] for form in FORMS}
-                    for _ in range(ROUNDS):
-                        for form, timer in timers.items():
-                            seconds[form].append(timer())
-                    row = {"removed": remove, "layer": group.name, "rank": rank, "tokens": tokens}
-                    for form in FORMS:
-                        weights = group.dense_parameters
-                        if form != "dense":
-                            weights = factor_parameters(rank, group.rows, group.columns, form)
+                    seconds = interleaved({name: graphed(partial(layer, x)) for name, layer in layers.items()})
+                    for name, parts in chosen.items():
+                        form = name.split(",")[0]
+                        weights = sum(factor_parameters(r, g.rows, g.columns, form) for g, r in parts)
+                        weights = weights or group.dense_parameters
                         traffic = 2 * (weights + tokens * (group.columns + group.rows))
                         floor = max(traffic / bandwidth, 2 * weights * tokens / peak)
-                        row[form] = {"seconds": statistics.median(seconds[form]), "floor": floor}
-                    rows.append(row)
-                    cells = [
-                        f"{1e6 * row[f]['seconds']:.1f} ({row[f]['seconds'] / row[f]['floor']:.2f})" for f in FORMS
-                    ]
-                    ratio = row["pivga"]["seconds"] / row["svd"]["seconds"]
-                    name = group.name.rsplit(".", 1)[1]
-                    print(
-                        f"| {remove:.0%} | {name} | {rank} | {tokens} | {' | '.join(cells)} | {ratio:.2f} |", flush=True
-                    )
+                        row = {"removed": remove, "layer": group.name.rsplit(".", 1)[1], "form": name}
+                        row |= {"ranks": [rank for _, rank in parts], "tokens": tokens}
+                        rows.append(row | {"seconds": seconds[name], "floor_seconds": floor})
+                        cells = [f"{remove:.0%}", row["layer"], name, "+".join(map(str, row["ranks"])), str(tokens)]
+                        cells += [f"{1e6 * seconds[name]:.1f}", f"{seconds[name] / floor:.2f}"]
+                        print("| " + " | ".join([*cells, f"{seconds[name] / seconds['dense']:.2f}"]) + " |", flush=True)
     record = new_record(shlex.join(["python", *sys.argv]), vars(arguments))
     record["versions"] |= vllm_versions()
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
