@@ -36,6 +36,7 @@ ABLATIONS: dict[str, dict[str, dict]] = {
     "steps": {f"{n} steps": {"steps": n} for n in (32, 64, 128, 256)},
     "groups": {name: {"groups": name} for name in ("separate", "joint", "auto")},
     "count": {f"counted in {count}": {"count": count} for count in ("pivga", "svd")},
+    "count, svd form": {f"counted in {count}": {"form": "svd", "count": count} for count in ("svd", "pivga")},
     "whitening": {name: {"whitening": name} for name in ("input", "kfac")},
     "refit": {"without": {}, "with": {"refit": True}},
     "healing": {
@@ -60,7 +61,10 @@ def main() -> None:
     earlier = json.loads(out.read_text()) if out.exists() else {}
     tables = earlier["tables"] if earlier.get("protocol") == record["protocol"] else {}
     with tempfile.TemporaryDirectory() as scratch:
-        model = models(Path(scratch))[arguments.model]
+        found = models(Path(scratch))
+        if arguments.model not in found:
+            parser.error(f"no model {arguments.model} here; there are {', '.join(found)}")
+        model = found[arguments.model]
         windows = windows_of(load_tokenizer(model["path"]), str(model["evaluation"]), 256, EVALUATION_WINDOWS)
         for name in arguments.names:
             print(f"\n| {name}, {arguments.model}, {arguments.remove:.0%} | perplexity | seconds |\n|---|---|---|")

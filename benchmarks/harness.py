@@ -10,6 +10,8 @@ added to benchmarks/results/harness.json.
 import argparse
 import json
 import os
+import shlex
+import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -32,16 +34,19 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=1000)
     arguments = parser.parse_args()
     tasks = TaskManager(include_path=str(FOLDER), include_defaults=False)
-    record = new_record("python benchmarks/harness.py", {"limit": arguments.limit, "lm_eval": lm_eval.__version__})
+    record = new_record(shlex.join(["python", *sys.argv]), {"limit": arguments.limit, "lm_eval": lm_eval.__version__})
     path = RESULTS / "harness.json"
     earlier = json.loads(path.read_text()) if path.exists() else {}
     rows = earlier["rows"] if earlier.get("protocol") == record["protocol"] else {}
     print("| model, engine | " + " | ".join(TASKS) + " |\n|---" + "|---" * len(TASKS) + "|")
     for engine in arguments.engine or ["hf"]:
         for model in arguments.models:
+            length = json.loads((model / "config.json").read_text())["max_position_embeddings"]
             options = {"pretrained": str(model), "dtype": "float32"}
             if engine == "vllm":
-                options |= {"max_model_len": 256, "enforce_eager": True, "tensor_parallel_size": 1}
+                options |= {"max_model_len": length, "enforce_eager": True}
+            else:
+                options |= {"max_length": length}
             found = lm_eval.simple_evaluate(
                 model=engine,
                 model_args=options,

@@ -4,9 +4,11 @@
 
 Both forms are run as the reference modules, weights and activations in the type named. `plain` rounds skeleton and
 interpolation matrix as they come; `solved` solves D by least squares against the rounded skeleton; `feedback`, what the
-converter writes, rounds D with error feedback too (fermisvd.pivga).
+converter writes, rounds D with error feedback too (fermisvd.pivga); `pivoted` is `feedback` with the skeleton of
+pivoted QR alone, `bound_1.1` and so on with columns exchanged until no entry of D exceeds that.
 """
 
+import math
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +32,7 @@ from fermisvd_convert.text import windows_of
 from fermisvd_convert.writer import compressed_tensors, config_group
 
 REMOVE, WINDOWS = 0.3, 32
+BOUNDS = (2.0, 1.3, 1.1, 1.02, 1.0001)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Tensors = Callable[[LinearGroup, torch.Tensor, torch.Tensor, torch.dtype], dict[str, torch.Tensor]]
 
@@ -58,6 +61,16 @@ def solved(group, a, b, dtype):
     if group.side == "rows":
         skeleton, d = skeleton.T, d.T
     return _named(group, PivGa(skeleton.contiguous(), d.contiguous(), exact.permutation, group.side))
+
+
+def bounded(largest: float, name: str) -> Tensors:
+    """feedback, its skeleton's columns exchanged down to another bound."""
+
+    def tensors(group, a, b, dtype):
+        return _named(group, fix_gauge(a, b, group.side, dtype, largest))
+
+    tensors.__name__ = name
+    return tensors
 
 
 def _named(group: LinearGroup, gauge: PivGa) -> dict[str, torch.Tensor]:
@@ -99,7 +112,8 @@ def measure(path: Path, calibration: torch.Tensor, windows: torch.Tensor) -> dic
         rounded = build(path, compressed, "svd", svd, dtype)
         if dtype != torch.float32:
             found[f"svd form: float32 || {name}"] = kl(exact, rounded)
-        for rounding in (plain, solved, feedback):
+        skeletons = [bounded(math.inf, "pivoted"), *(bounded(bound, f"bound_{bound}") for bound in BOUNDS)]
+        for rounding in (plain, solved, feedback, *(skeletons if dtype == torch.bfloat16 else ())):
             pivga = build(path, compressed, "pivga", rounding, dtype)
             found[f"{name}: svd form || pivga form, {rounding.__name__}"] = kl(rounded, pivga)
             if dtype != torch.float32:

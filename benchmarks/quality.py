@@ -1,4 +1,4 @@
-"""Quality per parameter: perplexity and KL of four methods at 10 to 50 % removed, on three models.
+"""Quality per parameter: perplexity and KL of several methods at 10 to 50 % removed, on three models.
 
     python benchmarks/quality.py                       # run what is missing, then rewrite README's table and the figure
     python benchmarks/quality.py --only stories260K    # one model; --method and --remove name single cells
@@ -10,16 +10,18 @@ trained by tests/models/train.py; what is not there is left as it stands in the 
 """
 
 import argparse
+import fcntl
 import inspect
 import json
 import math
 import sys
 import tempfile
 import time
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from records import RESULTS, new_record, write_record
+from records import RESULTS, commit, new_record, write_record
 
 from fermisvd import load_model
 from fermisvd.healing import HealingSettings
@@ -110,57 +112,76 @@ def kept(name: str) -> dict | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def results_so_far(name: str) -> dict:
-    """The model's record where protocol and versions are today's, else a new one."""
-    results, earlier = new_results(), kept(name)
-    if earlier and all(earlier[key] == results[key] for key in ("protocol", "versions")):
-        return earlier
-    return results
+def begin(name: str, forget: list[str]) -> None:
+    """See that the model has a record of today's protocol and versions, without the cells to `forget`."""
+    with locked(name):
+        results, earlier = new_results(), kept(name)
+        if earlier and same_protocol(earlier, results):
+            results = earlier
+        elif earlier:
+            write_record(f"quality-{name}-until-{results['date']}", earlier)
+        for key in forget:
+            results["cells"].pop(key, None)
+        write_record(f"quality-{name}", results)
 
 
 def put(name: str, key: str, cell: dict) -> None:
-    results = results_so_far(name)
-    results["cells"][key] = cell
-    write_record(f"quality-{name}", results)
+    """Add a cell. Raises SystemExit where the record is no longer of the protocol this run began with."""
+    with locked(name):
+        results = kept(name)
+        if results is None or not same_protocol(results, new_results()):
+            raise SystemExit(f"quality-{name}.json has become one of another protocol; {key} is not written")
+        results["cells"][key] = cell | {"commit": commit()}
+        write_record(f"quality-{name}", results)
+
+
+def same_protocol(one: dict, other: dict) -> bool:
+    return all(one[key] == other[key] for key in ("protocol", "versions"))
+
+
+@contextmanager
+def locked(name: str):
+    """Runs beside each other may fill different cells of one model."""
+    with (Path(tempfile.gettempdir()) / f"quality-{name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def measure(only: str | None, methods: list[str], removals: list[float], fresh: bool) -> None:
-    """Fill the JSON cell by cell; runs beside each other may fill different cells of one model."""
+    """Fill the JSON cell by cell."""
+    wanted = [(remove, method, f"{method} | {remove}") for remove in removals for method in methods]
     with tempfile.TemporaryDirectory() as scratch:
         for name, model in models(Path(scratch)).items():
             if only not in (None, name):
                 continue
-            if fresh:
-                write_record(f"quality-{name}", new_results())
+            begin(name, [key for _, _, key in wanted] if fresh else [])
             windows = windows_of(load_tokenizer(model["path"]), str(model["evaluation"]), 256, EVALUATION_WINDOWS)
             dense = load_model(model["path"])
-            if "dense" not in results_so_far(name)["cells"]:
+            if "dense" not in measured()[name]:
                 put(name, "dense", evaluate(dense, windows).as_dict())
-            for remove in removals:
-                for method in methods:
-                    key, options = f"{method} | {remove}", METHODS[method]
-                    if key in results_so_far(name)["cells"]:
-                        continue
-                    folder, begin = Path(scratch) / "out", time.perf_counter()
-                    report = convert(
-                        str(model["path"]),
-                        folder,
-                        remove,
-                        calibration=[str(path) for path in model["calibration"]],
-                        work=Path(scratch) / "work" / name,
-                        overwrite=True,
-                        **PROTOCOL,
-                        **options,
-                    )
-                    seconds = time.perf_counter() - begin
-                    cell = {
-                        **evaluate(load_model(folder), windows, dense).as_dict(),
-                        "removed": report["totals"]["removed"],
-                        "seconds": round(seconds, 1),
-                        "stage_seconds": report["seconds"],
-                    }
-                    print(name, key, f"{cell['perplexity']:.3f}", f"{seconds:.0f} s", flush=True)
-                    put(name, key, cell)
+            for remove, method, key in wanted:
+                if key in measured()[name]:
+                    continue
+                folder, start = Path(scratch) / "out", time.perf_counter()
+                report = convert(
+                    str(model["path"]),
+                    folder,
+                    remove,
+                    calibration=[str(path) for path in model["calibration"]],
+                    work=Path(scratch) / "work" / name,
+                    overwrite=True,
+                    **PROTOCOL,
+                    **METHODS[method],
+                )
+                seconds = time.perf_counter() - start
+                cell = {
+                    **evaluate(load_model(folder), windows, dense).as_dict(),
+                    "removed": report["totals"]["removed"],
+                    "seconds": round(seconds, 1),
+                    "stage_seconds": report["seconds"],
+                }
+                print(name, key, f"{cell['perplexity']:.3f}", f"{seconds:.0f} s", flush=True)
+                put(name, key, cell)
 
 
 def measured() -> dict[str, dict]:
@@ -212,9 +233,10 @@ def figure() -> None:
     found = measured()
     panels, axes = plt.subplots(1, len(found), figsize=(4.2 * len(found), 3.6), squeeze=False)
     for axis, (name, cells) in zip(axes[0], found.items(), strict=True):
-        for method in METHODS:
+        for number, method in enumerate(METHODS):
             points = [(100 * r, lost(cells, method, r)) for r in REMOVALS if f"{method} | {r}" in cells]
-            axis.plot(*zip(*points, strict=True), marker="o", label=method)
+            if points:
+                axis.plot(*zip(*points, strict=True), f"C{number}", marker="o", label=method)
         if name in BEST_PEER:
             dense = cells["dense"]["perplexity"]
             peer = [(100 * r, math.log(p / dense)) for r, p in BEST_PEER[name].items()]

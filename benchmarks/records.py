@@ -1,7 +1,9 @@
 """What every record of a benchmark says beside its figures."""
 
 import json
+import os
 import platform
+import subprocess
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -23,5 +25,13 @@ def new_record(command: str, protocol: dict) -> dict:
 
 
 def write_record(name: str, record: dict) -> None:
-    """results/NAME.json."""
-    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    """results/NAME.json, whole or not at all."""
+    partial = RESULTS / f".{name}.{os.getpid()}"
+    partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, RESULTS / f"{name}.json")
+
+
+def commit() -> str:
+    """The repository's commit; + where files of it are changed."""
+    described = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+    return subprocess.run(described, cwd=RESULTS, capture_output=True, text=True).stdout.strip()

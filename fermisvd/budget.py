@@ -79,10 +79,12 @@ def round_to_budget(
 
     ideal: real ranks, one a group; align: step of the ranks, None for auto_alignment; minimum: lowest rank. Ranks
     start from the rung below the ideal, come down where that is too much and go up where the next rung still fits,
-    always where the distance to the ideal, in units of k, is largest.
+    always where the distance to the ideal, in units of k, is largest. A dense group of the svd form comes down last,
+    since its next rung lies below the jump.
     Raises BudgetError if even the lowest ranks exceed the budget.
     """
-    ladders = [rank_ladder(g, form, align or auto_alignment(g), minimum) for g in groups]
+    aligns = [align or auto_alignment(g) for g in groups]
+    ladders = [rank_ladder(g, form, step, minimum) for g, step in zip(groups, aligns, strict=True)]
     costs = [[int(group_parameters(g, r, form)) for r in ladder] for g, ladder in zip(groups, ladders, strict=True)]
     rungs = [
         max([i for i, r in enumerate(ladder) if r <= x], default=0) for ladder, x in zip(ladders, ideal, strict=True)
@@ -95,11 +97,12 @@ def round_to_budget(
             "ask for less, or a smaller --align or --minimum-rank"
         )
 
-    def surplus(g: int, rung: int) -> float:
-        return (ladders[g][rung] - ideal[g]) / groups[g].full_rank
+    def surplus(g: int, rank: int) -> float:
+        return (rank - ideal[g]) / groups[g].full_rank
 
     while spent > budget:
-        g = max((g for g, i in enumerate(rungs) if i > 0), key=lambda g: surplus(g, rungs[g]))
+        above = [g for g, i in enumerate(rungs) if i > 0]
+        g = max(above, key=lambda g: surplus(g, min(ladders[g][rungs[g] - 1] + aligns[g], ladders[g][rungs[g]])))
         spent += costs[g][rungs[g] - 1] - costs[g][rungs[g]]
         rungs[g] -= 1
     while True:
@@ -108,7 +111,7 @@ def round_to_budget(
         ]
         if not room:
             return [ladder[i] for ladder, i in zip(ladders, rungs, strict=True)]
-        g = min(room, key=lambda g: surplus(g, rungs[g] + 1))
+        g = min(room, key=lambda g: surplus(g, ladders[g][rungs[g] + 1]))
         spent += costs[g][rungs[g] + 1] - costs[g][rungs[g]]
         rungs[g] += 1
 

@@ -20,13 +20,14 @@ from fermisvd.groups import LinearGroup
 from fermisvd.losses import kl_divergence
 
 Constraint = Literal["projection", "penalty"]
+PLATEAU_STEPS = 12
 
 
 @dataclass(frozen=True)
 class FermiGradSettings:
     """temperature: T of the gate, in units of k; learning_rate: of mu/k; anneal: fraction of the steps over which
-    `projection` lowers the budget from full to the target; plateau: stop once a pass over the windows, at the target,
-    lowers the mean KL by less than this fraction of the pass before (0: never); penalty, penalty_growth: rho and alpha
+    `projection` lowers the budget from full to the target; plateau: stop once PLATEAU_STEPS steps, at the target, lower
+    the mean KL by less than this fraction of the steps before them (0: never); penalty, penalty_growth: rho and alpha
     of the paper's penalty, rho (N - N_target)^2 with both counts as fractions of the dense count."""
 
     constraint: Constraint = "projection"
@@ -207,7 +208,7 @@ def optimise_ranks(
     model.requires_grad_(False)
 
     for step in range(settings.steps):
-        if _plateau(records, len(windows), kept, settings):
+        if _plateau(records, kept, settings):
             break
         batch = next(batches).to(device)
         kl = gated_kl(model, groups, gated, batch, state * budget.full_rank, settings.temperature)
@@ -259,19 +260,12 @@ def gated_kl(
     return kl_divergence(teacher, model(input_ids=batch, use_cache=False).logits)
 
 
-def _plateau(records: Sequence[dict], samples: int, kept: float, settings: FermiGradSettings) -> bool:
-    """Whether a pass over the windows has ended and gained next to nothing on the one before; both saw the same text,
-    at the target to a thousandth."""
-    steps = -(-samples // settings.batch_size)
-    recent = records[-2 * steps :]
-    if (
-        not settings.plateau
-        or len(records) % steps
-        or len(recent) < 2 * steps
-        or any(r["kept"] > kept + 1e-3 for r in recent)
-    ):
+def _plateau(records: Sequence[dict], kept: float, settings: FermiGradSettings) -> bool:
+    """Whether the last PLATEAU_STEPS gained next to nothing on those before, all at the target to a thousandth."""
+    recent = records[-2 * PLATEAU_STEPS :]
+    if not settings.plateau or len(recent) < 2 * PLATEAU_STEPS or any(r["kept"] > kept + 1e-3 for r in recent):
         return False
-    before, last = (sum(r["kl"] for r in part) for part in (recent[:steps], recent[steps:]))
+    before, last = (sum(r["kl"] for r in part) for part in (recent[:PLATEAU_STEPS], recent[PLATEAU_STEPS:]))
     return last > (1 - settings.plateau) * before
 
 

@@ -30,22 +30,28 @@ class PivGaError(FermiSVDError):
     """The factors do not fit the storage type."""
 
 
-def choose_skeleton(a: torch.Tensor, b: torch.Tensor, largest: float = 1.01) -> torch.Tensor:
+LARGEST_INTERPOLATION = 1.01  # measured, docs/decisions.md
+MOST_EXCHANGES = 1000
+
+
+def choose_skeleton(a: torch.Tensor, b: torch.Tensor, largest: float = LARGEST_INTERPOLATION) -> torch.Tensor:
     """Permutation (n,) that puts r well-conditioned columns of A B first; both parts sorted, so gathers run forward.
 
     Pivoted QR of R B, A = Q R: same column geometry as A B at r rows instead of m. Then columns are exchanged until no
-    entry of D exceeds `largest`: strong rank-revealing QR (Gu and Eisenstat, 1996). Each exchange multiplies the
-    skeleton's volume by that entry, so it ends.
+    entry of D, before rounding, exceeds `largest`: strong rank-revealing QR (Gu and Eisenstat, 1996). Each exchange
+    multiplies the skeleton's volume by that entry, so it ends. A product of rank below r has no exchanges.
     """
     rank = len(b)
     reduced = (torch.linalg.qr(a.double(), mode="r")[1] @ b.double()).cpu().numpy()
     found = scipy.linalg.qr(reduced, mode="r", pivoting=True)
     triangle, pivots = found[0][:rank], found[-1]
     diagonal = np.abs(np.diag(triangle))
-    if rank < len(pivots) and diagonal.min() > 1e-9 * diagonal.max():  # else A B has a lower rank and D is not unique
+    if rank < len(pivots) and diagonal.min() > 1e-9 * diagonal.max():  # else D is not unique
         d = scipy.linalg.solve_triangular(triangle[:, :rank], triangle[:, rank:])
-        while abs(d).max() > largest:
+        for _ in range(MOST_EXCHANGES):
             i, j = np.unravel_index(abs(d).argmax(), d.shape)
+            if abs(d[i, j]) <= largest:
+                break
             exchange(d, i, j)
             pivots[[i, rank + j]] = pivots[[rank + j, i]]
     order = np.concatenate([np.sort(pivots[:rank]), np.sort(pivots[rank:])])
@@ -77,19 +83,26 @@ def round_with_error_feedback(d: torch.Tensor, skeleton: torch.Tensor, dtype: to
     return rounded
 
 
-def fix_gauge(a: torch.Tensor, b: torch.Tensor, side: Side, dtype: torch.dtype = torch.float64) -> PivGa:
+def fix_gauge(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    side: Side,
+    dtype: torch.dtype = torch.float64,
+    largest: float = LARGEST_INTERPOLATION,
+) -> PivGa:
     """PivGa form of A B, (m x r)(r x n), stored in `dtype`.
 
     In float64 the product is kept exactly. In a narrower type rounding is part of the method: the skeleton is rounded
     first, D is solved by least squares against the rounded skeleton in float64 and rounded with error feedback in the
-    skeleton's metric. A B may have a rank below r. Raises PivGaError if a value overflows `dtype`.
+    skeleton's metric. A B may have a rank below r. largest: as in choose_skeleton. Raises PivGaError if a value
+    overflows `dtype`.
     """
     if side == "rows":
-        columns = fix_gauge(b.T, a.T, "columns", dtype)
+        columns = fix_gauge(b.T, a.T, "columns", dtype, largest)
         return PivGa(columns.skeleton.T.contiguous(), columns.interpolation.T.contiguous(), columns.permutation, "rows")
     a, b = a.double(), b.double()
     rank = b.shape[0]
-    permutation = choose_skeleton(a, b)
+    permutation = choose_skeleton(a, b, largest)
     skeleton_columns, rest = permutation[:rank].long(), permutation[rank:].long()
     skeleton = (a @ b[:, skeleton_columns]).to(dtype)
     refuse_overflow(skeleton, dtype)

@@ -96,42 +96,55 @@ def convert(
     refit: Annotated[
         bool | None,
         typer.Option(
-            "--refit/--no-refit", help="Fit each group to what compressed layers send it [default: unless healed]"
+            "--refit/--no-refit",
+            help="Fit each group to what compressed layers send it.",
+            show_default="where not healed",
         ),
     ] = None,
     calibration: Annotated[
         list[str] | None,
         typer.Option(
-            help="Text or .jsonl files, or data sets (NAME[:CONFIG]), each with @WEIGHT if need be; several may follow."
+            help="Text or .jsonl files, or data sets (NAME:CONFIG), each with @WEIGHT if need be; several may follow.",
+            show_default="WikiText-2",
         ),
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 256,
     gradient_samples: Annotated[int, typer.Option(min=1, help="Windows FermiGrad trains on.")] = 256,
     sequence_length: Annotated[
-        int | None, typer.Option(help="Tokens a window [default: the model's context, at most 2048]")
+        int | None, typer.Option(help="Tokens a window.", show_default="the model's context, at most 2048")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows a forward pass.")] = 8,
     constraint: Annotated[Constraint, typer.Option(help="How FermiGrad holds the budget.")] = Constraint.projection,
     temperature: Annotated[float, typer.Option(min=1e-6, help="T of the Fermi gate.")] = 0.01,
     steps: Annotated[int, typer.Option(min=1, help="FermiGrad steps.")] = 64,
-    minimum_rank: Annotated[int, typer.Option(min=1, help="Lowest rank FermiGrad may choose.")] = 1,
+    minimum_rank: Annotated[int, typer.Option(min=1, help="Lowest rank of any group.")] = 1,
     penalty_growth: Annotated[float, typer.Option(min=1.0, help="Growth of the penalty a step.")] = 1.03,
     plateau: Annotated[
-        float, typer.Option(min=0.0, help="End FermiGrad once a pass over its windows gains less than this; 0: never.")
+        float,
+        typer.Option(
+            min=0.0, help="End FermiGrad once twelve steps lower the loss by less than this fraction; 0: never."
+        ),
     ] = 0.0,
-    count: Annotated[Form | None, typer.Option(help="Form whose parameters FermiGrad counts [default: --form]")] = None,
+    count: Annotated[
+        Form | None, typer.Option(help="Form whose parameters FermiGrad counts.", show_default="as --form")
+    ] = None,
     heal_steps: Annotated[
         int, typer.Option(min=0, help="Steps of distillation on the calibration windows at the end; 0 for none.")
     ] = 128,
-    align: Annotated[str, typer.Option(help="Step of the ranks.", callback=_align)] = "auto",
+    align: Annotated[
+        str, typer.Option(help="Step of the ranks; auto: a power of two near k/64.", callback=_align)
+    ] = "auto",
     dtype: Annotated[Dtype, typer.Option(help="Storage type; auto keeps the model's.")] = Dtype.auto,
-    device: Annotated[Device, typer.Option()] = Device.auto,
-    seed: Annotated[int, typer.Option()] = 0,
+    device: Annotated[Device, typer.Option(help="auto: a GPU if there is one.")] = Device.auto,
+    seed: Annotated[int, typer.Option(help="The same seed, the same checkpoint.")] = 0,
     work: Annotated[
-        Path | None, typer.Option(help="Stages are kept here and found again [default: .fermisvd/MODEL beside OUT]")
+        Path | None,
+        typer.Option(help="Stages are kept here and found again.", show_default=".fermisvd/MODEL beside OUT"),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that the model brings.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
 ) -> None:
     """Compress MODEL into OUT, a checkpoint that `vllm serve OUT` serves."""
@@ -180,20 +193,23 @@ def convert(
 def heal(
     out: Annotated[Path, typer.Argument(help="Folder of a compressed checkpoint.")],
     healed: Annotated[Path, typer.Argument(help="New folder for the healed checkpoint.")],
+    more_text: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
     text: Annotated[list[str], typer.Option(help="Text to train on, as --calibration of convert.")] = ...,
     teacher: Annotated[
-        str | None, typer.Option(help="The dense model [default: the hub id that the checkpoint names]")
+        str | None, typer.Option(help="The dense model.", show_default="the hub id that the checkpoint names")
     ] = None,
-    steps: Annotated[int, typer.Option(min=1)] = 200,
-    samples: Annotated[int, typer.Option(min=1, help="Windows to train on, over and over.")] = 1024,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of distillation.")] = 200,
+    samples: Annotated[int, typer.Option(min=2, help="Windows to train on, over and over.")] = 1024,
     sequence_length: Annotated[
-        int | None, typer.Option(help="Tokens a window [default: the model's context, at most 2048]")
+        int | None, typer.Option(help="Tokens a window.", show_default="the model's context, at most 2048")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows a step.")] = 8,
     learning_rate: Annotated[float, typer.Option(min=0.0, help="Relative to each factor's size and width.")] = 0.1,
-    device: Annotated[Device, typer.Option()] = Device.auto,
-    seed: Annotated[int, typer.Option()] = 0,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code")] = False,
+    device: Annotated[Device, typer.Option(help="auto: a GPU if there is one.")] = Device.auto,
+    seed: Annotated[int, typer.Option(help="The same seed, the same checkpoint.")] = 0,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that the model brings.")
+    ] = False,
 ) -> None:
     """Train OUT's factors towards its dense model's predictions; ranks and structure stay."""
     with _clear_errors():
@@ -202,7 +218,7 @@ def heal(
         record = heal_checkpoint(
             out,
             healed,
-            text,
+            [*text, *(more_text or [])],
             teacher=teacher,
             steps=steps,
             samples=samples,
@@ -224,12 +240,14 @@ def evaluate(
     text: Annotated[str, typer.Option(help="Text to measure on.")] = ...,
     reference: Annotated[str | None, typer.Option(help="Model to compare with: adds KL and top-1 agreement.")] = None,
     sequence_length: Annotated[
-        int | None, typer.Option(help="Tokens a window [default: the model's context, at most 2048]")
+        int | None, typer.Option(help="Tokens a window.", show_default="the model's context, at most 2048")
     ] = None,
     windows: Annotated[int | None, typer.Option(min=1, help="First so many windows only.")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
-    device: Annotated[Device, typer.Option()] = Device.auto,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code")] = False,
+    device: Annotated[Device, typer.Option(help="auto: a GPU if there is one.")] = Device.auto,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that the model brings.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Perplexity of MODEL over non-overlapping windows of the text, in float32."""

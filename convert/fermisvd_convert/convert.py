@@ -38,6 +38,8 @@ from fermisvd_convert.writer import (
 
 logger = logging.getLogger("fermisvd")
 
+ASIDE_WINDOWS = 32  # windows that decide between measured alternatives
+
 
 def convert(
     model: str,
@@ -118,7 +120,7 @@ def convert(
         for group in tqdm(linear, desc="decompose", leave=False):
             decomposition.factors(group)
     # windows that decide between alternatives, neither refitted nor healed on; the report's are others again
-    held = min(stages.ASIDE_WINDOWS, -(-len(windows) // 8))
+    held = min(ASIDE_WINDOWS, -(-len(windows) // 8))
     aside, training = windows[:held], windows[held:]
     with _timed(seconds, "ranks"):
         settings = FermiGradSettings(
@@ -131,24 +133,29 @@ def convert(
             plateau=plateau,
             seed=seed,
         )
-        linear, chosen, records = stages.choose_ranks(
+        linear, ideal, trace = stages.ideal_ranks(
             ranks,
             linear,
             groups,
             remove,
             form,
-            align,
-            minimum_rank,
             lambda: stages.fermigrad(
                 decomposition, linear, gradient_windows, remove, form, count or form, settings, load
             ),
         )
-    choices: dict[str, list[dict]] = {"jump": records.get("jumps", [])}
+        traced = [group.name for group in linear]
+    choices: dict[str, list[dict]] = {}
+    if ranks == "fermigrad" and form == "svd":
+        with _timed(seconds, "jump"):
+            ideal, choices["jump"] = stages.settle(
+                decomposition, linear, ideal, remove, align, minimum_rank, aside, batch_size, load
+            )
+    chosen = stages.whole_ranks(linear, ideal, remove, form, align, minimum_rank)
     refit = heal_steps == 0 if refit is None else refit
     if groups == "auto" and ranks in ("uniform", "fermigrad"):
         with _timed(seconds, "groups"):
             linear, chosen, choices["groups"] = stages.join(
-                decomposition, linear, chosen, remove, form, align, aside, batch_size, load
+                decomposition, linear, chosen, remove, form, align, minimum_rank, aside, batch_size, load
             )
     compressed = [(g, r) for g, r in zip(linear, chosen, strict=True) if not stays_dense(g, r, form)]
     if refit:
@@ -192,7 +199,7 @@ def convert(
         "left_dense": others,
         "versions": {name: version(name) for name in ("fermisvd", "torch", "transformers", "safetensors", "scipy")}
         | {"python": platform.python_version()},
-        "trace": records.get("trace", []),
+        "trace": {"groups": traced, "steps": trace},
         "choices": choices,
     }
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")

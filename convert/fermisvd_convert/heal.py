@@ -24,7 +24,7 @@ from fermisvd_convert.source import (
     resolve_device,
     window_length,
 )
-from fermisvd_convert.text import calibration_text
+from fermisvd_convert.text import TextError, calibration_text
 from fermisvd_convert.writer import OutputError, move_into_place, replace_tensors
 
 
@@ -62,6 +62,10 @@ def heal_checkpoint(
     length = window_length(sequence_length, getattr(student.config, "max_position_embeddings", None))
     tokenizer = load_tokenizer(checkpoint, trust_remote_code)
     chosen = calibration_text(tokenizer, text, samples, length)
+    if len(chosen.windows) < 2:
+        raise TextError(
+            f"{', '.join(text)}: one window of {length} tokens to train on, two are needed; give more text or --samples"
+        )
     before = evaluate(student, chosen.held_back, dense, batch_size, label="evaluate")
     begin = time.perf_counter()
     settings = HealingSettings(steps, batch_size, learning_rate, seed)

@@ -19,7 +19,6 @@ from fermisvd.budget import (
     round_to_budget,
     stays_dense,
     uniform_rank,
-    uniform_ranks,
 )
 from fermisvd.calibration import calibration_grams, group_output_gram
 from fermisvd.decomposition import Factors, OutputGram, data_aware_svd, kfac_svd
@@ -27,7 +26,7 @@ from fermisvd.errors import FermiSVDError
 from fermisvd.fermigrad import FermiGradSettings, install_gates, optimise_ranks
 from fermisvd.groups import LinearGroup, Partition, find_groups, left_dense
 from fermisvd.healing import HealingSettings, heal, rounded_factors
-from fermisvd.jump import settle_jump
+from fermisvd.jump import CANDIDATES, settle_jump
 from fermisvd.losses import set_weight
 from fermisvd.partition import fused_layers, join_groups, joined
 from fermisvd.refit import DAMPING as REFIT_DAMPING
@@ -38,7 +37,6 @@ from fermisvd_convert.workspace import Workspace, settings_key
 FactorsOf = Callable[[LinearGroup], tuple[torch.Tensor, torch.Tensor]]
 Whitening = Literal["input", "kfac"]
 GroupsRule = Literal["auto", "joint", "separate"]
-ASIDE_WINDOWS = 32  # windows that decide between measured alternatives
 DAMPING = 1e-6  # of mean(diag C): orders the directions that calibration never saw, changes no other
 OUTPUT_DAMPING = 0.1  # of mean(diag G); measured, docs/decisions.md
 
@@ -157,6 +155,11 @@ class Decomposition:
             self.workspace.save_tensors(self.stage, name, tensors)
         return Factors(**self.workspace.load_tensors(self.stage, name))
 
+    def whole(self, group: LinearGroup) -> tuple[torch.Tensor, torch.Tensor]:
+        """A (m x k) and B (k x n) of a group, W = A B."""
+        factors = self.factors(group)
+        return factors.a, factors.b
+
     def truncated(self, ranks: dict[LinearGroup, int]) -> FactorsOf:
         """What gives A (m x r) and B (r x n) of a group at its rank."""
         return lambda group: self.factors(group).truncated(ranks[group])
@@ -188,19 +191,15 @@ def fermigrad(
     settings: FermiGradSettings,
     load: Callable[[], nn.Module],
 ) -> dict:
-    """{"mu": {group: real rank}, "trace": [...], "jumps": [...]} of the rank optimisation.
+    """{"mu": {group: real rank}, "trace": [...]} of the rank optimisation.
 
     form: the form to be written; count: the form whose parameters are counted meanwhile. Where they differ (the paper
     counts svd and applies PivGa afterwards) the target is the count of the uniform ranks that remove the same.
     """
 
-    def factors_of(group: LinearGroup) -> tuple[torch.Tensor, torch.Tensor]:
-        factors = decomposition.factors(group)
-        return factors.a, factors.b
-
     def run() -> dict:
         model = load()
-        gated = install_gates(model, groups, factors_of)
+        gated = install_gates(model, groups, decomposition.whole)
         bar = tqdm(total=settings.steps, desc="FermiGrad", leave=False)
 
         def show(record: dict) -> None:
@@ -214,17 +213,37 @@ def fermigrad(
         kept = target / sum(g.dense_parameters for g in groups)
         mus, trace = optimise_ranks(model, groups, gated, windows, kept, count, settings, show, capped=count == form)
         bar.close()
-        jumps: list[dict] = []
-        if count == form == "svd":
-            whole, aside = kept_parameters(groups, remove), windows[:ASIDE_WINDOWS]
-            mus, jumps = settle_jump(
-                model, groups, gated, mus, whole, aside, settings.minimum_rank, settings.batch_size
-            )
-        return {"mu": {g.name: mu for g, mu in zip(groups, mus, strict=True)}, "trace": trace, "jumps": jumps}
+        return {"mu": {g.name: mu for g, mu in zip(groups, mus, strict=True)}, "trace": trace}
 
     partition = [group.members for group in groups]
     key = settings_key(decomposition.stage, partition, windows_key(windows), remove, form, count, asdict(settings))
-    return decomposition.workspace.json(f"ranks-{key}", run, lambda found: "jumps" in found)
+    return decomposition.workspace.json(f"ranks-{key}", run)
+
+
+def settle(
+    decomposition: Decomposition,
+    groups: list[LinearGroup],
+    mus: list[float],
+    remove: float,
+    align: int | None,
+    minimum_rank: int,
+    aside: torch.Tensor,
+    batch_size: int,
+    load: Callable[[], nn.Module],
+) -> tuple[list[float], list[dict]]:
+    """Real ranks of the svd form once it is measured which groups stay dense, and the record of each choice."""
+
+    def run() -> dict:
+        model = load()
+        gated = install_gates(model, groups, decomposition.whole)
+        budget = kept_parameters(groups, remove)
+        ranks, records = settle_jump(model, groups, gated, mus, budget, aside, align, minimum_rank, batch_size)
+        return {"mu": ranks, "records": records}
+
+    partition = [group.members for group in groups]
+    key = settings_key(decomposition.stage, partition, mus, remove, align, minimum_rank, windows_key(aside), CANDIDATES)
+    found = decomposition.workspace.json(f"jump-{key}", run)
+    return found["mu"], found["records"]
 
 
 def low_rank_student(
@@ -245,6 +264,7 @@ def join(
     remove: float,
     form: Form,
     align: int | None,
+    minimum_rank: int,
     aside: torch.Tensor,
     batch_size: int,
     load: Callable[[], nn.Module],
@@ -281,7 +301,7 @@ def join(
     fewer = [linear_group(entry) for entry in found["groups"]]
     chosen = [entry["rank"] for entry in found["groups"]]
     # joined groups may leave a step unspent
-    return fewer, round_to_budget(fewer, chosen, kept_parameters(fewer, remove), form, align), found["records"]
+    return fewer, whole_ranks(fewer, chosen, remove, form, align, minimum_rank), found["records"]
 
 
 def refit_groups(
@@ -404,24 +424,26 @@ def groups_of_file(path: Path, entries: list[dict], groups: list[LinearGroup]) -
     return chosen
 
 
-def choose_ranks(
+def ideal_ranks(
     rule: str,
     groups: list[LinearGroup],
     partition: GroupsRule,
     remove: float,
     form: Form,
-    align: int | None,
-    minimum_rank: int,
     run_fermigrad: Callable[[], dict],
-) -> tuple[list[LinearGroup], list[int], dict]:
-    """Groups, integer ranks on the budget by `uniform`, `fermigrad` or a file, and FermiGrad's records, if any:
-    `trace`, one a step, and `jumps`, one a group tried both dense and not."""
+) -> tuple[list[LinearGroup], list[float], list[dict]]:
+    """Groups, real ranks by `uniform`, `fermigrad` or a file, and FermiGrad's trace, if any."""
     if rule == "uniform":
-        return groups, uniform_ranks(groups, remove, form, align), {}
-    records: dict = {}
+        return groups, [uniform_rank(g, remove, form) for g in groups], []
     if rule == "fermigrad":
-        records = run_fermigrad()
-        ideal = [records["mu"][group.name] for group in groups]
-    else:
-        groups, ideal = ranks_from_file(Path(rule), groups, partition)
-    return groups, round_to_budget(groups, ideal, kept_parameters(groups, remove), form, align, minimum_rank), records
+        result = run_fermigrad()
+        return groups, [result["mu"][group.name] for group in groups], result["trace"]
+    groups, ideal = ranks_from_file(Path(rule), groups, partition)
+    return groups, ideal, []
+
+
+def whole_ranks(
+    groups: list[LinearGroup], ideal: list[float], remove: float, form: Form, align: int | None, minimum_rank: int
+) -> list[int]:
+    """Integer ranks near the ideal ones, on the budget."""
+    return round_to_budget(groups, ideal, kept_parameters(groups, remove), form, align, minimum_rank)

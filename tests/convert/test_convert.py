@@ -176,6 +176,17 @@ def test_refit_of_a_tall_group_is_the_kfac_svd_of_the_changed_weight(tiny_llama,
         torch.testing.assert_close(a @ b, c @ d)
 
 
+def test_jump_is_measured_for_the_svd_form_and_the_trace_names_its_groups(tiny_llama, tmp_path, settings):
+    options = {**settings, "heal_steps": 0, "refit": False, "groups": "separate", "form": "svd"}
+    report = convert(str(tiny_llama), tmp_path / "out", 0.2, **options)
+    tried = {record["group"] for record in report["choices"]["jump"]}
+    assert tried == set(report["trace"]["groups"]) == {group["members"][0] for group in report["groups"]}
+    assert all(len(step["share"]) == len(tried) for step in report["trace"]["steps"])
+    assert [step["step"] for step in report["trace"]["steps"]] == list(range(6))
+    again = convert(str(tiny_llama), tmp_path / "again", 0.2, **options)
+    assert again["choices"] == report["choices"] and again["groups"] == report["groups"]
+
+
 def test_choices_are_reported(tiny_llama, tmp_path, settings):
     report = convert(str(tiny_llama), tmp_path / "out", 0.5, refit=True, **settings)
     joined, refitted = report["choices"]["groups"], report["choices"]["refit"]

@@ -119,3 +119,13 @@ def test_no_rank_is_below_the_minimum(form):
     assert min(ranks) >= 8
     with pytest.raises(BudgetError, match="lowest aligned ranks"):
         round_to_budget(groups, [2.0, 5.0, 48.0], kept_parameters(groups, 0.9), form, 1, minimum=30)
+
+
+def test_a_dense_group_of_the_svd_form_comes_down_last():
+    """Many groups below one aligned step exceed the budget; giving up the dense one would cost it half its rank."""
+    groups = [LinearGroup((f"m{i}",), (1024,), 1024, "columns", f"m{i}") for i in range(9)]
+    ideal = [1024.0, *[10.0] * 6, 300.0, 300.0]
+    budget = int(total_parameters(groups, ideal, "svd"))
+    ranks = round_to_budget(groups, ideal, budget, "svd", 16)
+    assert ranks[0] == 1024
+    assert budget - 16 * 2048 < total_parameters(groups, ranks, "svd") <= budget

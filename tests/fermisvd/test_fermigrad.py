@@ -9,6 +9,7 @@ from fermisvd import fermigrad
 from fermisvd.budget import group_parameters
 from fermisvd.decomposition import data_aware_svd
 from fermisvd.fermigrad import (
+    PLATEAU_STEPS,
     FermiGradSettings,
     GatedGroup,
     GatedLinear,
@@ -143,15 +144,31 @@ def test_nothing_of_a_forward_pass_is_kept_once_all_members_have_read(tiny_llama
     assert all(shared._projected is None for shared in gated)
 
 
-def test_plateau_needs_two_passes_at_the_target():
-    settings = FermiGradSettings(plateau=0.01, batch_size=4)
-    records = [{"kl": 1.0, "kept": 0.8}] * 4
-    assert _plateau(records, 8, 0.8, settings)
-    assert not _plateau(records[:3], 8, 0.8, settings)
-    assert not _plateau([{"kl": 1.0, "kept": 0.9}, *records[1:]], 8, 0.8, settings)
-    falling = [{"kl": kl, "kept": 0.8} for kl in (1.0, 1.0, 0.9, 0.9)]
-    assert not _plateau(falling, 8, 0.8, settings)
-    assert not _plateau(records, 8, 0.8, FermiGradSettings(batch_size=4))
+def test_plateau_needs_enough_steps_at_the_target():
+    settings, half = FermiGradSettings(plateau=0.01), PLATEAU_STEPS
+    records = [{"kl": 1.0, "kept": 0.8}] * (2 * half)
+    assert _plateau(records, 0.8, settings)
+    assert not _plateau(records[:-1], 0.8, settings)
+    assert not _plateau([{"kl": 1.0, "kept": 0.9}, *records[1:]], 0.8, settings)
+    assert not _plateau(records[:half] + [{"kl": 0.9, "kept": 0.8}] * half, 0.8, settings)
+    assert not _plateau(records, 0.8, FermiGradSettings())
+
+
+def test_default_steps_can_end_on_a_plateau(tiny_llama):
+    model, groups, gated = gated_model(tiny_llama, dtype=torch.float32)
+    windows = torch.randint(2048, (16, 8))
+    settings = FermiGradSettings(plateau=1.0)  # whatever is gained, it is less
+    _, records = optimise_ranks(model, groups, gated, windows, 0.8, "pivga", settings)
+    assert len(records) < settings.steps
+
+
+def test_projection_keeps_each_group_in_its_own_box(tiny_llama):
+    budget = SoftBudget(find_groups(AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)), "pivga")
+    count = len(budget.full_rank)
+    low, high = torch.linspace(0.05, 0.3, count).double(), torch.linspace(1.0, 0.6, count).double()
+    shifted = budget.project(torch.linspace(0.9, 0.1, count).double(), 0.7, low, high)
+    assert (shifted >= low).all() and (shifted <= high).all()
+    assert budget.fraction(shifted).item() == pytest.approx(0.7)
 
 
 @pytest.mark.parametrize("form", ["svd", "pivga"])
