@@ -22,7 +22,15 @@ from fermisvd_convert.text import windows_of
 from kinds import KINDS, write_kinds
 
 REMOVE, WINDOWS = 0.3, 32
-OPTIONS = {**PROTOCOL, "steps": 32, "groups": "separate", "refit": False, "heal_steps": 0}
+OPTIONS = {
+    **PROTOCOL,
+    "samples": 128,
+    "gradient_samples": 128,
+    "steps": 32,
+    "groups": "separate",
+    "refit": False,
+    "heal_steps": 0,
+}
 
 
 def main() -> None:
