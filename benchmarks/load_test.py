@@ -3,7 +3,7 @@
     python benchmarks/load_test.py wide --remove 0.4     # a shape of benchmarks/shapes.py, dummy weights
     python benchmarks/load_test.py llama-3.1-8b --concurrent 1 16 64 256 --serve="--gpu-memory-utilization 0.3"
     python benchmarks/load_test.py DENSE SVD PIVGA       # three checkpoints
-    python benchmarks/load_test.py --table-only          # tables of what was measured
+    python benchmarks/load_test.py --table-only          # README's table and docs/load.svg from what was measured
 
 All three servers are up at once and asked in turn by `vllm bench serve`, case by case and repetition by repetition, so
 that a noisy minute hits all of them; figures are medians, ratios are to dense in the same repetition. It is checked
@@ -158,19 +158,63 @@ def ratio_to_dense(runs: list[dict], form: str, figure: str = "total_token_throu
     return statistics.median(of[form, repeat] / of["dense", repeat] for f, repeat in of if f == "dense")
 
 
+def by_parameters(record: dict, form: str) -> float | None:
+    """The ratio to dense that parameters promise: numbers a token is multiplied by, the head's included."""
+    numbers = {f: about["layers"] + about["head"] for f, about in record["models"].items() if "layers" in about}
+    return numbers["dense"] / numbers[form] if numbers else None
+
+
 def table(record: dict) -> str:
     """Markdown: a row a case and form."""
     lines = [
-        "| case | form | tokens/s | ratio to dense | first token ms, median / p99 | each further ms, median / p99 |",
-        "|---|---|---|---|---|---|",
+        "| case | form | tokens/s | ratio to dense | by parameters | first token ms (p99) | further ms (p99) |",
+        "|---|---|---|---|---|---|---|",
     ]
     for case, runs in record["runs"].items():
         for form in FORMS:
             speed, ratio = median_of(runs, form, "total_token_throughput"), ratio_to_dense(runs, form)
             first, first99, step, step99 = (median_of(runs, form, figure) for figure in FIGURES[2:6])
-            times = f"{first:.0f} / {first99:.0f} | {step:.1f} / {step99:.1f}"
-            lines.append(f"| {case} | {form} | {speed:.1f} | {ratio:.2f} | {times} |")
+            promised = by_parameters(record, form)
+            cells = [case, form, f"{speed:.1f}", f"{ratio:.2f}", f"{promised:.2f}" if promised else ""]
+            cells += [f"{first:.0f} ({first99:.0f})", f"{step:.1f} ({step99:.1f})"]
+            lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def write_readme(records: dict[str, dict]) -> None:
+    """Put the tables between their marks in README.md."""
+    begin, end = "<!-- load test: benchmarks/load_test.py --table-only -->\n", "<!-- end of load test -->"
+    path = ROOT / "README.md"
+    before, rest = path.read_text(encoding="utf-8").split(begin)
+    tables = [
+        f"{name}, {r['machine']['processor']}, {r['date']}: `{r['command']}`\n\n{table(r)}\n"
+        for name, r in records.items()
+    ]
+    path.write_text(before + begin + "\n" + "\n".join(tables) + "\n" + end + rest.split(end)[1], encoding="utf-8")
+
+
+def figure(records: dict[str, dict]) -> None:
+    """docs/load.svg: tokens/s over dense by case, a panel a record; dashed what the parameters promise."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams["svg.hashsalt"] = "fermisvd"
+    panels, axes = plt.subplots(1, len(records), figsize=(5 * len(records), 3.8), squeeze=False)
+    for axis, (name, record) in zip(axes[0], records.items(), strict=True):
+        names = list(record["runs"])
+        for number, form in enumerate(FORMS[1:], 1):
+            ratios = [ratio_to_dense(record["runs"][case], form) for case in names]
+            axis.plot(names, ratios, f"C{number}o-", label=form)
+            if promised := by_parameters(record, form):
+                axis.axhline(promised, color=f"C{number}", linestyle="--", linewidth=1)
+        axis.axhline(1, color="black", linewidth=1)
+        axis.set(title=name.removeprefix("load-"), ylabel="tokens/s over dense")
+        axis.tick_params(axis="x", rotation=30)
+        axis.legend()
+    panels.tight_layout()
+    panels.savefig(ROOT / "docs" / "load.svg", metadata={"Date": None})
 
 
 if __name__ == "__main__":
@@ -191,5 +235,7 @@ if __name__ == "__main__":
         if not shape and len(arguments.model) != 3:
             parser.error(f"give one of {', '.join(SHAPES)}, or three folders")
         measure(arguments)
-    for path in sorted(RESULTS.glob("load-*.json")):
-        print(f"\n{path.stem}\n\n{table(json.loads(path.read_text()))}")
+    records = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("load-*.json"))}
+    if records:
+        write_readme(records)
+        figure(records)
