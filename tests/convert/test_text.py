@@ -123,3 +123,19 @@ def test_a_file_whose_name_looks_weighted_is_a_file(tokenizer, tmp_path):
 def test_weights_must_be_positive(tokenizer, code, weight):
     with pytest.raises(TextError, match="must be positive"):
         calibration_text(tokenizer, [f"{code}@{weight}"], 4, 16)
+
+
+def test_a_folder_is_a_data_set(tokenizer, tmp_path):
+    pytest.importorskip("datasets")
+    rows = [{"text": f"row {i} of the data set, with some words in it"} for i in range(40)]
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    windows = windows_of(tokenizer, str(tmp_path / "set"), 16, 5)
+    assert windows.shape == (5, 16)
+    assert "row 0 of the data set" in tokenizer.decode(windows.flatten())
+
+
+def test_a_data_set_that_is_not_there_is_named(tokenizer, tmp_path):
+    pytest.importorskip("datasets")
+    with pytest.raises(TextError, match="nobody/nothing"):
+        windows_of(tokenizer, "nobody/nothing", 16, 5)
