@@ -1,6 +1,6 @@
 """How lossless PivGa is: KL(svd form || pivga form) of the same factors, beside what rounding alone does.
 
-    python benchmarks/losslessness.py
+    python benchmarks/losslessness.py [MODEL ...]
 
 Both forms are run as the reference modules, weights and activations in the type named. `plain` rounds skeleton and
 interpolation matrix as they come; `solved` solves D by least squares against the rounded skeleton; `feedback`, what the
@@ -9,6 +9,8 @@ pivoted QR alone, `bound_1.1` and so on with columns exchanged until no entry of
 """
 
 import math
+import shlex
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -123,16 +125,18 @@ def measure(path: Path, calibration: torch.Tensor, windows: torch.Tensor) -> dic
 
 def main() -> None:
     protocol = {"remove": REMOVE, "windows": WINDOWS, "ranks": "uniform, pivga, joint"}
-    results = new_record("python benchmarks/losslessness.py", protocol) | {"kl": {}}
+    results = new_record(shlex.join(["python", *sys.argv]), protocol) | {"kl": {}}
     with tempfile.TemporaryDirectory() as scratch:
         for name, model in models(Path(scratch)).items():
+            if name not in (sys.argv[1:] or [name]):
+                continue
             tokenizer = load_tokenizer(model["path"])
             calibration = torch.cat([windows_of(tokenizer, str(p), 256, 64) for p in model["calibration"]])
             windows = windows_of(tokenizer, str(model["evaluation"]), 256, WINDOWS)
             results["kl"][name] = measure(model["path"], calibration, windows)
             for key, value in results["kl"][name].items():
                 print(f"{name}: {key}: {value:.2e}", flush=True)
-    write_record("losslessness", results)
+            write_record("losslessness", results)
 
 
 if __name__ == "__main__":
