@@ -15,12 +15,13 @@ ROUNDS, CALLS = 5, 10
 TOLERANCE = 2**-6  # of the largest value: a wrong kernel is off by far more, another order of summing by far less
 
 
-def most_tokens(form: str, rank: int, rest: int, dtype: torch.dtype, device: torch.device) -> int:
+def most_tokens(side: str, rank: int, rest: int, dtype: torch.dtype, device: torch.device) -> int:
     """Largest token count, of BUCKETS, up to which the kernel of a `columns` or `rows` layer is always the faster.
 
+    rank: r; rest: rows or columns that are no skeleton, n - r or m - r; dtype, device: of D.
     0 without a GPU, and, with a warning, where the kernel does not run or its result is not the plain operations'.
     """
-    return _measured(form, rank, rest, dtype, device) if device.type == "cuda" and rank and rest else 0
+    return _measured(side, rank, rest, dtype, device) if device.type == "cuda" and rank and rest else 0
 
 
 @cache
