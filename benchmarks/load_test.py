@@ -7,7 +7,8 @@
 
 All three servers are up at once and asked in turn by `vllm bench serve`, case by case and repetition by repetition, so
 that a noisy minute hits all of them; figures are medians, ratios are to dense in the same repetition. It is checked
-that each server holds just the numbers that its ranks say. Results: benchmarks/results/load-NAME-REMOVE.json.
+that each server holds just the numbers that its ranks say. With --offline, `vllm bench throughput` and `latency` come
+first, an engine at a time. Results: benchmarks/results/load-NAME-REMOVE.json.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -30,6 +32,7 @@ sys.path.append(str(ROOT / "tests" / "models"))
 from server import VLLM, Server, serve
 
 HELD = re.compile(r"FermiSVD: .* holds ([\d,]+) numbers")
+WEIGHT_MEMORY = re.compile(r"Model loading took ([\d.]+) GiB")  # said on a GPU
 KV_TOKENS = re.compile(r"KV cache size: ([\d,]+) tokens")
 FIGURES = (
     "output_throughput",
@@ -42,21 +45,55 @@ FIGURES = (
 )
 
 
-def cases(concurrent: list[int], prefill: int, quick: int) -> dict[str, list[str]]:
-    """Options of `vllm bench serve` by case. quick: requests a client sends one after the other."""
+def cases(concurrent: list[int], prefill: int, each: int, decode_only: bool) -> dict[str, list[str]]:
+    """Options of `vllm bench serve` by case. each: requests a client sends one after the other."""
 
     def options(inputs: int, outputs: int, clients: int, requests: int, *more: str) -> list[str]:
         lengths = ["--random-input-len", str(inputs), "--random-output-len", str(outputs)]
         return [*lengths, "--max-concurrency", str(clients), "--num-prompts", str(requests), *more]
 
-    found = {f"decode, {n} concurrent": options(16, 64, n, max(2, quick) * n) for n in concurrent}
-    found[f"prefill of {prefill}"] = options(prefill, 1, 4, 4 * quick)
-    found["mixed, 16 concurrent"] = options(256, 64, 16, 16 * quick, "--random-range-ratio", "0.5")
+    found = {f"decode, {n} concurrent": options(16, 64, n, each * n) for n in concurrent}
+    if decode_only:
+        return found
+    found[f"prefill of {prefill}"] = options(prefill, 1, 4, 4 * each)
+    found["mixed, 16 concurrent"] = options(256, 64, 16, 16 * each, "--random-range-ratio", "0.5")
     return found
 
 
+def offline(folder: Path, options: list[str], scratch: Path) -> dict[str, dict[str, float]]:
+    """`vllm bench throughput` and `latency` of one model, engines of their own: case -> figures."""
+    inputs, outputs, prompts, batch = 64, 64, 64, 16
+    common = ["--model", str(folder), "--tokenizer", str(TOKENIZER), *options, "--output-json"]
+    dataset = ["--dataset-name", "random", "--random-input-len", str(inputs), "--random-output-len", str(outputs)]
+    latency = ["--input-len", str(inputs), "--output-len", str(outputs), "--batch-size", str(batch)]
+    latency += ["--num-iters-warmup", "2", "--num-iters", "5"]
+    found = []
+    for name, more in ("throughput", [*dataset, "--num-prompts", str(prompts)]), ("latency", latency):
+        result = scratch / f"{name}.json"
+        quietly([*VLLM, "bench", name, *common, str(result), *more])
+        found.append(json.loads(result.read_text()))
+    whole, batched = found
+    seconds = batched["percentiles"]["50"]
+    return {
+        f"offline throughput, {prompts} prompts": {"total_token_throughput": whole["tokens_per_second"]},
+        f"offline latency, {batch} at once": {
+            "total_token_throughput": batch * (inputs + outputs) / seconds,
+            "median_seconds": seconds,
+            "p99_seconds": batched["percentiles"]["99"],
+        },
+    }
+
+
+def quietly(command: list[str]) -> None:
+    """Raises SystemExit with the end of what it printed if it fails."""
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", **os.environ}
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if run.returncode:
+        raise SystemExit(f"{shlex.join(command)} ended with {run.returncode}:\n{(run.stdout + run.stderr)[-3000:]}")
+
+
 def ask(server: Server, folder: Path, options: list[str], seed: int, scratch: Path) -> dict[str, float]:
-    """One run of `vllm bench serve`, after a warm-up. Raises CalledProcessError, or SystemExit if a request failed."""
+    """One run of `vllm bench serve`, after a warm-up. Raises SystemExit if it or a request failed."""
     result = scratch / "result.json"
     command = [
         *VLLM,
@@ -72,7 +109,7 @@ def ask(server: Server, folder: Path, options: list[str], seed: int, scratch: Pa
     command += ["--tokenizer", str(TOKENIZER), "--ignore-eos", "--temperature", "0", "--seed", str(seed)]
     command += ["--num-warmups", "2", "--disable-tqdm", "--save-result", "--result-dir", str(scratch)]
     command += ["--result-filename", result.name, "--percentile-metrics", "ttft,tpot", *options]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    quietly(command)
     found = json.loads(result.read_text())
     if found.get("failed"):
         raise SystemExit(f"{folder.name}: {found['failed']} requests failed")
@@ -82,6 +119,14 @@ def ask(server: Server, folder: Path, options: list[str], seed: int, scratch: Pa
 def number_in(log: Path, pattern: re.Pattern) -> int | None:
     found = pattern.search(log.read_text())
     return int(found[1].replace(",", "")) if found else None
+
+
+def weight_bytes(folder: Path, log: Path, about: dict) -> int:
+    """What vLLM says that the weights take; where it says nothing, the bfloat16 numbers of the shape or the files."""
+    if said := WEIGHT_MEMORY.search(log.read_text()):
+        return int(float(said[1]) * 2**30)
+    files = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return files or 2 * (about["layers"] + 2 * about["head"])  # embedding and head are of one size
 
 
 def check_held(form: str, log: Path, layers: int | None) -> int | None:
@@ -106,15 +151,22 @@ def measure(arguments: argparse.Namespace) -> None:
                 about[form] = dict(write_folder(folders[form], name, form, arguments.remove))
         if len(arguments.model) == 1:
             serve_options = ["--load-format", "dummy", *serve_options]
+        serve_options = ["--no-enable-prefix-caching", *serve_options]  # the same prompts are asked again
+        runs: dict[str, list[dict]] = {}
+        for repeat in range(arguments.repeats if arguments.offline else 0):
+            for form in FORMS:
+                for case, figures in offline(folders[form], serve_options, scratch).items():
+                    runs.setdefault(case, []).append({"form": form, "repeat": repeat, **figures})
+                    print(repeat, case, form, f"{figures['total_token_throughput']:.1f} tokens/s", flush=True)
         for form in FORMS:
             log, begin = scratch / f"{form}.log", time.perf_counter()
             servers[form] = stack.enter_context(serve(folders[form], log, *serve_options, limit=900))
             about[form]["start_seconds"] = round(time.perf_counter() - begin, 1)
             about[form]["low_rank_numbers"] = check_held(form, log, about[form].get("layers"))
             about[form]["kv_cache_tokens"] = number_in(log, KV_TOKENS)
+            about[form]["weight_bytes"] = weight_bytes(folders[form], log, about[form])
             print(form, about[form], flush=True)
-        runs: dict[str, list[dict]] = {}
-        todo = cases(arguments.concurrent, arguments.prefill, arguments.requests)
+        todo = cases(arguments.concurrent, arguments.prefill, arguments.requests, arguments.decode_only)
         for repeat in range(-1, arguments.repeats):  # the first round warms up: compiles, prepacks, fills caches
             for case, options in todo.items():
                 for form in FORMS if repeat % 2 else reversed(FORMS):
@@ -173,12 +225,24 @@ def table(record: dict) -> str:
     for case, runs in record["runs"].items():
         for form in FORMS:
             speed, ratio = median_of(runs, form, "total_token_throughput"), ratio_to_dense(runs, form)
-            first, first99, step, step99 = (median_of(runs, form, figure) for figure in FIGURES[2:6])
             promised = by_parameters(record, form)
             cells = [case, form, f"{speed:.1f}", f"{ratio:.2f}", f"{promised:.2f}" if promised else ""]
-            cells += [f"{first:.0f} ({first99:.0f})", f"{step:.1f} ({step99:.1f})"]
+            if FIGURES[2] in runs[0]:
+                first, first99, step, step99 = (median_of(runs, form, figure) for figure in FIGURES[2:6])
+                cells += [f"{first:.0f} ({first99:.0f})", f"{step:.1f} ({step99:.1f})"]
+            else:
+                cells += ["", ""]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def sizes(record: dict) -> str:
+    """One line: weight memory, KV cache and start of each form."""
+    return "; ".join(
+        f"{form}: weights {about['weight_bytes'] / 2**20:,.0f} MiB, KV cache {about['kv_cache_tokens']:,} tokens, "
+        f"started in {about['start_seconds']:.0f} s"
+        for form, about in record["models"].items()
+    )
 
 
 def write_readme(records: dict[str, dict]) -> None:
@@ -187,7 +251,7 @@ def write_readme(records: dict[str, dict]) -> None:
     path = ROOT / "README.md"
     before, rest = path.read_text(encoding="utf-8").split(begin)
     tables = [
-        f"{name}, {r['machine']['processor']}, {r['date']}: `{r['command']}`\n\n{table(r)}\n"
+        f"{name}, {r['machine']['processor']}, {r['date']}: `{r['command']}`. {sizes(r)}.\n\n{table(r)}\n"
         for name, r in records.items()
     ]
     path.write_text(before + begin + "\n" + "\n".join(tables) + "\n" + end + rest.split(end)[1], encoding="utf-8")
@@ -227,9 +291,12 @@ if __name__ == "__main__":
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--rates", type=float, nargs="*", default=[], help="request rates, in dense's saturations")
     parser.add_argument("--rate-prompts", type=int, default=64)
+    parser.add_argument("--decode-only", action="store_true", help="leave prefill and mixed out")
+    parser.add_argument("--offline", action="store_true", help="vllm bench throughput and latency, too")
     parser.add_argument("--serve", default="", help="further options of vllm serve")
     parser.add_argument("--table-only", action="store_true")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that the servers are stopped, too
     if not arguments.table_only:
         shape = len(arguments.model) == 1 and arguments.model[0] in SHAPES
         if not shape and len(arguments.model) != 3:

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import subprocess
 import time
 from importlib.metadata import version
@@ -18,10 +19,18 @@ def new_record(command: str, protocol: dict) -> dict:
     return {
         "protocol": protocol,
         "command": command,
-        "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
+        "machine": {"processor": processor(), "threads": torch.get_num_threads()},
         "date": time.strftime("%F"),
         "versions": {package: version(package) for package in ("fermisvd", "torch", "transformers")},
     }
+
+
+def processor() -> str:
+    """The GPU's name, or the CPU's and its number of cores."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    names = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
 
 
 def write_record(name: str, record: dict) -> None:

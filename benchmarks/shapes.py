@@ -25,7 +25,7 @@ SHAPES = {
         "num_hidden_layers": 8,
         "num_attention_heads": 16,
         "num_key_value_heads": 4,
-        "vocab_size": 4096,
+        "vocab_size": 10240,  # `vllm bench latency` asks with tokens up to 10,000
     },
     "llama-3.1-8b": {
         "hidden_size": 4096,

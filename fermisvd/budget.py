@@ -57,8 +57,8 @@ def uniform_rank(group: LinearGroup, remove: float, form: Form) -> float:
 
 
 def auto_alignment(group: LinearGroup) -> int:
-    """Alignment step of a group's rank: the power of two next below k / 64, at most 64 (a GEMM tile)."""
-    return 2 ** min(6, max(0, int(math.log2(max(1, group.full_rank / 64)))))
+    """Alignment step of a group's rank: 64, a GEMM tile, from k = 2048 on, and below the power of two next below k / 64."""
+    return 64 if group.full_rank >= 2048 else 2 ** int(math.log2(max(1, group.full_rank / 64)))
 
 
 def rank_ladder(group: LinearGroup, form: Form, align: int, minimum: int = 1) -> list[int]:

@@ -188,16 +188,13 @@ class FermiSVDLinearMethod(LinearMethodBase):
             factor.weight = old
 
     def _register_permutation(self, layer: nn.Module, number: int, group: Group, permutation: torch.Tensor) -> None:
-        """columns: skeleton and other input indices; rows: where each output lies in [z ; z D^T]. Both as one
-        permutation where a fused kernel was measured to be faster."""
+        """Where each number goes: columns: of each input its place in [x[skel] | x[rest]], rows: of each of [z ; z D^T]
+        its output. A fused kernel of columns reads the permutation itself."""
         # persistent: a reload of vLLM's copies no other buffers back into the storage that captured graphs read
-        if self.fused[number]:
-            layer.register_buffer(f"permutation_{number}", permutation.long())
-        elif group.side == "rows":
+        if group.side == "columns" and not self.fused[number]:
             layer.register_buffer(f"inverse_{number}", torch.argsort(permutation.long()))
         else:
-            layer.register_buffer(f"skeleton_index_{number}", permutation[: group.rank].long())
-            layer.register_buffer(f"rest_index_{number}", permutation[group.rank :].long())
+            layer.register_buffer(f"permutation_{number}", permutation.long())
 
     def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x: (..., n) -> (..., m), this rank's share. Nothing here depends on data, so it traces and captures."""
@@ -222,10 +219,12 @@ class FermiSVDLinearMethod(LinearMethodBase):
             return self._multiply(
                 layer, f"{SKELETON}_{number}", torch.ops.fermisvd.pivga_columns(x, d, permutation, most)
             )
-        t = take(x, getattr(layer, f"skeleton_index_{number}"))
-        rest = getattr(layer, f"rest_index_{number}")
-        if rest.numel():
-            t = t + self._multiply(layer, f"{INTERPOLATION}_{number}", take(x, rest))
+        rank = self.parts[number].group.rank
+        ordered = torch.empty_like(x, memory_format=torch.contiguous_format)  # [x[skel] | x[rest]]
+        put(ordered, getattr(layer, f"inverse_{number}"), x)
+        t = ordered[..., :rank]
+        if rank < x.shape[-1]:
+            t = t + self._multiply(layer, f"{INTERPOLATION}_{number}", ordered[..., rank:])
         return self._multiply(layer, f"{SKELETON}_{number}", t)
 
     def _pivga_rows(self, layer: nn.Module, number: int, x: torch.Tensor) -> torch.Tensor:
@@ -234,10 +233,13 @@ class FermiSVDLinearMethod(LinearMethodBase):
         if most := self.fused[number]:
             d, permutation = self._weight(layer, f"{INTERPOLATION}_{number}"), getattr(layer, f"permutation_{number}")
             return torch.ops.fermisvd.pivga_rows(z, d, permutation, most)
-        inverse = getattr(layer, f"inverse_{number}")
-        if inverse.numel() > z.shape[-1]:
-            z = torch.cat([z, self._multiply(layer, f"{INTERPOLATION}_{number}", z)], dim=-1)
-        return take(z, inverse)
+        permutation = getattr(layer, f"permutation_{number}")
+        rank, rows = z.shape[-1], len(permutation)
+        y = z.new_empty(*z.shape[:-1], rows)
+        put(y, permutation[:rank], z)
+        if rank < rows:
+            put(y, permutation[rank:], self._multiply(layer, f"{INTERPOLATION}_{number}", z))
+        return y
 
     def _weight(self, layer: nn.Module, name: str) -> torch.Tensor:
         return getattr(layer, f"{name}_factor").weight
@@ -256,9 +258,13 @@ class FermiSVDLinearMethod(LinearMethodBase):
         return torch.cat([pieces[member] for member in sorted(pieces)], dim=-1)
 
 
-def take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """x[..., index]: eager `gather` is up to three times as fast on a CPU as `index_select`; compiled they are one."""
-    return x.gather(-1, index.expand(*x.shape[:-1], -1))
+def put(y: torch.Tensor, index: torch.Tensor, x: torch.Tensor) -> None:
+    """y[..., index] = x, a scatter rather than a gather (docs/decisions.md): the norm before it can store straight
+    into y; a gather would be done again in each reader of y on a CPU."""
+    if torch.compiler.is_compiling():
+        y[..., index] = x
+    else:  # eager, scatter_ is three times as fast; compiled it costs a copy of y
+        y.scatter_(-1, index.expand(x.shape), x)
 
 
 def _stored_rows(layer: nn.Module, output_size: int) -> list[int]:
