@@ -16,7 +16,7 @@ from fermisvd.format import FermiSVDConfig as CheckpointConfig
 from fermisvd.format import FormatError, Group
 from fermisvd.pivga import dense_product, fix_gauge
 from fermisvd_vllm.config import FermiSVDConfig
-from fermisvd_vllm.tuning import most_tokens
+from fermisvd_vllm.tuning import columns_most_tokens, outputs_most_tokens, rows_most_tokens
 
 HIDDEN, HEAD, HEADS, KV_HEADS = 96, 32, 3, 1
 ROWS = {"q_proj": 96, "k_proj": 32, "v_proj": 32, "o_proj": 96, "gate_proj": 136, "up_proj": 136}
@@ -126,21 +126,70 @@ def test_row_parallel_layer(form, side, rank):
     check_forward(layer, dense, ["o_proj"])
 
 
+@pytest.fixture
+def always_faster(kernels, monkeypatch):
+    """Makes the fused kernels the chosen ones up to that many tokens."""
+
+    def choose(most):
+        for side in ("columns", "outputs", "rows"):
+            monkeypatch.setattr(f"fermisvd_vllm.linear.{side}_most_tokens", lambda *_: most)
+
+    return choose
+
+
 @pytest.mark.parametrize("most", [2, 50])  # fewer tokens than check_forward's seven, and more
 @pytest.mark.parametrize("kind", ["qkv_proj", "o_proj"])
 @pytest.mark.parametrize("rank", [1, 33, 96])
-def test_fused_kernels_equal_the_dense_product(kernels, monkeypatch, kind, rank, most):
-    monkeypatch.setattr("fermisvd_vllm.linear.most_tokens", lambda side, rank, rest, *_: most if rest else 0)
+def test_fused_kernels_equal_the_dense_product(always_faster, kind, rank, most):
+    always_faster(most)
     members = ["q_proj", "k_proj", "v_proj"] if kind == "qkv_proj" else ["o_proj"]
     group, tensors, dense = make_group(members, "pivga", "columns" if kind == "qkv_proj" else "rows", rank)
     layer = make_layer(kind, [group])
     load(layer, tensors)
     check_forward(layer, dense, members)
-    assert layer.quant_method.fused == {0: most if rank < 96 else 0}
+    method = layer.quant_method
+    assert (method.most_columns, method.most_rows.get(0, 0)) == ((most, 0) if kind == "qkv_proj" else (0, most))
+
+
+@pytest.mark.parametrize("most", [2, 50])
+@pytest.mark.parametrize("form", ["svd", "pivga"])
+@pytest.mark.parametrize("partition", PARTITIONS)
+def test_fused_kernels_of_several_groups(always_faster, partition, form, most):
+    """One kernel for all first and one for all second products, but for a layer that is partly dense."""
+    always_faster(most)
+    made = [make_group(m, form, "columns", 5 + 3 * i) for i, m in enumerate(PARTITIONS[partition])]
+    tensors = {key: value for _, part, _ in made for key, value in part.items()}
+    dense = {key: value for _, _, part in made for key, value in part.items()}
+    if partition == "partly dense":
+        dense["v_proj"] = tensors["v_proj", "weight"] = torch.randn(32, HIDDEN, dtype=torch.float64)
+    layer = make_layer("qkv_proj", [g for g, _, _ in made])
+    load(layer, tensors)
+    check_forward(layer, dense, ["q_proj", "k_proj", "v_proj"])
+    method = layer.quant_method
+    assert method.most_columns == (most if form == "pivga" else 0)
+    assert method.most_outputs == (most if partition in ("separate", "mixed") else 0)
 
 
 def test_no_kernel_is_measured_without_a_gpu():
-    assert most_tokens("columns", 64, 64, torch.bfloat16, torch.device("cpu")) == 0
+    bfloat16_on_cpu = torch.bfloat16, torch.device("cpu")
+    assert columns_most_tokens(128, (64,), *bfloat16_on_cpu) == 0
+    assert outputs_most_tokens((64, 32), (0, 64), (96, 96), *bfloat16_on_cpu) == 0
+    assert rows_most_tokens(64, 128, *bfloat16_on_cpu) == 0
+
+
+def test_layers_of_like_ranks_are_measured_once(monkeypatch):
+    """Ranks are rounded up where loads stay wide; starts in t follow."""
+    asked = []
+    monkeypatch.setattr("fermisvd_vllm.tuning.most_tokens", lambda side, inner, shape, *_: asked.append((inner, shape)))
+    more = torch.bfloat16, torch.device("cuda")
+    columns_most_tokens(4096, (720, 1000), *more)
+    outputs_most_tokens((720, 48, 720), (48, 0, 48), (10, 20, 30), *more)
+    rows_most_tokens(1000, 4096, *more)
+    assert asked == [
+        (4096, ((768, 1000),)),
+        (768 + 128, ((768, 128, 768), (128, 0, 128), (10, 20, 30))),
+        (1000, (4096,)),
+    ]
 
 
 def test_layer_in_no_group_is_vllms_own():
@@ -273,6 +322,21 @@ def test_members_are_renamed_as_vllm_renames_modules():
 @pytest.mark.parametrize(("form", "side"), [("svd", None), ("pivga", "columns"), ("pivga", "rows")])
 @pytest.mark.parametrize("bias", [False, True])
 def test_reload_writes_into_the_storage_that_graphs_read(form, side, bias, monkeypatch):
+    check_reload("o_proj", [["o_proj"]], form, side, bias, monkeypatch)
+
+
+@pytest.mark.parametrize(("kind", "form", "side"), [("qkv_proj", "svd", None), ("qkv_proj", "pivga", "columns")])
+def test_reload_under_fused_kernels_of_several_groups(kind, form, side, always_faster, monkeypatch):
+    always_faster(50)
+    check_reload(kind, PARTITIONS["mixed"], form, side, True, monkeypatch)
+
+
+def test_reload_under_the_fused_kernel_of_rows(always_faster, monkeypatch):
+    always_faster(50)
+    check_reload("o_proj", [["o_proj"]], "pivga", "rows", False, monkeypatch)
+
+
+def check_reload(kind, partition, form, side, bias, monkeypatch):
     """vLLM's own layerwise reload: other values and another permutation, the same addresses."""
     from vllm.model_executor.model_loader.reload import (
         finalize_layerwise_reload,
@@ -286,27 +350,36 @@ def test_reload_writes_into_the_storage_that_graphs_read(form, side, bias, monke
     monkeypatch.setattr(
         "vllm.model_executor.layers.linear.UnquantizedLinearMethod.process_weights_after_loading", keep_weight
     )
-    group, tensors, dense = make_group(["o_proj"], form, side, 33)
-    layer = make_layer("o_proj", [group], bias)
+
+    def make():
+        made = [make_group(members, form, side, 33 - 13 * i) for i, members in enumerate(partition)]
+        tensors = {key: value for _, part, _ in made for key, value in part.items()}
+        return [group for group, _, _ in made], tensors, {k: v for _, _, part in made for k, v in part.items()}
+
+    members = ["q_proj", "k_proj", "v_proj"] if kind == "qkv_proj" else ["o_proj"]
+    groups, tensors, dense = make()
+    layer = make_layer(kind, groups, bias)
     record_metadata_for_reloading(layer)
     load(layer, tensors)
     if bias:
         nn.init.normal_(layer.bias)
-    check_forward(layer, dense, ["o_proj"], layer.bias)
+    check_forward(layer, dense, members, layer.bias)
     kept = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
     addresses = {name: tensor.data_ptr() for name, tensor in kept.items()}
     assert len(addresses) >= 3
 
-    _, others, other_dense = make_group(["o_proj"], form, side, 33)
+    _, others, other_dense = make()
     initialize_layerwise_reload(layer)
     load(layer, others)
     if bias:
-        layer.bias.weight_loader(layer.bias, torch.randn(96))
+        for member in members:
+            values = torch.randn(ROWS[member])
+            layer.bias.weight_loader(layer.bias, values, *([SHARDS[member]] if SHARDS[member] is not None else []))
     finalize_layerwise_reload(layer, None)
     kept = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
     assert {name: tensor.data_ptr() for name, tensor in kept.items()} == addresses
     x = torch.randn(7, HIDDEN)
-    weight = other_dense["o_proj"].float()
+    weight = torch.cat([other_dense[member] for member in members]).float()
     y = layer.quant_method.apply(layer, x, layer.bias)
     expected = nn.functional.linear(x, weight, layer.bias)
     torch.testing.assert_close(y, expected, rtol=1e-3, atol=1e-3 * weight.abs().max().item())

@@ -29,8 +29,11 @@ from fermisvd.format import (
     check_permutation,
 )
 from fermisvd_vllm.layout import WEIGHT, Part, Slot, shard_of, slots_of
-from fermisvd_vllm.tuning import most_tokens
+from fermisvd_vllm.tuning import columns_most_tokens, outputs_most_tokens, rows_most_tokens
 from fermisvd_vllm.versions import LORA_DEVICE_NAME, member_of
+
+SECOND = {"svd": LOWRANK_A, "pivga": SKELETON}  # the factor that t is multiplied by
+SECOND_ALL = "second"  # those of all members, for the fused kernel
 
 
 class FermiSVDLinearMethod(LinearMethodBase):
@@ -54,7 +57,8 @@ class FermiSVDLinearMethod(LinearMethodBase):
         self.dense_gemm = UnquantizedLinearMethod()
         self.slots: dict[tuple[str, int], Slot] = {}
         self.filled: set[tuple[str, int]] = set()
-        self.fused: dict[int, int] = {}  # part -> up to how many tokens its fused kernel is the faster, 0 for never
+        # up to how many tokens a fused kernel is the faster, 0 for never; rows: part -> that
+        self.most_columns, self.most_outputs, self.most_rows = 0, 0, dict[int, int]()
         self.kept: dict[str, torch.Tensor] = {}  # what captured graphs read; a reload writes into it
         # --load-format dummy fills nothing through our loaders, and that is right
         self.loads_checkpoint = get_current_vllm_config().load_config.load_format != "dummy"
@@ -144,25 +148,65 @@ class FermiSVDLinearMethod(LinearMethodBase):
         flat = {name: getattr(layer, name).data for name in dict.fromkeys(name for name, _ in self.slots)}
         for name in flat:
             delattr(layer, name)
+        self.most_rows = {
+            number: rows_most_tokens(part.group.rank, self._rows(part), flat[SKELETON].dtype, flat[SKELETON].device)
+            for number, part in enumerate(self.parts)
+            if part.group and part.group.side == "rows"
+        }
+        first = self._prepare_first_products(layer, flat)
+        second = self._prepare_second_products(layer, flat) if len(first) == len(self.parts) > 1 else False
+        self.first, self.ranks = first, [self.parts[number].group.rank for number in first]
         for number, part in enumerate(self.parts):
-            matrices = self._matrices(part, flat)
-            if part.group and part.group.form == "pivga":
-                permutation = matrices.pop(PERMUTATION)
-                rank, rest = part.group.rank, len(permutation) - part.group.rank
-                self.fused[number] = most_tokens(
-                    part.group.side, rank, rest, matrices[SKELETON].dtype, permutation.device
-                )
-                self._register_permutation(layer, number, part.group, permutation)
-            for name, matrix in matrices.items():
-                # the fused kernel reads D as it lies, vLLM's GEMMs may lay it out anew
-                as_it_lies = name == INTERPOLATION and self.fused[number] > 0
-                self._register_factor(layer, f"{name}_{number}", matrix, prepare=not as_it_lies)
-        if LOWRANK_B in flat:  # the first products of all svd groups are one
-            columns = next(slot.shape[1] for (name, _), slot in self.slots.items() if name == LOWRANK_B)
-            self._register_factor(layer, LOWRANK_B, flat[LOWRANK_B].view(-1, columns))
-        self.ranks = [part.group.rank for part in self.parts if part.group and part.group.form == "svd"]
+            for name, matrix in self._matrices(part, flat).items():
+                if name == PERMUTATION:
+                    self._register_permutation(layer, number, part.group, matrix)
+                elif not (number in first and name == INTERPOLATION) and not (second and name in SECOND.values()):
+                    # the fused kernel of rows reads D as it lies, vLLM's GEMMs may lay it out anew
+                    as_it_lies = name == INTERPOLATION and self.most_rows.get(number)
+                    self._register_factor(layer, f"{name}_{number}", matrix, prepare=not as_it_lies)
         layer.register_buffer(LORA_DEVICE_NAME, next(iter(flat.values())).new_empty(0), persistent=False)
         self.on_ready(self)
+
+    def _prepare_first_products(self, layer: nn.Module, flat: dict[str, torch.Tensor]) -> list[int]:
+        """Parts whose t is computed in one go, side by side: all svd ones, or all pivga ones by the fused kernel."""
+        kinds = {(part.group.form, part.group.side) if part.group else None for part in self.parts}
+        if LOWRANK_B in flat:
+            columns = next(slot.shape[1] for (name, _), slot in self.slots.items() if name == LOWRANK_B)
+            self._register_factor(layer, LOWRANK_B, flat[LOWRANK_B].view(-1, columns))
+            return [number for number, part in enumerate(self.parts) if part.group and part.group.form == "svd"]
+        self.most_columns = 0
+        if kinds - {None} == {("pivga", "columns")}:
+            numbers = [number for number, part in enumerate(self.parts) if part.group]
+            permutations = flat[PERMUTATION].long().view(len(numbers), -1)
+            ranks = tuple(self.parts[number].group.rank for number in numbers)
+            d = flat[INTERPOLATION]
+            self.most_columns = columns_most_tokens(permutations.shape[1], ranks, d.dtype, d.device)
+            if self.most_columns:
+                self._register_factor(layer, INTERPOLATION, d, prepare=False)
+                layer.register_buffer("permutations", permutations)
+                return numbers
+        return []
+
+    def _prepare_second_products(self, layer: nn.Module, flat: dict[str, torch.Tensor]) -> bool:
+        """Whether those of all members are one fused kernel, their A or C_skel one after the other in member order."""
+        start, where = 0, {}
+        for part in self.parts:
+            where |= {member: (part.group.rank, start) for member in part.members}
+            start += part.group.rank
+        members = sorted(where)
+        name = SECOND[self.parts[0].group.form]
+        ranks, starts = (tuple(where[member][i] for member in members) for i in range(2))
+        sizes = tuple(self.member_rows[member] for member in members)
+        self.most_outputs = outputs_most_tokens(ranks, starts, sizes, flat[name].dtype, flat[name].device)
+        if self.most_outputs:
+            slots = [self.slots[name, member] for member in members]
+            ordered = torch.cat([flat[name][slot.offset : slot.offset + slot.size] for slot in slots])
+            self._register_factor(layer, SECOND_ALL, ordered, prepare=False)
+            self.outputs = list(ranks), list(starts), list(sizes)
+        return self.most_outputs > 0
+
+    def _rows(self, part: Part) -> int:
+        return sum(self.member_rows[member] for member in part.members)
 
     def _matrices(self, part: Part, flat: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The part's own tensors, members stacked by rows, as views of the flat parameters."""
@@ -189,51 +233,57 @@ class FermiSVDLinearMethod(LinearMethodBase):
 
     def _register_permutation(self, layer: nn.Module, number: int, group: Group, permutation: torch.Tensor) -> None:
         """Where each number goes: columns: of each input its place in [x[skel] | x[rest]], rows: of each of [z ; z D^T]
-        its output. A fused kernel of columns reads the permutation itself."""
+        its output."""
         # persistent: a reload of vLLM's copies no other buffers back into the storage that captured graphs read
-        if group.side == "columns" and not self.fused[number]:
+        if group.side == "rows":
+            layer.register_buffer(f"{PERMUTATION}_{number}", permutation.long())
+        elif not self.most_columns:
             layer.register_buffer(f"inverse_{number}", torch.argsort(permutation.long()))
-        else:
-            layer.register_buffer(f"permutation_{number}", permutation.long())
 
     def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x: (..., n) -> (..., m), this rank's share. Nothing here depends on data, so it traces and captures."""
-        projected = iter(self._multiply(layer, LOWRANK_B, x).split(self.ranks, dim=-1) if self.ranks else ())
+        t = self._first_products(layer, x) if self.first else None
+        if self.most_outputs:
+            a = self._weight(layer, SECOND_ALL)
+            y = torch.ops.fermisvd.low_rank_outputs(t, a, *self.outputs, self.most_outputs)
+            return y if bias is None else y + bias
+        side_by_side = iter(t.split(self.ranks, dim=-1) if self.first else ())
         outputs = []
         for number, part in enumerate(self.parts):
             if part.group is None:
                 outputs.append(self._multiply(layer, f"{WEIGHT}_{number}", x))
-            elif part.group.form == "svd":
-                outputs.append(self._multiply(layer, f"{LOWRANK_A}_{number}", next(projected)))
-            elif part.group.side == "columns":
-                outputs.append(self._pivga_columns(layer, number, x))
-            else:
+            elif part.group.side == "rows":
                 outputs.append(self._pivga_rows(layer, number, x))
+            else:
+                own = next(side_by_side) if number in self.first else self._pivga_columns(layer, number, x)
+                outputs.append(self._multiply(layer, f"{SECOND[part.group.form]}_{number}", own))
         y = outputs[0] if len(outputs) == 1 else self._in_member_order(outputs)
         return y if bias is None else y + bias
 
+    def _first_products(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """t of the parts `first`, side by side: x B^T, or x[skel] + x[rest] D^T by the fused kernel."""
+        if not self.most_columns:
+            return self._multiply(layer, LOWRANK_B, x)
+        d = self._weight(layer, INTERPOLATION)
+        return torch.ops.fermisvd.pivga_columns(x, d, layer.permutations, self.ranks, self.most_columns)
+
     def _pivga_columns(self, layer: nn.Module, number: int, x: torch.Tensor) -> torch.Tensor:
-        """t = x[skel] + x[rest] D^T; y = t C_skel^T."""
-        if most := self.fused[number]:
-            d, permutation = self._weight(layer, f"{INTERPOLATION}_{number}"), getattr(layer, f"permutation_{number}")
-            return self._multiply(
-                layer, f"{SKELETON}_{number}", torch.ops.fermisvd.pivga_columns(x, d, permutation, most)
-            )
+        """t = x[skel] + x[rest] D^T."""
         rank = self.parts[number].group.rank
         ordered = torch.empty_like(x, memory_format=torch.contiguous_format)  # [x[skel] | x[rest]]
         put(ordered, getattr(layer, f"inverse_{number}"), x)
         t = ordered[..., :rank]
         if rank < x.shape[-1]:
             t = t + self._multiply(layer, f"{INTERPOLATION}_{number}", ordered[..., rank:])
-        return self._multiply(layer, f"{SKELETON}_{number}", t)
+        return t
 
     def _pivga_rows(self, layer: nn.Module, number: int, x: torch.Tensor) -> torch.Tensor:
         """z = x R_skel^T; y = P [z ; z D^T]."""
         z = self._multiply(layer, f"{SKELETON}_{number}", x)
-        if most := self.fused[number]:
-            d, permutation = self._weight(layer, f"{INTERPOLATION}_{number}"), getattr(layer, f"permutation_{number}")
+        permutation = getattr(layer, f"{PERMUTATION}_{number}")
+        if most := self.most_rows[number]:
+            d = self._weight(layer, f"{INTERPOLATION}_{number}")
             return torch.ops.fermisvd.pivga_rows(z, d, permutation, most)
-        permutation = getattr(layer, f"permutation_{number}")
         rank, rows = z.shape[-1], len(permutation)
         y = z.new_empty(*z.shape[:-1], rows)
         put(y, permutation[:rank], z)

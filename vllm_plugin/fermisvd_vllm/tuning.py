@@ -5,6 +5,7 @@ import logging
 import statistics
 from collections.abc import Callable
 from functools import cache
+from itertools import accumulate
 
 import torch
 
@@ -12,39 +13,84 @@ logger = logging.getLogger("fermisvd")
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 ROUNDS, CALLS = 5, 10
+COARSE = 128  # ranks are measured in steps of it
 TOLERANCE = 2**-6  # of the largest value: a wrong kernel is off by far more, another order of summing by far less
 
 
-def most_tokens(side: str, rank: int, rest: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Largest token count, of BUCKETS, up to which the kernel of a `columns` or `rows` layer is always the faster.
+def columns_most_tokens(width: int, ranks: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> int:
+    """Up to how many tokens `columns_kernel` is the faster. width: n; ranks: r of each group."""
+    ranks = tuple(coarse(rank, width) for rank in ranks)
+    return most_tokens("columns", width, (ranks,), dtype, device) if min(ranks) < width else 0
 
-    rank: r; rest: rows or columns that are no skeleton, n - r or m - r; dtype, device: of D.
-    0 without a GPU, and, with a warning, where the kernel does not run or its result is not the plain operations'.
+
+def outputs_most_tokens(
+    ranks: tuple[int, ...], starts: tuple[int, ...], sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> int:
+    """Up to how many tokens `outputs_kernel` is the faster. ranks, starts, sizes: of each member, as the kernel's."""
+    groups = dict(sorted(zip(starts, (coarse(rank) for rank in ranks), strict=True)))  # where it starts -> its rank
+    begins = dict(zip(groups, accumulate(groups.values(), initial=0), strict=False))
+    shape = tuple(groups[start] for start in starts), tuple(begins[start] for start in starts), sizes
+    return most_tokens("outputs", sum(groups.values()), shape, dtype, device)
+
+
+def rows_most_tokens(rank: int, height: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Up to how many tokens `rows_kernel` is the faster. height: m."""
+    rank = coarse(rank, height)
+    return most_tokens("rows", rank, (height,), dtype, device) if rank < height else 0
+
+
+def coarse(rank: int, most: int | None = None) -> int:
+    """The rank to measure in the place of this one: layers of a model differ in rank, and few shapes are measured.
+    A rank that loads cannot be wide at is measured as it is."""
+    near = rank if rank % 16 else -(-rank // COARSE) * COARSE
+    return near if most is None else min(near, most)
+
+
+def most_tokens(side: str, inner: int, shape: tuple, dtype: torch.dtype, device: torch.device) -> int:
+    """Largest token count, of BUCKETS, up to which a kernel always beats its reference; side: columns, outputs, rows.
+
+    inner: width of the kernel's first argument. 0 without a GPU, and, with a warning, where the kernel does not run or
+    its result is not the reference's.
     """
-    return _measured(side, rank, rest, dtype, device) if device.type == "cuda" and rank and rest else 0
+    return _measured(side, inner, shape, dtype, device) if device.type == "cuda" else 0
+
+
+def operands(side: str, inner: int, shape: tuple, dtype: torch.dtype, device: torch.device) -> tuple:
+    """What the kernel takes after x, with random weights."""
+
+    def weights(*sizes: int) -> torch.Tensor:
+        return torch.randn(*sizes, dtype=dtype, device=device) / inner**0.5
+
+    if side == "columns":
+        (ranks,) = shape
+        permutation = torch.arange(inner, device=device).roll(inner // 3).expand(len(ranks), -1).contiguous()
+        return weights(sum(r * (inner - r) for r in ranks)), permutation, ranks
+    if side == "outputs":
+        ranks, starts, sizes = shape
+        return weights(sum(m * r for m, r in zip(sizes, ranks, strict=True))), ranks, starts, sizes
+    (height,) = shape
+    return weights(height - inner, inner), torch.arange(height, device=device).roll(height // 3)
 
 
 @cache
-def _measured(side: str, rank: int, rest: int, dtype: torch.dtype, device: torch.device) -> int:
+def _measured(side: str, inner: int, shape: tuple, dtype: torch.dtype, device: torch.device) -> int:
     from fermisvd_vllm import kernels
 
     kernel, reference = getattr(kernels, f"{side}_kernel"), getattr(kernels, f"{side}_reference")
-    shape = (rank, rest) if side == "columns" else (rest, rank)
-    d = torch.randn(shape, dtype=dtype, device=device) / rank
-    permutation = torch.arange(rank + rest, device=device).roll(rest // 2)
+    more = operands(side, inner, shape, dtype, device)
     best = 0
     try:
         for tokens in BUCKETS:
-            x = torch.randn(tokens, rank + rest if side == "columns" else rank, dtype=dtype, device=device)
-            expected = reference(x, d, permutation)
-            error = (kernel(x, d, permutation) - expected).abs().max() / expected.abs().max()
+            x = torch.randn(tokens, inner, dtype=dtype, device=device)
+            expected = reference(x, *more)
+            error = (kernel(x, *more) - expected).abs().max() / expected.abs().max()
             if not error <= TOLERANCE:
                 raise RuntimeError(f"its result is off by {error:.1e} of the largest value")
-            if seconds(lambda x=x: kernel(x, d, permutation)) >= seconds(lambda x=x: reference(x, d, permutation)):
+            if seconds(lambda x=x: kernel(x, *more)) >= seconds(lambda x=x: reference(x, *more)):
                 break
             best = tokens
     except Exception as error:
-        logger.warning("the fused kernel for rank %d is not used: %s: %s", rank, type(error).__name__, error)
+        logger.warning("the fused kernel for %s %s is not used: %s: %s", side, shape, type(error).__name__, error)
         return 0
     return best
 
