@@ -12,6 +12,7 @@ first, an engine at a time. Results: benchmarks/results/load-NAME-REMOVE.json.
 """
 
 import argparse
+import io
 import json
 import os
 import re
@@ -22,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 
 from records import RESULTS, new_record, write_record
@@ -93,24 +94,22 @@ def quietly(command: list[str]) -> None:
 
 
 def ask(server: Server, folder: Path, options: list[str], seed: int, scratch: Path) -> dict[str, float]:
-    """One run of `vllm bench serve`, after a warm-up. Raises SystemExit if it or a request failed."""
-    result = scratch / "result.json"
-    command = [
-        *VLLM,
-        "bench",
-        "serve",
-        "--base-url",
-        server.address,
-        "--model",
-        str(folder),
-        "--dataset-name",
-        "random",
-    ]
-    command += ["--tokenizer", str(TOKENIZER), "--ignore-eos", "--temperature", "0", "--seed", str(seed)]
-    command += ["--num-warmups", "2", "--disable-tqdm", "--save-result", "--result-dir", str(scratch)]
-    command += ["--result-filename", result.name, "--percentile-metrics", "ttft,tpot", *options]
-    quietly(command)
-    found = json.loads(result.read_text())
+    """One run of `vllm bench serve`, after a warm-up. Raises SystemExit if a request failed.
+
+    It runs in this process: its imports take longer than some of the runs, on the cores that the servers need.
+    """
+    from vllm.benchmarks.serve import add_cli_args, main
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = FlexibleArgumentParser()
+    add_cli_args(parser)
+    given = ["--base-url", server.address, "--model", str(folder), "--dataset-name", "random"]
+    given += ["--tokenizer", str(TOKENIZER), "--ignore-eos", "--temperature", "0", "--seed", str(seed)]
+    given += ["--num-warmups", "2", "--disable-tqdm", "--save-result", "--result-dir", str(scratch)]
+    given += ["--result-filename", "result.json", "--percentile-metrics", "ttft,tpot", *options]
+    with redirect_stdout(io.StringIO()):
+        main(parser.parse_args(given))
+    found = json.loads((scratch / "result.json").read_text())
     if found.get("failed"):
         raise SystemExit(f"{folder.name}: {found['failed']} requests failed")
     return {name: found[name] for name in FIGURES}
@@ -152,6 +151,7 @@ def measure(arguments: argparse.Namespace) -> None:
         if len(arguments.model) == 1:
             serve_options = ["--load-format", "dummy", *serve_options]
         serve_options = ["--no-enable-prefix-caching", *serve_options]  # the same prompts are asked again
+        stream_options = ["--stream-interval", str(arguments.stream_interval)]
         runs: dict[str, list[dict]] = {}
         for repeat in range(arguments.repeats if arguments.offline else 0):
             for form in FORMS:
@@ -160,7 +160,7 @@ def measure(arguments: argparse.Namespace) -> None:
                     print(repeat, case, form, f"{figures['total_token_throughput']:.1f} tokens/s", flush=True)
         for form in FORMS:
             log, begin = scratch / f"{form}.log", time.perf_counter()
-            servers[form] = stack.enter_context(serve(folders[form], log, *serve_options, limit=900))
+            servers[form] = stack.enter_context(serve(folders[form], log, *serve_options, *stream_options, limit=900))
             about[form]["start_seconds"] = round(time.perf_counter() - begin, 1)
             about[form]["low_rank_numbers"] = check_held(form, log, about[form].get("layers"))
             about[form]["kv_cache_tokens"] = number_in(log, KV_TOKENS)
@@ -293,6 +293,8 @@ if __name__ == "__main__":
     parser.add_argument("--rate-prompts", type=int, default=64)
     parser.add_argument("--decode-only", action="store_true", help="leave prefill and mixed out")
     parser.add_argument("--offline", action="store_true", help="vllm bench throughput and latency, too")
+    # a streamed token costs server and client most of a millisecond: on two cores that is what would be measured
+    parser.add_argument("--stream-interval", type=int, default=16, help="tokens of an answer sent at once")
     parser.add_argument("--serve", default="", help="further options of vllm serve")
     parser.add_argument("--table-only", action="store_true")
     arguments = parser.parse_args()

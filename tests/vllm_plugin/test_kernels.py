@@ -72,8 +72,10 @@ WAYS = pytest.mark.parametrize("way", ["kernel", "reference"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("tokens", "ranks", "width"),
-    [(1, [5], 96), (7, [33], 96), (17, [64], 200), (70, [20], 130), (16, [96], 97), (3, [1], 40), (2, [40], 40)]
-    + [(5, [16, 5, 33], 96), (20, [64, 1], 80), (66, [70, 130, 3], 200), (4, [8, 60, 60, 20], 60)],
+    [
+        *[(1, [5], 96), (7, [33], 96), (17, [64], 200), (70, [20], 130), (16, [96], 97), (3, [1], 40), (2, [40], 40)],
+        *[(5, [16, 5, 33], 96), (20, [64, 1], 80), (66, [70, 130, 3], 200), (4, [8, 60, 60, 20], 60)],
+    ],
 )
 @WAYS
 def test_columns(kernels, way, tokens, ranks, width, dtype):
@@ -84,8 +86,10 @@ def test_columns(kernels, way, tokens, ranks, width, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("tokens", "members"),
-    [(1, [(0, 5, 96), (1, 16, 32)]), (17, [(0, 70, 33), (1, 7, 17), (2, 64, 5)])]
-    + [(66, [(0, 20, 40), (1, 9, 100), (0, 20, 16)]), (3, [(1, 4, 1), (0, 6, 70)])],  # members of a group far apart
+    [
+        *[(1, [(0, 5, 96), (1, 16, 32)]), (17, [(0, 70, 33), (1, 7, 17), (2, 64, 5)])],
+        *[(66, [(0, 20, 40), (1, 9, 100), (0, 20, 16)]), (3, [(1, 4, 1), (0, 6, 70)])],  # members of a group far apart
+    ],
 )
 @WAYS
 def test_outputs(kernels, way, tokens, members, dtype):

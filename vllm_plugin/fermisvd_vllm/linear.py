@@ -191,7 +191,7 @@ class FermiSVDLinearMethod(LinearMethodBase):
         """Whether those of all members are one fused kernel, their A or C_skel one after the other in member order."""
         start, where = 0, {}
         for part in self.parts:
-            where |= {member: (part.group.rank, start) for member in part.members}
+            where |= dict.fromkeys(part.members, (part.group.rank, start))
             start += part.group.rank
         members = sorted(where)
         name = SECOND[self.parts[0].group.form]
