@@ -57,7 +57,7 @@ def uniform_rank(group: LinearGroup, remove: float, form: Form) -> float:
 
 
 def auto_alignment(group: LinearGroup) -> int:
-    """Alignment step of a group's rank: 64, a GEMM tile, from k = 2048 on; below, the power of two next below k / 64."""
+    """Alignment step of a group's rank: 64, a GEMM tile, from k = 2048; below, the power of two next below k / 64."""
     return 64 if group.full_rank >= 2048 else 2 ** int(math.log2(max(1, group.full_rank / 64)))
 
 

@@ -16,7 +16,7 @@ from fermisvd.format import FermiSVDConfig as CheckpointConfig
 from fermisvd.format import FormatError, Group
 from fermisvd.pivga import dense_product, fix_gauge
 from fermisvd_vllm.config import FermiSVDConfig
-from fermisvd_vllm.tuning import columns_most_tokens, outputs_most_tokens, rows_most_tokens
+from fermisvd_vllm.tuning import columns_most_tokens, outputs_most_tokens
 
 HIDDEN, HEAD, HEADS, KV_HEADS = 96, 32, 3, 1
 ROWS = {"q_proj": 96, "k_proj": 32, "v_proj": 32, "o_proj": 96, "gate_proj": 136, "up_proj": 136}
@@ -131,24 +131,31 @@ def always_faster(kernels, monkeypatch):
     """Makes the fused kernels the chosen ones up to that many tokens."""
 
     def choose(most):
-        for side in ("columns", "outputs", "rows"):
+        for side in ("columns", "outputs"):
             monkeypatch.setattr(f"fermisvd_vllm.linear.{side}_most_tokens", lambda *_: most)
 
     return choose
 
 
 @pytest.mark.parametrize("most", [2, 50])  # fewer tokens than check_forward's seven, and more
-@pytest.mark.parametrize("kind", ["qkv_proj", "o_proj"])
 @pytest.mark.parametrize("rank", [1, 33, 96])
-def test_fused_kernels_equal_the_dense_product(always_faster, kind, rank, most):
+def test_fused_kernel_equals_the_dense_product(always_faster, rank, most):
     always_faster(most)
-    members = ["q_proj", "k_proj", "v_proj"] if kind == "qkv_proj" else ["o_proj"]
-    group, tensors, dense = make_group(members, "pivga", "columns" if kind == "qkv_proj" else "rows", rank)
-    layer = make_layer(kind, [group])
+    members = ["q_proj", "k_proj", "v_proj"]
+    group, tensors, dense = make_group(members, "pivga", "columns", rank)
+    layer = make_layer("qkv_proj", [group])
     load(layer, tensors)
     check_forward(layer, dense, members)
-    method = layer.quant_method
-    assert (method.most_columns, method.most_rows.get(0, 0)) == ((most, 0) if kind == "qkv_proj" else (0, most))
+    assert layer.quant_method.most_columns == most
+
+
+@pytest.mark.parametrize("rank", [1, 33, 96])
+def test_rows_are_put_in_order_by_loads_on_a_gpu(monkeypatch, rank):
+    monkeypatch.setattr("fermisvd_vllm.linear.STORING_DEVICES", set())
+    group, tensors, dense = make_group(["o_proj"], "pivga", "rows", rank)
+    layer = make_layer("o_proj", [group])
+    load(layer, tensors)
+    check_forward(layer, dense, ["o_proj"])
 
 
 @pytest.mark.parametrize("most", [2, 50])
@@ -173,23 +180,17 @@ def test_fused_kernels_of_several_groups(always_faster, partition, form, most):
 def test_no_kernel_is_measured_without_a_gpu():
     bfloat16_on_cpu = torch.bfloat16, torch.device("cpu")
     assert columns_most_tokens(128, (64,), *bfloat16_on_cpu) == 0
-    assert outputs_most_tokens((64, 32), (0, 64), (96, 96), *bfloat16_on_cpu) == 0
-    assert rows_most_tokens(64, 128, *bfloat16_on_cpu) == 0
+    assert outputs_most_tokens((64, 32), (96, 96), *bfloat16_on_cpu) == 0
 
 
 def test_layers_of_like_ranks_are_measured_once(monkeypatch):
-    """Ranks are rounded up where loads stay wide; starts in t follow."""
+    """Ranks are rounded up where loads stay wide."""
     asked = []
-    monkeypatch.setattr("fermisvd_vllm.tuning.most_tokens", lambda side, inner, shape, *_: asked.append((inner, shape)))
+    monkeypatch.setattr("fermisvd_vllm.tuning.most_tokens", lambda side, shape, *_: asked.append(shape))
     more = torch.bfloat16, torch.device("cuda")
     columns_most_tokens(4096, (720, 1000), *more)
-    outputs_most_tokens((720, 48, 720), (48, 0, 48), (10, 20, 30), *more)
-    rows_most_tokens(1000, 4096, *more)
-    assert asked == [
-        (4096, ((768, 1000),)),
-        (768 + 128, ((768, 128, 768), (128, 0, 128), (10, 20, 30))),
-        (1000, (4096,)),
-    ]
+    outputs_most_tokens((720, 48, 720), (10, 20, 30), *more)
+    assert asked == [(4096, (768, 1000)), ((768, 128, 768), (10, 20, 30))]
 
 
 def test_layer_in_no_group_is_vllms_own():
@@ -331,8 +332,8 @@ def test_reload_under_fused_kernels_of_several_groups(kind, form, side, always_f
     check_reload(kind, PARTITIONS["mixed"], form, side, True, monkeypatch)
 
 
-def test_reload_under_the_fused_kernel_of_rows(always_faster, monkeypatch):
-    always_faster(50)
+def test_reload_where_rows_are_put_in_order_by_loads(monkeypatch):
+    monkeypatch.setattr("fermisvd_vllm.linear.STORING_DEVICES", set())
     check_reload("o_proj", [["o_proj"]], "pivga", "rows", False, monkeypatch)
 
 

@@ -29,11 +29,13 @@ from fermisvd.format import (
     check_permutation,
 )
 from fermisvd_vllm.layout import WEIGHT, Part, Slot, shard_of, slots_of
-from fermisvd_vllm.tuning import columns_most_tokens, outputs_most_tokens, rows_most_tokens
+from fermisvd_vllm.tuning import columns_most_tokens, outputs_most_tokens
 from fermisvd_vllm.versions import LORA_DEVICE_NAME, member_of
 
 SECOND = {"svd": LOWRANK_A, "pivga": SKELETON}  # the factor that t is multiplied by
-SECOND_ALL = "second"  # those of all members, for the fused kernel
+# where the outputs of a rows layer are stored in order: a CPU's compiled code would load them anew in every reader
+STORING_DEVICES = {"cpu"}
+SECOND_OF = "second"  # a member's own, for the fused kernel
 
 
 class FermiSVDLinearMethod(LinearMethodBase):
@@ -57,8 +59,7 @@ class FermiSVDLinearMethod(LinearMethodBase):
         self.dense_gemm = UnquantizedLinearMethod()
         self.slots: dict[tuple[str, int], Slot] = {}
         self.filled: set[tuple[str, int]] = set()
-        # up to how many tokens a fused kernel is the faster, 0 for never; rows: part -> that
-        self.most_columns, self.most_outputs, self.most_rows = 0, 0, dict[int, int]()
+        self.most_columns, self.most_outputs = 0, 0  # up to how many tokens a fused kernel is the faster, 0 for never
         self.kept: dict[str, torch.Tensor] = {}  # what captured graphs read; a reload writes into it
         # --load-format dummy fills nothing through our loaders, and that is right
         self.loads_checkpoint = get_current_vllm_config().load_config.load_format != "dummy"
@@ -95,7 +96,8 @@ class FermiSVDLinearMethod(LinearMethodBase):
         self.slots = slots_of(
             self.parts, member_sections, (input_size, input_size_per_partition), kind, self.tp_size, self.layer_name
         )
-        self.dense_numbers = sum(self.member_rows) * input_size_per_partition
+        self.width = input_size_per_partition
+        self.dense_numbers = sum(self.member_rows) * self.width
         for name in dict.fromkeys(name for name, _ in self.slots):
             own = {member: slot for (other, member), slot in self.slots.items() if other == name}
             if name == PERMUTATION:
@@ -148,65 +150,41 @@ class FermiSVDLinearMethod(LinearMethodBase):
         flat = {name: getattr(layer, name).data for name in dict.fromkeys(name for name, _ in self.slots)}
         for name in flat:
             delattr(layer, name)
-        self.most_rows = {
-            number: rows_most_tokens(part.group.rank, self._rows(part), flat[SKELETON].dtype, flat[SKELETON].device)
-            for number, part in enumerate(self.parts)
-            if part.group and part.group.side == "rows"
-        }
-        first = self._prepare_first_products(layer, flat)
-        second = self._prepare_second_products(layer, flat) if len(first) == len(self.parts) > 1 else False
-        self.first, self.ranks = first, [self.parts[number].group.rank for number in first]
+        self.svd = [number for number, part in enumerate(self.parts) if part.group and part.group.form == "svd"]
+        if LOWRANK_B in flat:  # the first products of all svd groups are one
+            self._register_factor(layer, LOWRANK_B, flat[LOWRANK_B].view(-1, self.width))
+        self._choose_kernels(flat)
         for number, part in enumerate(self.parts):
             for name, matrix in self._matrices(part, flat).items():
                 if name == PERMUTATION:
                     self._register_permutation(layer, number, part.group, matrix)
-                elif not (number in first and name == INTERPOLATION) and not (second and name in SECOND.values()):
-                    # the fused kernel of rows reads D as it lies, vLLM's GEMMs may lay it out anew
-                    as_it_lies = name == INTERPOLATION and self.most_rows.get(number)
-                    self._register_factor(layer, f"{name}_{number}", matrix, prepare=not as_it_lies)
+                    continue
+                if name in SECOND.values() and self.most_outputs:
+                    pieces = matrix.split([self.member_rows[member] for member in part.members])
+                    for member, piece in zip(part.members, pieces, strict=True):
+                        self._register_factor(layer, f"{SECOND_OF}_{member}", piece, prepare=False)
+                    continue
+                # the fused kernel reads D as it lies, vLLM's GEMMs may lay it out anew
+                as_it_lies = name == INTERPOLATION and self.most_columns > 0
+                self._register_factor(layer, f"{name}_{number}", matrix, prepare=not as_it_lies)
         layer.register_buffer(LORA_DEVICE_NAME, next(iter(flat.values())).new_empty(0), persistent=False)
         self.on_ready(self)
 
-    def _prepare_first_products(self, layer: nn.Module, flat: dict[str, torch.Tensor]) -> list[int]:
-        """Parts whose t is computed in one go, side by side: all svd ones, or all pivga ones by the fused kernel."""
-        kinds = {(part.group.form, part.group.side) if part.group else None for part in self.parts}
-        if LOWRANK_B in flat:
-            columns = next(slot.shape[1] for (name, _), slot in self.slots.items() if name == LOWRANK_B)
-            self._register_factor(layer, LOWRANK_B, flat[LOWRANK_B].view(-1, columns))
-            return [number for number, part in enumerate(self.parts) if part.group and part.group.form == "svd"]
-        self.most_columns = 0
-        if kinds - {None} == {("pivga", "columns")}:
-            numbers = [number for number, part in enumerate(self.parts) if part.group]
-            permutations = flat[PERMUTATION].long().view(len(numbers), -1)
-            ranks = tuple(self.parts[number].group.rank for number in numbers)
-            d = flat[INTERPOLATION]
-            self.most_columns = columns_most_tokens(permutations.shape[1], ranks, d.dtype, d.device)
-            if self.most_columns:
-                self._register_factor(layer, INTERPOLATION, d, prepare=False)
-                layer.register_buffer("permutations", permutations)
-                return numbers
-        return []
-
-    def _prepare_second_products(self, layer: nn.Module, flat: dict[str, torch.Tensor]) -> bool:
-        """Whether those of all members are one fused kernel, their A or C_skel one after the other in member order."""
-        start, where = 0, {}
-        for part in self.parts:
-            where |= dict.fromkeys(part.members, (part.group.rank, start))
-            start += part.group.rank
-        members = sorted(where)
-        name = SECOND[self.parts[0].group.form]
-        ranks, starts = (tuple(where[member][i] for member in members) for i in range(2))
-        sizes = tuple(self.member_rows[member] for member in members)
-        self.most_outputs = outputs_most_tokens(ranks, starts, sizes, flat[name].dtype, flat[name].device)
-        if self.most_outputs:
-            slots = [self.slots[name, member] for member in members]
-            ordered = torch.cat([flat[name][slot.offset : slot.offset + slot.size] for slot in slots])
-            self._register_factor(layer, SECOND_ALL, ordered, prepare=False)
-            self.outputs = list(ranks), list(starts), list(sizes)
-        return self.most_outputs > 0
-
-    def _rows(self, part: Part) -> int:
-        return sum(self.member_rows[member] for member in part.members)
+    def _choose_kernels(self, flat: dict[str, torch.Tensor]) -> None:
+        """Up to how many tokens each fused kernel is the faster: columns where all groups are pivga of that side,
+        outputs where all parts are compressed and several."""
+        sample = next(tensor for tensor in flat.values() if tensor.is_floating_point())
+        like = sample.dtype, sample.device
+        groups = [part.group for part in self.parts if part.group]
+        ranks = tuple(group.rank for group in groups)
+        kinds = {(group.form, group.side) for group in groups}
+        columns = kinds == {("pivga", "columns")}
+        self.most_columns = columns_most_tokens(self.width, ranks, *like) if columns else 0
+        self.most_outputs = 0
+        if len(self.parts) == len(groups) > 1 and (self.most_columns or kinds == {("svd", None)}):
+            of_member = {member: part.group.rank for part in self.parts for member in part.members}
+            by_member = tuple(of_member[member] for member in sorted(of_member))
+            self.most_outputs = outputs_most_tokens(by_member, tuple(self.member_rows), *like)
 
     def _matrices(self, part: Part, flat: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The part's own tensors, members stacked by rows, as views of the flat parameters."""
@@ -232,22 +210,23 @@ class FermiSVDLinearMethod(LinearMethodBase):
             factor.weight = old
 
     def _register_permutation(self, layer: nn.Module, number: int, group: Group, permutation: torch.Tensor) -> None:
-        """Where each number goes: columns: of each input its place in [x[skel] | x[rest]], rows: of each of [z ; z D^T]
-        its output."""
+        """columns: of each input its place in [x[skel] | x[rest]]; rows: of each of [z | z D^T] its output, or where
+        that is loaded, of each output its place."""
         # persistent: a reload of vLLM's copies no other buffers back into the storage that captured graphs read
-        if group.side == "rows":
+        if group.side == "rows" and permutation.device.type in STORING_DEVICES:
             layer.register_buffer(f"{PERMUTATION}_{number}", permutation.long())
-        elif not self.most_columns:
-            layer.register_buffer(f"inverse_{number}", torch.argsort(permutation.long()))
+        else:
+            layer.register_buffer(f"places_{number}", torch.argsort(permutation.long()))
 
     def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x: (..., n) -> (..., m), this rank's share. Nothing here depends on data, so it traces and captures."""
-        t = self._first_products(layer, x) if self.first else None
+        t = self._first_products(layer, x)
         if self.most_outputs:
-            a = self._weight(layer, SECOND_ALL)
-            y = torch.ops.fermisvd.low_rank_outputs(t, a, *self.outputs, self.most_outputs)
+            of_member = {member: t[number] for number, part in enumerate(self.parts) for member in part.members}
+            members = sorted(of_member)
+            a = [self._weight(layer, f"{SECOND_OF}_{member}") for member in members]
+            y = torch.ops.fermisvd.low_rank_outputs([of_member[member] for member in members], a, self.most_outputs)
             return y if bias is None else y + bias
-        side_by_side = iter(t.split(self.ranks, dim=-1) if self.first else ())
         outputs = []
         for number, part in enumerate(self.parts):
             if part.group is None:
@@ -255,40 +234,44 @@ class FermiSVDLinearMethod(LinearMethodBase):
             elif part.group.side == "rows":
                 outputs.append(self._pivga_rows(layer, number, x))
             else:
-                own = next(side_by_side) if number in self.first else self._pivga_columns(layer, number, x)
-                outputs.append(self._multiply(layer, f"{SECOND[part.group.form]}_{number}", own))
+                outputs.append(self._multiply(layer, f"{SECOND[part.group.form]}_{number}", t[number]))
         y = outputs[0] if len(outputs) == 1 else self._in_member_order(outputs)
         return y if bias is None else y + bias
 
-    def _first_products(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        """t of the parts `first`, side by side: x B^T, or x[skel] + x[rest] D^T by the fused kernel."""
-        if not self.most_columns:
-            return self._multiply(layer, LOWRANK_B, x)
-        d = self._weight(layer, INTERPOLATION)
-        return torch.ops.fermisvd.pivga_columns(x, d, layer.permutations, self.ranks, self.most_columns)
-
-    def _pivga_columns(self, layer: nn.Module, number: int, x: torch.Tensor) -> torch.Tensor:
-        """t = x[skel] + x[rest] D^T."""
-        rank = self.parts[number].group.rank
-        ordered = torch.empty_like(x, memory_format=torch.contiguous_format)  # [x[skel] | x[rest]]
-        put(ordered, getattr(layer, f"inverse_{number}"), x)
-        t = ordered[..., :rank]
-        if rank < x.shape[-1]:
-            t = t + self._multiply(layer, f"{INTERPOLATION}_{number}", ordered[..., rank:])
+    def _first_products(self, layer: nn.Module, x: torch.Tensor) -> dict[int, torch.Tensor]:
+        """Part -> t, (..., r): x B^T of the svd ones, in one product, and x[skel] + x[rest] D^T of the columns ones."""
+        t = {}
+        if self.svd:
+            ranks = [self.parts[number].group.rank for number in self.svd]
+            t |= dict(zip(self.svd, self._multiply(layer, LOWRANK_B, x).split(ranks, dim=-1), strict=True))
+        columns = [n for n, part in enumerate(self.parts) if part.group and part.group.side == "columns"]
+        s = {}  # [x[skel] | x[rest]]
+        for number in columns:
+            s[number] = torch.empty_like(x, memory_format=torch.contiguous_format)
+            put(s[number], getattr(layer, f"places_{number}"), x)
+        if self.most_columns:
+            d = [self._weight(layer, f"{INTERPOLATION}_{number}") for number in columns]
+            torch.ops.fermisvd.pivga_columns(list(s.values()), d, self.most_columns)
+        for number in columns:
+            rank = self.parts[number].group.rank
+            t[number] = s[number][..., :rank]
+            if rank < self.width and not self.most_columns:
+                t[number] = t[number] + self._multiply(layer, f"{INTERPOLATION}_{number}", s[number][..., rank:])
         return t
 
     def _pivga_rows(self, layer: nn.Module, number: int, x: torch.Tensor) -> torch.Tensor:
         """z = x R_skel^T; y = P [z ; z D^T]."""
         z = self._multiply(layer, f"{SKELETON}_{number}", x)
+        rank = self.parts[number].group.rank
+        rows = sum(self.member_rows[member] for member in self.parts[number].members)
+        p = self._multiply(layer, f"{INTERPOLATION}_{number}", z) if rank < rows else z[..., :1]
+        if x.device.type not in STORING_DEVICES:
+            return loaded(z, p, getattr(layer, f"places_{number}"))
         permutation = getattr(layer, f"{PERMUTATION}_{number}")
-        if most := self.most_rows[number]:
-            d = self._weight(layer, f"{INTERPOLATION}_{number}")
-            return torch.ops.fermisvd.pivga_rows(z, d, permutation, most)
-        rank, rows = z.shape[-1], len(permutation)
         y = z.new_empty(*z.shape[:-1], rows)
         put(y, permutation[:rank], z)
         if rank < rows:
-            put(y, permutation[rank:], self._multiply(layer, f"{INTERPOLATION}_{number}", z))
+            put(y, permutation[rank:], p)
         return y
 
     def _weight(self, layer: nn.Module, name: str) -> torch.Tensor:
@@ -309,12 +292,17 @@ class FermiSVDLinearMethod(LinearMethodBase):
 
 
 def put(y: torch.Tensor, index: torch.Tensor, x: torch.Tensor) -> None:
-    """y[..., index] = x, a scatter rather than a gather (docs/decisions.md): the norm before it can store straight
-    into y; a gather would be done again in each reader of y on a CPU."""
+    """y[..., index] = x: a compiled norm stores x straight into y, where a gather is done apart (docs/decisions.md)."""
     if torch.compiler.is_compiling():
         y[..., index] = x
     else:  # eager, scatter_ is three times as fast; compiled it costs a copy of y
         y.scatter_(-1, index.expand(x.shape), x)
+
+
+def loaded(z: torch.Tensor, p: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """[z | p][..., places], without joining the two: a compiled residual add or norm loads from both."""
+    rank = z.shape[-1]
+    return torch.where(places < rank, z[..., places.clamp(max=rank - 1)], p[..., (places - rank).clamp(min=0)])
 
 
 def _stored_rows(layer: nn.Module, output_size: int) -> list[int]:

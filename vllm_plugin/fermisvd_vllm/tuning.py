@@ -5,7 +5,6 @@ import logging
 import statistics
 from collections.abc import Callable
 from functools import cache
-from itertools import accumulate
 
 import torch
 
@@ -20,23 +19,14 @@ TOLERANCE = 2**-6  # of the largest value: a wrong kernel is off by far more, an
 def columns_most_tokens(width: int, ranks: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> int:
     """Up to how many tokens `columns_kernel` is the faster. width: n; ranks: r of each group."""
     ranks = tuple(coarse(rank, width) for rank in ranks)
-    return most_tokens("columns", width, (ranks,), dtype, device) if min(ranks) < width else 0
+    return most_tokens("columns", (width, ranks), dtype, device) if min(ranks) < width else 0
 
 
 def outputs_most_tokens(
-    ranks: tuple[int, ...], starts: tuple[int, ...], sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ranks: tuple[int, ...], sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> int:
-    """Up to how many tokens `outputs_kernel` is the faster. ranks, starts, sizes: of each member, as the kernel's."""
-    groups = dict(sorted(zip(starts, (coarse(rank) for rank in ranks), strict=True)))  # where it starts -> its rank
-    begins = dict(zip(groups, accumulate(groups.values(), initial=0), strict=False))
-    shape = tuple(groups[start] for start in starts), tuple(begins[start] for start in starts), sizes
-    return most_tokens("outputs", sum(groups.values()), shape, dtype, device)
-
-
-def rows_most_tokens(rank: int, height: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Up to how many tokens `rows_kernel` is the faster. height: m."""
-    rank = coarse(rank, height)
-    return most_tokens("rows", rank, (height,), dtype, device) if rank < height else 0
+    """Up to how many tokens `outputs_kernel` is the faster. ranks, sizes: r and m of each member."""
+    return most_tokens("outputs", (tuple(coarse(rank) for rank in ranks), sizes), dtype, device)
 
 
 def coarse(rank: int, most: int | None = None) -> int:
@@ -46,47 +36,39 @@ def coarse(rank: int, most: int | None = None) -> int:
     return near if most is None else min(near, most)
 
 
-def most_tokens(side: str, inner: int, shape: tuple, dtype: torch.dtype, device: torch.device) -> int:
-    """Largest token count, of BUCKETS, up to which a kernel always beats its reference; side: columns, outputs, rows.
+def most_tokens(side: str, shape: tuple, dtype: torch.dtype, device: torch.device) -> int:
+    """Largest token count, of BUCKETS, up to which a kernel always beats its reference.
 
-    inner: width of the kernel's first argument. 0 without a GPU, and, with a warning, where the kernel does not run or
-    its result is not the reference's.
+    side, shape: columns, (n, ranks); outputs, (ranks, sizes). 0 without a GPU, and, with a warning, where the kernel
+    does not run or its result is not the reference's.
     """
-    return _measured(side, inner, shape, dtype, device) if device.type == "cuda" else 0
+    return _measured(side, shape, dtype, device) if device.type == "cuda" else 0
 
 
-def operands(side: str, inner: int, shape: tuple, dtype: torch.dtype, device: torch.device) -> tuple:
-    """What the kernel takes after x, with random weights."""
+def operands(side: str, shape: tuple, tokens: int, dtype: torch.dtype, device: torch.device) -> tuple:
+    """Random ones of a kernel."""
 
-    def weights(*sizes: int) -> torch.Tensor:
-        return torch.randn(*sizes, dtype=dtype, device=device) / inner**0.5
+    def random(*sizes: int) -> torch.Tensor:
+        return torch.randn(*sizes, dtype=dtype, device=device) / sizes[-1] ** 0.5
 
     if side == "columns":
-        (ranks,) = shape
-        permutation = torch.arange(inner, device=device).roll(inner // 3).expand(len(ranks), -1).contiguous()
-        return weights(sum(r * (inner - r) for r in ranks)), permutation, ranks
-    if side == "outputs":
-        ranks, starts, sizes = shape
-        return weights(sum(m * r for m, r in zip(sizes, ranks, strict=True))), ranks, starts, sizes
-    (height,) = shape
-    return weights(height - inner, inner), torch.arange(height, device=device).roll(height // 3)
+        width, ranks = shape
+        return [random(tokens, width) for _ in ranks], [random(rank, width - rank) for rank in ranks]
+    ranks, sizes = shape
+    return [random(tokens, rank) for rank in ranks], [random(*size) for size in zip(sizes, ranks, strict=True)]
 
 
 @cache
-def _measured(side: str, inner: int, shape: tuple, dtype: torch.dtype, device: torch.device) -> int:
+def _measured(side: str, shape: tuple, dtype: torch.dtype, device: torch.device) -> int:
     from fermisvd_vllm import kernels
 
     kernel, reference = getattr(kernels, f"{side}_kernel"), getattr(kernels, f"{side}_reference")
-    more = operands(side, inner, shape, dtype, device)
     best = 0
     try:
         for tokens in BUCKETS:
-            x = torch.randn(tokens, inner, dtype=dtype, device=device)
-            expected = reference(x, *more)
-            error = (kernel(x, *more) - expected).abs().max() / expected.abs().max()
-            if not error <= TOLERANCE:
-                raise RuntimeError(f"its result is off by {error:.1e} of the largest value")
-            if seconds(lambda x=x: kernel(x, *more)) >= seconds(lambda x=x: reference(x, *more)):
+            given = operands(side, shape, tokens, dtype, device)
+            check_agreement(kernel, reference, given)
+            if seconds(lambda given=given: kernel(*given)) >= seconds(lambda given=given: reference(*given)):
                 break
             best = tokens
     except Exception as error:
@@ -95,7 +77,21 @@ def _measured(side: str, inner: int, shape: tuple, dtype: torch.dtype, device: t
     return best
 
 
-def seconds(call: Callable[[], torch.Tensor]) -> float:
+def check_agreement(kernel: Callable, reference: Callable, given: tuple) -> None:
+    """Raises RuntimeError where the kernel's result, or what it makes of its first operand, is not the reference's."""
+
+    def result(call: Callable) -> list[torch.Tensor]:
+        first = [x.clone() for x in given[0]]
+        found = call(first, *given[1:])
+        return first if found is None else [found]
+
+    for found, expected in zip(result(kernel), result(reference), strict=True):
+        error = (found - expected).abs().max() / expected.abs().max()
+        if not error <= TOLERANCE:
+            raise RuntimeError(f"its result is off by {error:.1e} of the largest value")
+
+
+def seconds(call: Callable[[], object]) -> float:
     """Of one call, the median over replays of a CUDA graph of several: as decoding runs it, without launch costs."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
