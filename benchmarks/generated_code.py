@@ -1,9 +1,9 @@
 """The kernels that inductor makes of residual, norm and a PivGa layer: does the permutation get one of its own?
 
-    python benchmarks/generated_code.py            # C++, for this CPU
-    python benchmarks/generated_code.py --triton   # for a GPU; generated without one, not compiled
+    python benchmarks/generated_code.py          # C++, for this CPU
+    python benchmarks/generated_code.py --gpu    # Triton, and layers as on a GPU; generated without one, not compiled
 
-Prints the calls of the compiled graph in order, and writes all of the code to the file named with --out.
+Prints what the compiled graph calls, in order, and writes all of the code to the file named with --out.
 """
 
 import argparse
@@ -13,14 +13,17 @@ from pathlib import Path
 
 import torch
 import torch._inductor.config as inductor
+from layers import make_layer, one_by_one, one_process
+from shapes import SHAPES, groups_of
+from torch import nn
 from torch._inductor.graph import GraphLowering
 from torch._inductor.utils import run_and_get_code
-from torch.nn.functional import linear
 
-import fermisvd_vllm.kernels  # noqa: F401  defines the ops
-from fermisvd_vllm.linear import loaded, put
+import fermisvd_vllm.linear
+from fermisvd_vllm.kernels import columns, outputs  # noqa: F401  defines the ops
 
-WIDTH, RANK, TOKENS = 2048, 1024, 8
+SHAPE = {**SHAPES["wide"], "num_hidden_layers": 1}
+RANK, TOKENS = 512, 8
 
 
 def norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -31,45 +34,30 @@ def norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> tuple
 
 
 def cases() -> dict[str, Callable]:
-    """What is compiled: (x, residual) -> outputs. Before and after stand plain products."""
-    order = torch.randperm(WIDTH)
-    places = [torch.randperm(WIDTH) for _ in range(2)]
-    weight = torch.ones(WIDTH, dtype=torch.bfloat16)
-    d = [random(RANK, WIDTH - RANK) for _ in range(2)]
-    before, skeleton, second, after = random(WIDTH, WIDTH), random(RANK, WIDTH), random(64, RANK), random(64, WIDTH)
+    """What is compiled: (x, residual) -> outputs. Real layers of vLLM, a plain product before or after them."""
+    qkv, o, *_ = groups_of(SHAPE)
+    joint = make_layer(qkv, "pivga", [(qkv, RANK)], SHAPE)
+    separate = make_layer(qkv, "pivga", [(part, RANK // 2) for part in one_by_one(qkv)], SHAPE)
+    rows = make_layer(o, "pivga", [(o, RANK)], SHAPE)
+    weight = torch.ones(SHAPE["hidden_size"], dtype=torch.bfloat16)
+    product = nn.Linear(SHAPE["hidden_size"], SHAPE["hidden_size"], bias=False, dtype=torch.bfloat16)
 
-    def columns(groups: int) -> Callable:
+    def before(layer: nn.Module) -> Callable:
         def call(x: torch.Tensor, residual: torch.Tensor) -> tuple:
-            x, total = norm(linear(x, before), residual, weight)
-            s = [torch.empty_like(x) for _ in range(groups)]
-            for own, index in zip(s, places, strict=False):
-                put(own, index, x)
-            torch.ops.fermisvd.pivga_columns(s, d[:groups], 0)
-            return *(linear(own[:, :RANK], second) for own in s), total
+            x, total = norm(product(x), residual, weight)
+            return layer.quant_method.apply(layer, x), total
 
         return call
 
-    def rows(stored: bool) -> Callable:
-        def call(x: torch.Tensor, residual: torch.Tensor) -> tuple:
-            z = linear(x, skeleton)
-            p = linear(z, d[0].T)
-            if stored:
-                y = torch.empty_like(residual)
-                put(y, order[:RANK], z)
-                put(y, order[RANK:], p)
-            else:
-                y = loaded(z, p, order)
-            x, total = norm(y, residual, weight)
-            return linear(x, after), total
+    def after(x: torch.Tensor, residual: torch.Tensor) -> tuple:
+        x, total = norm(rows.quant_method.apply(rows, x), residual, weight)
+        return product(x), total
 
-        return call
-
-    found = {f"norm, columns of {n} group(s)": columns(n) for n in (1, 2)}
-    return found | {"rows, norm, stored in order": rows(True), "rows, norm, loaded in order": rows(False)}
-
-
-def random(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, dtype=torch.bfloat16)
+    return {
+        "norm, columns of one group": before(joint),
+        "norm, columns of three": before(separate),
+        "rows, norm": after,
+    }
 
 
 class NoGpu:
@@ -90,16 +78,16 @@ class NoGpu:
         return torch.cpu
 
 
-def generate(call: Callable, triton: bool) -> str:
-    operands = random(TOKENS, WIDTH), random(TOKENS, WIDTH)
+def generate(call: Callable, gpu: bool) -> str:
+    """Code of the compiled graph."""
+    operands = [torch.randn(TOKENS, SHAPE["hidden_size"], dtype=torch.bfloat16) for _ in range(2)]
     compiled = torch.compile(call, dynamic=True, fullgraph=True)
-    if not triton:
+    if not gpu:
         return run_and_get_code(compiled, *operands)[1][0]
-    import triton as compiler
+    import triton
     from torch._inductor.exc import InductorError
 
-    if not torch.cuda.is_available():
-        compiler.runtime.driver.set_active(NoGpu())  # for good: there is none to go back to
+    triton.runtime.driver.set_active(NoGpu())
     found, failed, codegen = [], None, GraphLowering.codegen
 
     def keep(graph: GraphLowering):
@@ -111,7 +99,7 @@ def generate(call: Callable, triton: bool) -> str:
     try:
         with inductor.patch(cpu_backend="triton"):
             compiled(*operands)
-    except InductorError as error:  # there is no GPU to compile it for
+    except InductorError as error:  # it cannot be compiled for the GPU that is not there
         failed = error
     finally:
         GraphLowering.codegen = codegen
@@ -123,20 +111,27 @@ def generate(call: Callable, triton: bool) -> str:
 def calls_in(code: str) -> list[str]:
     """Names of what the compiled graph calls, in order."""
     body = code[code.index("def call(") :]
-    return re.findall(r"^\s+((?:cpp_fused|triton_|extern_kernels|torch\.ops)[\w.]*)\(", body, re.MULTILINE)
+    return re.findall(r"^\s+(?:\w+ = )?((?:cpp_fused|triton_|extern_kernels|torch\.ops)[\w.]*)\(", body, re.MULTILINE)
 
 
+@torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--triton", action="store_true")
+    parser.add_argument("--gpu", action="store_true")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
+    if torch.cuda.is_available():
+        parser.error("this shows what is generated where there is no GPU; TORCH_LOGS=output_code shows the rest")
+    if arguments.gpu:
+        fermisvd_vllm.linear.GPU_DEVICES = {"cpu"}
+        fermisvd_vllm.linear.measure = lambda *_: None
     whole = ""
-    for name, call in cases().items():
-        torch._dynamo.reset()
-        code = generate(call, arguments.triton)
-        print(f"{name}:", *calls_in(code), sep="\n    ", end="\n\n", flush=True)
-        whole += f"# {name}\n{code}\n"
+    with one_process():
+        for name, call in cases().items():
+            torch._dynamo.reset()
+            code = generate(call, arguments.gpu)
+            print(f"{name}:", *calls_in(code), sep="\n    ", end="\n\n", flush=True)
+            whole += f"# {name}\n{code}\n"
     if arguments.out:
         arguments.out.write_text(whole, encoding="utf-8")
 

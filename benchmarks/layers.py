@@ -3,9 +3,10 @@
     python benchmarks/layers.py --shape llama-3.1-8b --remove 0.2 0.4 0.6          # on a GPU, in CUDA graphs
     python benchmarks/layers.py --shape wide --remove 0.4 --tokens 1 16 64
 
-Fused layers are measured with one group for all members and, to see its price, with a group for each of them.
-Floor: max(bytes / bandwidth, FLOPs / peak) of weights, input and output, with bandwidth and peak measured here: a large
-copy, a large product. Forms take turns; medians over rounds. Results: benchmarks/results/layers-SHAPE-DEVICE.json.
+Layers are compiled, as they are served. Fused ones are measured with one group for all members and, to see its price,
+with a group for each of them. Floor: max(bytes / bandwidth, FLOPs / peak) of weights, input and output, with bandwidth
+and peak measured here: a large sum, a large product. Forms take turns; medians over rounds.
+Results: benchmarks/results/layers-SHAPE-DEVICE.json.
 """
 
 import argparse
@@ -14,7 +15,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
@@ -45,13 +47,16 @@ def variants(group: LinearGroup, remove: float) -> dict[str, list[tuple[LinearGr
     joint = [(group, *ranks_of([group], remove))]
     found = {"dense": [], "svd": joint, "pivga": joint}
     if len(group.members) > 1:
-        own = [
-            replace(group, members=(name,), member_rows=(rows,))
-            for name, rows in zip(group.members, group.member_rows, strict=True)
-        ]
+        own = one_by_one(group)
         separate = list(zip(own, ranks_of(own, remove), strict=True))
         found |= {"svd, separate": separate, "pivga, separate": separate}
     return found
+
+
+def one_by_one(group: LinearGroup) -> list[LinearGroup]:
+    """A group for each member."""
+    members = zip(group.members, group.member_rows, strict=True)
+    return [replace(group, members=(name,), member_rows=(rows,)) for name, rows in members]
 
 
 def make_layer(group: LinearGroup, form: str, parts: list[tuple[LinearGroup, int]], shape: dict) -> nn.Module:
@@ -82,6 +87,15 @@ def make_layer(group: LinearGroup, form: str, parts: list[tuple[LinearGroup, int
             nn.init.normal_(parameter, std=0.02)
     layer.quant_method.process_weights_after_loading(layer)
     return layer
+
+
+@contextmanager
+def one_process() -> Iterator[None]:
+    """What vLLM wants before it builds a layer: a config and process groups, of one process."""
+    with tempfile.NamedTemporaryFile() as store, set_current_vllm_config(VllmConfig(load_config=DUMMY)):
+        init_distributed_environment(1, 0, f"file://{store.name}", 0, "nccl" if DEVICE == "cuda" else "gloo")
+        initialize_model_parallel()
+        yield
 
 
 def graphed(call: Callable[[], object], times: int = 10) -> Callable[[], float]:
@@ -132,6 +146,19 @@ def machine_floor() -> tuple[float, float]:
     return bandwidth, 2 * side**3 / min(graphed(lambda: square @ square, 3)() for _ in range(5))
 
 
+def prices(rows: list[dict]) -> list[dict]:
+    """What separate groups cost: their time over that of one group, both by parameter."""
+    key = ("removed", "layer", "tokens")
+    whole = {(*(row[k] for k in key), row["form"]): row["seconds"] / row["parameters"] for row in rows}
+    found = []
+    for row in rows:
+        form, separate, _ = row["form"].partition(", separate")
+        if separate:
+            price = row["seconds"] / row["parameters"] / whole[(*(row[k] for k in key), form)]
+            found.append({k: row[k] for k in key} | {"form": form, "price": price})
+    return found
+
+
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser()
@@ -144,16 +171,20 @@ def main() -> None:
     print(f"{bandwidth / 1e9:.1f} GB/s, {peak / 1e12:.2f} TFLOP/s\n")
     print("| removed | layer | form | rank | tokens | us | of the floor | of dense |\n" + "|---" * 8 + "|")
     groups = groups_of({**shape, "num_hidden_layers": 1})
-    with tempfile.NamedTemporaryFile() as store, set_current_vllm_config(VllmConfig(load_config=DUMMY)):
-        init_distributed_environment(1, 0, f"file://{store.name}", 0, "nccl" if DEVICE == "cuda" else "gloo")
-        initialize_model_parallel()
+    with one_process():
         for remove in arguments.remove:
             for group in groups:
                 chosen = variants(group, remove)
                 layers = {name: make_layer(group, name.split(",")[0], p, shape) for name, p in chosen.items()}
                 for tokens in arguments.tokens:
+                    torch._dynamo.reset()  # one class, many layers
                     x = torch.randn(tokens, group.columns, device=DEVICE, dtype=torch.bfloat16)
-                    seconds = interleaved({name: graphed(partial(layer, x)) for name, layer in layers.items()})
+                    seconds = interleaved(
+                        {
+                            name: graphed(partial(torch.compile(layer, fullgraph=True), x))
+                            for name, layer in layers.items()
+                        }
+                    )
                     for name, parts in chosen.items():
                         form = name.split(",")[0]
                         weights = sum(factor_parameters(r, g.rows, g.columns, form) for g, r in parts)
@@ -161,16 +192,19 @@ def main() -> None:
                         traffic = 2 * (weights + tokens * (group.columns + group.rows))
                         floor = max(traffic / bandwidth, 2 * weights * tokens / peak)
                         row = {"removed": remove, "layer": group.name.rsplit(".", 1)[1], "form": name}
-                        row |= {"ranks": [rank for _, rank in parts], "tokens": tokens}
+                        row |= {"ranks": [rank for _, rank in parts], "parameters": weights, "tokens": tokens}
                         rows.append(row | {"seconds": seconds[name], "floor_seconds": floor})
                         cells = [f"{remove:.0%}", row["layer"], name, "+".join(map(str, row["ranks"])), str(tokens)]
                         cells += [f"{1e6 * seconds[name]:.1f}", f"{seconds[name] / floor:.2f}"]
                         print("| " + " | ".join([*cells, f"{seconds[name] / seconds['dense']:.2f}"]) + " |", flush=True)
+    print("\nSeparate groups, time a parameter over that of one group:")
+    for row in prices(rows):
+        print(f"{row['removed']:.0%} {row['layer']} {row['form']}, {row['tokens']} tokens: {row['price']:.2f}")
     record = new_record(shlex.join(["python", *sys.argv]), vars(arguments))
     record["versions"] |= vllm_versions()
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
     record["machine"] |= {"device": device, "bandwidth": bandwidth, "peak": peak}
-    write_record(f"layers-{arguments.shape}-{DEVICE}", record | {"rows": rows})
+    write_record(f"layers-{arguments.shape}-{DEVICE}", record | {"rows": rows, "prices": prices(rows)})
 
 
 if __name__ == "__main__":

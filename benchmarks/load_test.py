@@ -153,7 +153,7 @@ def measure(arguments: argparse.Namespace) -> None:
         serve_options = ["--no-enable-prefix-caching", *serve_options]  # the same prompts are asked again
         stream_options = ["--stream-interval", str(arguments.stream_interval)]
         runs: dict[str, list[dict]] = {}
-        for repeat in range(arguments.repeats if arguments.offline else 0):
+        for repeat in range(arguments.offline):
             for form in FORMS:
                 for case, figures in offline(folders[form], serve_options, scratch).items():
                     runs.setdefault(case, []).append({"form": form, "repeat": repeat, **figures})
@@ -292,7 +292,7 @@ if __name__ == "__main__":
     parser.add_argument("--rates", type=float, nargs="*", default=[], help="request rates, in dense's saturations")
     parser.add_argument("--rate-prompts", type=int, default=64)
     parser.add_argument("--decode-only", action="store_true", help="leave prefill and mixed out")
-    parser.add_argument("--offline", action="store_true", help="vllm bench throughput and latency, too")
+    parser.add_argument("--offline", type=int, default=0, help="rounds of vllm bench throughput and latency")
     # a streamed token costs server and client most of a millisecond: on two cores that is what would be measured
     parser.add_argument("--stream-interval", type=int, default=16, help="tokens of an answer sent at once")
     parser.add_argument("--serve", default="", help="further options of vllm serve")

@@ -11,34 +11,60 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "generated_code.py"
 
 
 @pytest.fixture(scope="module")
-def kernels():
-    """(case, option of the script) -> names of the compiled kernels, products left out."""
+def calls():
+    """(case, option of the script) -> names of what the compiled graph calls."""
     found = {}
-    for option in ("", "--triton"):
+    for option in ("", "--gpu"):
         command = [sys.executable, str(SCRIPT), *option.split()]
         printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
         for section in printed.strip().split("\n\n"):
-            case, *calls = (line.strip(" :") for line in section.strip().splitlines())
-            found[case, option] = [call for call in calls if call.startswith(("cpp_fused", "triton_"))]
+            case, *names = (line.strip(" :") for line in section.strip().splitlines())
+            found[case, option] = [name.removesuffix(".default").removesuffix(".run") for name in names]
     return found
 
 
-@pytest.mark.parametrize("option", ["", "--triton"])
-@pytest.mark.parametrize("groups", [1, 2])
-def test_norm_stores_what_each_group_wants(kernels, groups, option):
-    (norm,) = kernels[f"norm, columns of {groups} group(s)", option]
+def generated(names):
+    return [name for name in names if name.startswith(("cpp_fused", "triton_"))]
+
+
+PRODUCT = "torch.ops._C.onednn_mm"  # vLLM's, on a CPU
+
+
+def test_one_group_on_a_gpu(calls):
+    """The norm stores its output in the skeleton's order; two products follow."""
+    _, norm, *layer = calls["norm, columns of one group", "--gpu"]
     assert "index_put" in norm
     assert "rsqrt" in norm
+    assert layer == ["torch.ops.fermisvd.columns", PRODUCT]
 
 
-def test_norm_loads_outputs_of_a_rows_layer_in_order_on_a_gpu(kernels):
-    (norm,) = kernels["rows, norm, loaded in order", "--triton"]
+def test_three_groups_on_a_gpu(calls):
+    _, norm, *layer = calls["norm, columns of three", "--gpu"]
+    assert "index_put" in norm
+    assert "rsqrt" in norm
+    assert layer == ["torch.ops.fermisvd.columns", "torch.ops.fermisvd.outputs"]
+
+
+def test_rows_on_a_gpu(calls):
+    """Two products; the norm loads from both in order."""
+    first, second, norm, _ = calls["rows, norm", "--gpu"]
+    assert first == second == PRODUCT
     assert "where" in norm
     assert "rsqrt" in norm
 
 
-def test_outputs_of_a_rows_layer_are_stored_once_on_a_cpu(kernels):
-    """One kernel for z, which the product after it reads, and the norm's own, which stores the rest."""
-    first, norm = kernels["rows, norm, stored in order", ""]
-    assert "index_put" in first
+@pytest.mark.parametrize("case", ["norm, columns of one group", "norm, columns of three"])
+def test_columns_on_a_cpu(calls, case):
+    """The norm stores for all groups; besides, there is an addition for each product with D."""
+    norm, *additions = generated(calls[case, ""])
+    assert "index_put" in norm
+    assert "rsqrt" in norm
+    assert all("add" in name and "index" not in name for name in additions)
+
+
+def test_rows_on_a_cpu(calls):
+    """Outputs are stored in order, those of D where the norm is computed."""
+    *first, norm = generated(calls["rows, norm", ""])
+    assert len(first) <= 1
+    assert "index_put" in norm
     assert "rsqrt" in norm

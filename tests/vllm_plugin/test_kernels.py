@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fermisvd_vllm.tuning import check_agreement, operands
+from fermisvd_vllm.tuning import check_agreement
 
 pytest.importorskip("triton")
 
@@ -26,11 +26,15 @@ def columns_operands(tokens, ranks, width, dtype):
     return (s, ds), expected
 
 
-def outputs_operands(tokens, members, dtype):
-    """members: (r, m) of each; t and A of each; and the y to expect, in float64."""
-    t = [random(tokens, rank, seed=i).to(dtype).to(DEVICE) for i, (rank, _) in enumerate(members)]
-    a = [random(size, rank, seed=i).to(dtype).to(DEVICE) for i, (rank, size) in enumerate(members)]
-    return (t, a), torch.cat([own.double() @ each.double().T for own, each in zip(t, a, strict=True)], dim=1)
+def outputs_operands(tokens, parts, order, dtype):
+    """parts: (r, rows of each of its members) of each; order: part of each member of the layer. t and A of each part,
+    and where each member's rows are; and the y to expect, in float64."""
+    t = [random(tokens, rank, seed=i).to(dtype).to(DEVICE) for i, (rank, _) in enumerate(parts)]
+    a = [random(sum(sizes), rank, seed=i).to(dtype).to(DEVICE) for i, (rank, sizes) in enumerate(parts)]
+    left = [[(i, sum(sizes[:n]), size) for n, size in enumerate(sizes)] for i, (_, sizes) in enumerate(parts)]
+    members = [left[part].pop(0) for part in order]
+    y = [t[part].double() @ a[part][start : start + size].double().T for part, start, size in members]
+    return (t, a, *map(list, zip(*members, strict=True))), torch.cat(y, dim=1)
 
 
 def check(found, expected, dtype, inner):
@@ -60,13 +64,18 @@ def test_columns(kernels, way, tokens, ranks, width, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("tokens", "members"),
-    [(1, [(5, 96), (16, 32)]), (17, [(70, 33), (7, 17), (64, 5)]), (66, [(20, 40), (9, 100)]), (3, [(4, 1), (6, 70)])],
+    ("tokens", "parts", "order"),
+    [
+        (1, [(5, [96]), (16, [32])], [0, 1]),
+        (17, [(70, [33]), (7, [17]), (64, [5])], [0, 1, 2]),
+        (66, [(20, [40, 16]), (9, [100])], [0, 1, 0]),  # members of a group far apart
+        (3, [(4, [1]), (6, [70])], [1, 0]),
+    ],
 )
 @WAYS
-def test_outputs(kernels, way, tokens, members, dtype):
-    operands, expected = outputs_operands(tokens, members, dtype)
-    check(getattr(kernels, f"outputs_{way}")(*operands), expected, dtype, max(rank for rank, _ in members))
+def test_outputs(kernels, way, tokens, parts, order, dtype):
+    operands, expected = outputs_operands(tokens, parts, order, dtype)
+    check(getattr(kernels, f"outputs_{way}")(*operands), expected, dtype, max(rank for rank, _ in parts))
 
 
 def wider(x):
@@ -80,15 +89,20 @@ def trace(call):
     return torch.compile(call, backend="eager", fullgraph=True, dynamic=True)
 
 
-@pytest.mark.parametrize("most_tokens", [0, 8])
-def test_columns_op(kernels, most_tokens):
+@pytest.fixture(params=[0, 8])
+def limited(request, monkeypatch):
+    """The kernel is taken up to so many tokens."""
+    monkeypatch.setattr("fermisvd_vllm.kernels.limit", lambda *_: request.param)
+
+
+def test_columns_op(kernels, limited):
     """One op for any number of tokens and leading dimensions, which traces without a graph break for all of them."""
     (s, d), expected = columns_operands(8, [20, 7], 60, torch.float32)
-    torch.library.opcheck(kernels.pivga_columns, ([own.clone() for own in s], d, most_tokens))
+    torch.library.opcheck(kernels.columns, ([own.clone() for own in s], d))
 
     def call(s):
         t = [own.clone() for own in s]
-        kernels.pivga_columns(t, d, most_tokens)
+        kernels.columns(t, d)
         return t
 
     for tokens in (8, 4, 2):
@@ -98,31 +112,22 @@ def test_columns_op(kernels, most_tokens):
         check(own.flatten(0, 1), right, torch.float32, 60)
 
 
-@pytest.mark.parametrize("most_tokens", [0, 8])
-def test_outputs_op(kernels, most_tokens):
-    (t, a), expected = outputs_operands(8, [(12, 40), (20, 16)], torch.float32)
-    torch.library.opcheck(kernels.low_rank_outputs, (t, a, most_tokens))
-    traced = trace(lambda t: kernels.low_rank_outputs(t, a, most_tokens))
+def test_outputs_op(kernels, limited):
+    (t, *more), expected = outputs_operands(8, [(12, [40]), (20, [16, 8])], [1, 0, 1], torch.float32)
+    torch.library.opcheck(kernels.outputs, (t, *more))
+    traced = trace(lambda t: kernels.outputs(t, *more))
     for tokens in (8, 4, 2):
         check(traced([wider(own[:tokens]) for own in t]), expected[:tokens], torch.float32, 60)
-    found = kernels.low_rank_outputs([own.view(2, 4, -1) for own in t], a, most_tokens)
-    check(found.flatten(0, 1), expected, torch.float32, 60)
+    check(kernels.outputs([own.view(2, 4, -1) for own in t], *more).flatten(0, 1), expected, torch.float32, 60)
 
 
-SHAPES = {"columns": (96, (16, 40)), "outputs": ((40, 16, 40), (32, 24, 8))}
+def test_wrong_kernel_is_found_out(kernels):
+    (s, d), _ = columns_operands(3, [16, 40], 96, torch.float32)
+    check_agreement(kernels.columns_kernel, kernels.columns_reference, s, d)
 
-
-@pytest.mark.parametrize("side", SHAPES)
-def test_kernels_agree_on_what_is_measured_at_load(kernels, side):
-    """Operands made for the measurement fit kernel and reference; a wrong kernel is found out."""
-    kernel, reference = (getattr(kernels, f"{side}_{way}") for way in ("kernel", "reference"))
-    given = operands(side, SHAPES[side], 3, torch.float32, torch.device(DEVICE))
-    check_agreement(kernel, reference, given)
-
-    def off(first, *more):
-        found = kernel(first, *more)
-        (first[0] if found is None else found)[0, 0] += 1
-        return found
+    def off(s, d):
+        kernels.columns_kernel(s, d)
+        s[1][0, 0] += 1
 
     with pytest.raises(RuntimeError, match="off by"):
-        check_agreement(off, reference, given)
+        check_agreement(off, kernels.columns_reference, s, d)

@@ -1,6 +1,7 @@
 """Fused loading and the forward of one layer, with vLLM's real linear layers but no engine."""
 
 import json
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +17,7 @@ from fermisvd.format import FermiSVDConfig as CheckpointConfig
 from fermisvd.format import FormatError, Group
 from fermisvd.pivga import dense_product, fix_gauge
 from fermisvd_vllm.config import FermiSVDConfig
-from fermisvd_vllm.tuning import columns_most_tokens, outputs_most_tokens
+from fermisvd_vllm.tuning import BUCKETS, check_agreement, key_of, limits
 
 HIDDEN, HEAD, HEADS, KV_HEADS = 96, 32, 3, 1
 ROWS = {"q_proj": 96, "k_proj": 32, "v_proj": 32, "o_proj": 96, "gate_proj": 136, "up_proj": 136}
@@ -127,43 +128,69 @@ def test_row_parallel_layer(form, side, rank):
 
 
 @pytest.fixture
-def always_faster(kernels, monkeypatch):
-    """Makes the fused kernels the chosen ones up to that many tokens."""
+def like_a_gpu(kernels, monkeypatch):
+    """Has layers do what they do on a GPU, their kernels the faster up to that many tokens. Counts runs of each."""
+    ran = Counter()
+
+    def counted(name):
+        call = getattr(kernels, name)
+
+        def run(*operands):
+            ran[name] += 1
+            return call(*operands)
+
+        return run
+
+    for name in ("columns_kernel", "columns_reference", "outputs_kernel", "outputs_reference"):
+        monkeypatch.setattr(kernels, name, counted(name))
 
     def choose(most):
-        for side in ("columns", "outputs"):
-            monkeypatch.setattr(f"fermisvd_vllm.linear.{side}_most_tokens", lambda *_: most)
+        def measure(side, kernel, reference, x, *more):
+            assert all(len(own) == BUCKETS[-1] for own in x)
+            check_agreement(kernel, reference, [own[:3] for own in x], *more)
+            limits[key_of(side, x, more[0])] = most
+            ran.clear()
 
-    return choose
+        monkeypatch.setattr("fermisvd_vllm.linear.GPU_DEVICES", {"cpu"})
+        monkeypatch.setattr("fermisvd_vllm.linear.measure", measure)
+        return ran
+
+    yield choose
+    limits.clear()
 
 
-@pytest.mark.parametrize("most", [2, 50])  # fewer tokens than check_forward's seven, and more
+def way(most):
+    return "kernel" if most >= 7 else "reference"  # check_forward's tokens
+
+
+@pytest.mark.parametrize("most", [2, 50])
 @pytest.mark.parametrize("rank", [1, 33, 96])
-def test_fused_kernel_equals_the_dense_product(always_faster, rank, most):
-    always_faster(most)
+def test_columns_on_a_gpu(like_a_gpu, rank, most):
+    ran = like_a_gpu(most)
     members = ["q_proj", "k_proj", "v_proj"]
     group, tensors, dense = make_group(members, "pivga", "columns", rank)
     layer = make_layer("qkv_proj", [group])
     load(layer, tensors)
     check_forward(layer, dense, members)
-    assert layer.quant_method.most_columns == most
+    assert list(ran) == [f"columns_{way(most) if rank < 96 else 'reference'}"]  # nothing to multiply at rank 96
 
 
 @pytest.mark.parametrize("rank", [1, 33, 96])
-def test_rows_are_put_in_order_by_loads_on_a_gpu(monkeypatch, rank):
-    monkeypatch.setattr("fermisvd_vllm.linear.STORING_DEVICES", set())
+def test_rows_on_a_gpu(like_a_gpu, rank):
+    ran = like_a_gpu(50)
     group, tensors, dense = make_group(["o_proj"], "pivga", "rows", rank)
     layer = make_layer("o_proj", [group])
     load(layer, tensors)
     check_forward(layer, dense, ["o_proj"])
+    assert not ran
 
 
 @pytest.mark.parametrize("most", [2, 50])
 @pytest.mark.parametrize("form", ["svd", "pivga"])
 @pytest.mark.parametrize("partition", PARTITIONS)
-def test_fused_kernels_of_several_groups(always_faster, partition, form, most):
-    """One kernel for all first and one for all second products, but for a layer that is partly dense."""
-    always_faster(most)
+def test_several_groups_on_a_gpu(like_a_gpu, partition, form, most):
+    """One kernel for all first and one for all second products."""
+    ran = like_a_gpu(most)
     made = [make_group(m, form, "columns", 5 + 3 * i) for i, m in enumerate(PARTITIONS[partition])]
     tensors = {key: value for _, part, _ in made for key, value in part.items()}
     dense = {key: value for _, _, part in made for key, value in part.items()}
@@ -172,25 +199,50 @@ def test_fused_kernels_of_several_groups(always_faster, partition, form, most):
     layer = make_layer("qkv_proj", [g for g, _, _ in made])
     load(layer, tensors)
     check_forward(layer, dense, ["q_proj", "k_proj", "v_proj"])
-    method = layer.quant_method
-    assert method.most_columns == (most if form == "pivga" else 0)
-    assert method.most_outputs == (most if partition in ("separate", "mixed") else 0)
+    sides = ["columns"] * (form == "pivga") + ["outputs"] * (partition != "joint")
+    assert list(ran) == [f"{side}_{way(most)}" for side in sides]
 
 
-def test_no_kernel_is_measured_without_a_gpu():
-    bfloat16_on_cpu = torch.bfloat16, torch.device("cpu")
-    assert columns_most_tokens(128, (64,), *bfloat16_on_cpu) == 0
-    assert outputs_most_tokens((64, 32), (96, 96), *bfloat16_on_cpu) == 0
+@pytest.mark.parametrize("partition", PARTITIONS)
+@pytest.mark.parametrize("form", ["svd", "pivga"])
+def test_layers_compile_as_on_a_gpu(like_a_gpu, partition, form):
+    """By inductor, s changed in place, in one graph for any number of tokens."""
+    like_a_gpu(4)
+    made = [make_group(m, form, "columns", 5 + 3 * i) for i, m in enumerate(PARTITIONS[partition])]
+    tensors = {key: value for _, part, _ in made for key, value in part.items()}
+    dense = {key: value for _, _, part in made for key, value in part.items()}
+    if partition == "partly dense":
+        dense["v_proj"] = tensors["v_proj", "weight"] = torch.randn(32, HIDDEN, dtype=torch.float64)
+    layer = make_layer("qkv_proj", [g for g, _, _ in made])
+    load(layer, tensors)
+    layer.quant_method.process_weights_after_loading(layer)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: layer.quant_method.apply(layer, 2 * x), fullgraph=True, dynamic=True)
+    weight = torch.cat([dense[member] for member in ("q_proj", "k_proj", "v_proj")])
+    for tokens in (3, 8, 5):
+        x = torch.randn(tokens, HIDDEN)
+        expected = (2 * x.double() @ weight.T).float()
+        torch.testing.assert_close(compiled(x), expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
 
 
-def test_layers_of_like_ranks_are_measured_once(monkeypatch):
-    """Ranks are rounded up where loads stay wide."""
-    asked = []
-    monkeypatch.setattr("fermisvd_vllm.tuning.most_tokens", lambda side, shape, *_: asked.append(shape))
-    more = torch.bfloat16, torch.device("cuda")
-    columns_most_tokens(4096, (720, 1000), *more)
-    outputs_most_tokens((720, 48, 720), (10, 20, 30), *more)
-    assert asked == [(4096, (768, 1000)), ((768, 128, 768), (10, 20, 30))]
+def test_batch_invariance_keeps_to_plain_products(like_a_gpu, monkeypatch):
+    ran = like_a_gpu(50)
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    group, tensors, dense = make_group(["q_proj", "k_proj", "v_proj"], "pivga", "columns", 33)
+    layer = make_layer("qkv_proj", [group])
+    load(layer, tensors)
+    check_forward(layer, dense, ["q_proj", "k_proj", "v_proj"])
+    assert not ran
+
+
+def test_layers_of_like_ranks_share_a_measurement():
+    """Steps of 128; ranks that loads cannot be wide at are apart."""
+
+    def key(rank, width=4096):
+        return key_of("columns", [torch.empty(1, width)], [torch.empty(rank, width - rank)])
+
+    assert key(720) == key(736)
+    assert len({key(720), key(800), key(725), key(720, 2048)}) == 4
 
 
 def test_layer_in_no_group_is_vllms_own():
@@ -326,14 +378,14 @@ def test_reload_writes_into_the_storage_that_graphs_read(form, side, bias, monke
     check_reload("o_proj", [["o_proj"]], form, side, bias, monkeypatch)
 
 
-@pytest.mark.parametrize(("kind", "form", "side"), [("qkv_proj", "svd", None), ("qkv_proj", "pivga", "columns")])
-def test_reload_under_fused_kernels_of_several_groups(kind, form, side, always_faster, monkeypatch):
-    always_faster(50)
-    check_reload(kind, PARTITIONS["mixed"], form, side, True, monkeypatch)
+@pytest.mark.parametrize(("form", "side"), [("svd", None), ("pivga", "columns")])
+def test_reload_of_several_groups_on_a_gpu(form, side, like_a_gpu, monkeypatch):
+    like_a_gpu(50)
+    check_reload("qkv_proj", PARTITIONS["mixed"], form, side, True, monkeypatch)
 
 
-def test_reload_where_rows_are_put_in_order_by_loads(monkeypatch):
-    monkeypatch.setattr("fermisvd_vllm.linear.STORING_DEVICES", set())
+def test_reload_of_rows_on_a_gpu(like_a_gpu, monkeypatch):
+    like_a_gpu(50)
     check_reload("o_proj", [["o_proj"]], "pivga", "rows", False, monkeypatch)
 
 

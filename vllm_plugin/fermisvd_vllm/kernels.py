@@ -5,8 +5,9 @@
 
 s is no work of these kernels: the norm before the layer stores its output in that order when it is compiled. Nor is
 the order of a rows layer's outputs: the norm after it loads them in it. What else a layer needs is plain GEMMs.
-References: `columns_reference` and `outputs_reference`, which are also what runs where a kernel was measured to be
-slower (fermisvd_vllm.tuning).
+`columns` and `outputs` take the kernel up to as many tokens as it was measured to win at (fermisvd_vllm.tuning), else
+plain products: `columns_reference`, `outputs_reference`. They are opaque, so one compiled graph serves both, whatever
+was measured where it was compiled.
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-MOST_TOKENS = 256
+from fermisvd_vllm.tuning import limit
 
 
 @triton.jit
@@ -34,7 +35,7 @@ def _product(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _columns_kernel(
     s, d, ranks, strides, tokens, width, GROUPS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
 ):
@@ -55,7 +56,7 @@ def _columns_kernel(
             tl.store(s_rows + columns[None, :], total.to(s[g].dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _outputs_kernel(
     t, a, y, ranks, sizes, strides, tokens, y_stride,
     MEMBERS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -93,9 +94,18 @@ def columns_reference(s: Sequence[torch.Tensor], d: Sequence[torch.Tensor]) -> N
             own[:, : len(each)].addmm_(own[:, len(each) :], each.T)
 
 
-def outputs_reference(t: Sequence[torch.Tensor], a: Sequence[torch.Tensor]) -> torch.Tensor:
-    """y = t A^T of each member, side by side. Of each member: t: (tokens, r); a: (m, r)."""
-    return torch.cat([own @ each.T for own, each in zip(t, a, strict=True)], dim=-1)
+def outputs_reference(
+    t: Sequence[torch.Tensor],
+    a: Sequence[torch.Tensor],
+    parts: Sequence[int],
+    starts: Sequence[int],
+    sizes: Sequence[int],
+) -> torch.Tensor:
+    """y = t A^T of each part, its members' rows side by side in their order. Of each part: t: (tokens, r); a: (m, r).
+    Of each member: parts: its part; starts, sizes: its rows in that part's A."""
+    y = [own @ each.T for own, each in zip(t, a, strict=True)]
+    members = zip(parts, starts, sizes, strict=True)
+    return torch.cat([y[part][:, start : start + size] for part, start, size in members], dim=-1)
 
 
 def columns_kernel(s: Sequence[torch.Tensor], d: Sequence[torch.Tensor]) -> None:
@@ -107,35 +117,47 @@ def columns_kernel(s: Sequence[torch.Tensor], d: Sequence[torch.Tensor]) -> None
     _columns_kernel[grid](tuple(s), tuple(d), ranks, strides, tokens, width, GROUPS=len(s), **tile)
 
 
-def outputs_kernel(t: Sequence[torch.Tensor], a: Sequence[torch.Tensor]) -> torch.Tensor:
+def outputs_kernel(
+    t: Sequence[torch.Tensor],
+    a: Sequence[torch.Tensor],
+    parts: Sequence[int],
+    starts: Sequence[int],
+    sizes: Sequence[int],
+) -> torch.Tensor:
     """`outputs_reference` in one launch."""
     tokens, tile = len(t[0]), blocks(len(t[0]))
-    ranks, sizes = tuple(each.shape[1] for each in a), tuple(len(each) for each in a)
     y = t[0].new_empty(tokens, sum(sizes))
     grid = sum(triton.cdiv(size, tile["BN"]) for size in sizes), triton.cdiv(tokens, tile["BM"])
-    strides = tuple(own.stride(0) for own in t)
-    _outputs_kernel[grid](tuple(t), tuple(a), y, ranks, sizes, strides, tokens, y.stride(0), MEMBERS=len(t), **tile)
+    own = tuple(t[part] for part in parts)
+    rows = tuple(a[part][start : start + size] for part, start, size in zip(parts, starts, sizes, strict=True))
+    ranks, strides = tuple(each.shape[1] for each in rows), tuple(each.stride(0) for each in own)
+    _outputs_kernel[grid](own, rows, y, ranks, tuple(sizes), strides, tokens, y.stride(0), MEMBERS=len(sizes), **tile)
     return y
 
 
-# Each op takes its kernel up to `most_tokens` and else its reference; opaque, so that one compiled graph serves both.
-
-
-@torch.library.custom_op("fermisvd::pivga_columns", mutates_args=("s",))
-def pivga_columns(s: Sequence[torch.Tensor], d: Sequence[torch.Tensor], most_tokens: int) -> None:
+@torch.library.custom_op("fermisvd::columns", mutates_args=("s",))
+def columns(s: Sequence[torch.Tensor], d: Sequence[torch.Tensor]) -> None:
     """`columns_reference` of contiguous s with any number of leading dimensions."""
     flat = [own.view(-1, own.shape[-1]) for own in s]
-    (columns_kernel if len(flat[0]) <= most_tokens else columns_reference)(flat, d)
+    few = len(flat[0]) <= limit("columns", flat, d)
+    (columns_kernel if few else columns_reference)(flat, d)
 
 
-@torch.library.custom_op("fermisvd::low_rank_outputs", mutates_args=())
-def low_rank_outputs(t: Sequence[torch.Tensor], a: Sequence[torch.Tensor], most_tokens: int) -> torch.Tensor:
+@torch.library.custom_op("fermisvd::outputs", mutates_args=())
+def outputs(
+    t: Sequence[torch.Tensor],
+    a: Sequence[torch.Tensor],
+    parts: Sequence[int],
+    starts: Sequence[int],
+    sizes: Sequence[int],
+) -> torch.Tensor:
     """`outputs_reference` of t with any number of leading dimensions."""
     flat = [own.reshape(-1, own.shape[-1]) for own in t]
-    y = (outputs_kernel if len(flat[0]) <= most_tokens else outputs_reference)(flat, a)
+    few = len(flat[0]) <= limit("outputs", flat, a)
+    y = (outputs_kernel if few else outputs_reference)(flat, a, parts, starts, sizes)
     return y.view(*t[0].shape[:-1], y.shape[-1])
 
 
-@low_rank_outputs.register_fake
-def _(t, a, most_tokens):
-    return t[0].new_empty(*t[0].shape[:-1], sum(len(each) for each in a))
+@outputs.register_fake
+def _(t, a, parts, starts, sizes):
+    return t[0].new_empty(*t[0].shape[:-1], sum(sizes))

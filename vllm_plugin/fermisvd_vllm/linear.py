@@ -4,6 +4,7 @@ Each tensor name of the checkpoint is one flat parameter while loading, since me
 in shape. After loading the factors are cut out of it, as views, and vLLM's own dense GEMM dispatch runs each of them.
 """
 
+import os
 from collections.abc import Callable
 
 import torch
@@ -29,13 +30,11 @@ from fermisvd.format import (
     check_permutation,
 )
 from fermisvd_vllm.layout import WEIGHT, Part, Slot, shard_of, slots_of
-from fermisvd_vllm.tuning import columns_most_tokens, outputs_most_tokens
+from fermisvd_vllm.tuning import BUCKETS, measure
 from fermisvd_vllm.versions import LORA_DEVICE_NAME, member_of
 
 SECOND = {"svd": LOWRANK_A, "pivga": SKELETON}  # the factor that t is multiplied by
-# where the outputs of a rows layer are stored in order: a CPU's compiled code would load them anew in every reader
-STORING_DEVICES = {"cpu"}
-SECOND_OF = "second"  # a member's own, for the fused kernel
+GPU_DEVICES = {"cuda"}
 
 
 class FermiSVDLinearMethod(LinearMethodBase):
@@ -54,12 +53,13 @@ class FermiSVDLinearMethod(LinearMethodBase):
     ):
         self.check_model, self.on_ready = check_model, on_ready
         self.parts = parts
+        self.svd = [number for number, part in enumerate(parts) if part.group and part.group.form == "svd"]
+        self.columns = [number for number, part in enumerate(parts) if part.group and part.group.side == "columns"]
         self.member_names = member_names
         self.layer_name = layer_name
         self.dense_gemm = UnquantizedLinearMethod()
         self.slots: dict[tuple[str, int], Slot] = {}
         self.filled: set[tuple[str, int]] = set()
-        self.most_columns, self.most_outputs = 0, 0  # up to how many tokens a fused kernel is the faster, 0 for never
         self.kept: dict[str, torch.Tensor] = {}  # what captured graphs read; a reload writes into it
         # --load-format dummy fills nothing through our loaders, and that is right
         self.loads_checkpoint = get_current_vllm_config().load_config.load_format != "dummy"
@@ -150,41 +150,60 @@ class FermiSVDLinearMethod(LinearMethodBase):
         flat = {name: getattr(layer, name).data for name in dict.fromkeys(name for name, _ in self.slots)}
         for name in flat:
             delattr(layer, name)
-        self.svd = [number for number, part in enumerate(self.parts) if part.group and part.group.form == "svd"]
         if LOWRANK_B in flat:  # the first products of all svd groups are one
             self._register_factor(layer, LOWRANK_B, flat[LOWRANK_B].view(-1, self.width))
-        self._choose_kernels(flat)
+        on_gpu = self.on_gpu(next(iter(flat.values())).device)
         for number, part in enumerate(self.parts):
             for name, matrix in self._matrices(part, flat).items():
                 if name == PERMUTATION:
                     self._register_permutation(layer, number, part.group, matrix)
                     continue
-                if name in SECOND.values() and self.most_outputs:
-                    pieces = matrix.split([self.member_rows[member] for member in part.members])
-                    for member, piece in zip(part.members, pieces, strict=True):
-                        self._register_factor(layer, f"{SECOND_OF}_{member}", piece, prepare=False)
-                    continue
-                # the fused kernel reads D as it lies, vLLM's GEMMs may lay it out anew
-                as_it_lies = name == INTERPOLATION and self.most_columns > 0
+                # our ops read D as it lies, vLLM's GEMMs may lay it out anew
+                as_it_lies = on_gpu and ((number in self.columns and name == INTERPOLATION) or self._by_outputs(name))
                 self._register_factor(layer, f"{name}_{number}", matrix, prepare=not as_it_lies)
+        if on_gpu:
+            self._measure(layer)
         layer.register_buffer(LORA_DEVICE_NAME, next(iter(flat.values())).new_empty(0), persistent=False)
         self.on_ready(self)
 
-    def _choose_kernels(self, flat: dict[str, torch.Tensor]) -> None:
-        """Up to how many tokens each fused kernel is the faster: columns where all groups are pivga of that side,
-        outputs where all parts are compressed and several."""
-        sample = next(tensor for tensor in flat.values() if tensor.is_floating_point())
-        like = sample.dtype, sample.device
-        groups = [part.group for part in self.parts if part.group]
-        ranks = tuple(group.rank for group in groups)
-        kinds = {(group.form, group.side) for group in groups}
-        columns = kinds == {("pivga", "columns")}
-        self.most_columns = columns_most_tokens(self.width, ranks, *like) if columns else 0
-        self.most_outputs = 0
-        if len(self.parts) == len(groups) > 1 and (self.most_columns or kinds == {("svd", None)}):
-            of_member = {member: part.group.rank for part in self.parts for member in part.members}
-            by_member = tuple(of_member[member] for member in sorted(of_member))
-            self.most_outputs = outputs_most_tokens(by_member, tuple(self.member_rows), *like)
+    def on_gpu(self, device: torch.device) -> bool:
+        """Whether our ops run, which take another kernel for few tokens: not where vLLM is to give the same for any."""
+        return device.type in GPU_DEVICES and os.environ.get("VLLM_BATCH_INVARIANT", "0") in ("", "0")
+
+    def _by_outputs(self, name: str) -> bool:
+        """Whether the `outputs` op multiplies by the factor of that name: in a layer of several parts."""
+        rows = any(part.group and part.group.side == "rows" for part in self.parts)
+        return len(self.parts) > 1 and not rows and name in (LOWRANK_A, SKELETON, WEIGHT)
+
+    def _measure(self, layer: nn.Module) -> None:
+        """Up to how many tokens the kernels that this layer may use are to be used."""
+        from fermisvd_vllm import kernels
+
+        def like(width: int, weights: list[torch.Tensor]) -> list[torch.Tensor]:
+            return [each.new_empty(BUCKETS[-1], width or each.shape[1]).normal_(std=0.1) for each in weights]
+
+        d = [self._weight(layer, f"{INTERPOLATION}_{number}") for number in self.columns]
+        if d and min(each.numel() for each in d):
+            measure("columns", kernels.columns_kernel, kernels.columns_reference, like(self.width, d), d)
+        if a := self._second_factors(layer):
+            measure("outputs", kernels.outputs_kernel, kernels.outputs_reference, like(0, a), a, *self._members())
+
+    def _second_factors(self, layer: nn.Module) -> list[torch.Tensor]:
+        """What `outputs` multiplies each part's t by, or a dense part's x: (m, r) or (m, n); none if it is not used."""
+        if not self._by_outputs(WEIGHT):
+            return []
+        names = [SECOND[part.group.form] if part.group else WEIGHT for part in self.parts]
+        return [self._weight(layer, f"{name}_{number}") for number, name in enumerate(names)]
+
+    def _members(self) -> tuple[list[int], list[int], list[int]]:
+        """Of each member, in the layer's order: its part, and where its rows begin in that part's, and their number."""
+        found = {}
+        for number, part in enumerate(self.parts):
+            start = 0
+            for member in part.members:
+                found[member] = number, start, self.member_rows[member]
+                start += self.member_rows[member]
+        return tuple(list(values) for values in zip(*(found[member] for member in sorted(found)), strict=True))
 
     def _matrices(self, part: Part, flat: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The part's own tensors, members stacked by rows, as views of the flat parameters."""
@@ -213,7 +232,7 @@ class FermiSVDLinearMethod(LinearMethodBase):
         """columns: of each input its place in [x[skel] | x[rest]]; rows: of each of [z | z D^T] its output, or where
         that is loaded, of each output its place."""
         # persistent: a reload of vLLM's copies no other buffers back into the storage that captured graphs read
-        if group.side == "rows" and permutation.device.type in STORING_DEVICES:
+        if group.side == "rows" and not self.on_gpu(permutation.device):
             layer.register_buffer(f"{PERMUTATION}_{number}", permutation.long())
         else:
             layer.register_buffer(f"places_{number}", torch.argsort(permutation.long()))
@@ -221,11 +240,9 @@ class FermiSVDLinearMethod(LinearMethodBase):
     def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x: (..., n) -> (..., m), this rank's share. Nothing here depends on data, so it traces and captures."""
         t = self._first_products(layer, x)
-        if self.most_outputs:
-            of_member = {member: t[number] for number, part in enumerate(self.parts) for member in part.members}
-            members = sorted(of_member)
-            a = [self._weight(layer, f"{SECOND_OF}_{member}") for member in members]
-            y = torch.ops.fermisvd.low_rank_outputs([of_member[member] for member in members], a, self.most_outputs)
+        if self.on_gpu(x.device) and (a := self._second_factors(layer)):
+            inner = [t.get(number, x) for number in range(len(self.parts))]
+            y = torch.ops.fermisvd.outputs(inner, a, *self._members())
             return y if bias is None else y + bias
         outputs = []
         for number, part in enumerate(self.parts):
@@ -244,18 +261,18 @@ class FermiSVDLinearMethod(LinearMethodBase):
         if self.svd:
             ranks = [self.parts[number].group.rank for number in self.svd]
             t |= dict(zip(self.svd, self._multiply(layer, LOWRANK_B, x).split(ranks, dim=-1), strict=True))
-        columns = [n for n, part in enumerate(self.parts) if part.group and part.group.side == "columns"]
         s = {}  # [x[skel] | x[rest]]
-        for number in columns:
+        for number in self.columns:
             s[number] = torch.empty_like(x, memory_format=torch.contiguous_format)
             put(s[number], getattr(layer, f"places_{number}"), x)
-        if self.most_columns:
-            d = [self._weight(layer, f"{INTERPOLATION}_{number}") for number in columns]
-            torch.ops.fermisvd.pivga_columns(list(s.values()), d, self.most_columns)
-        for number in columns:
+        on_gpu = self.on_gpu(x.device)
+        if self.columns and on_gpu:
+            d = [self._weight(layer, f"{INTERPOLATION}_{number}") for number in self.columns]
+            torch.ops.fermisvd.columns(list(s.values()), d)
+        for number in self.columns:
             rank = self.parts[number].group.rank
             t[number] = s[number][..., :rank]
-            if rank < self.width and not self.most_columns:
+            if rank < self.width and not on_gpu:  # vLLM's CPU product has nothing to accumulate into
                 t[number] = t[number] + self._multiply(layer, f"{INTERPOLATION}_{number}", s[number][..., rank:])
         return t
 
@@ -265,7 +282,7 @@ class FermiSVDLinearMethod(LinearMethodBase):
         rank = self.parts[number].group.rank
         rows = sum(self.member_rows[member] for member in self.parts[number].members)
         p = self._multiply(layer, f"{INTERPOLATION}_{number}", z) if rank < rows else z[..., :1]
-        if x.device.type not in STORING_DEVICES:
+        if self.on_gpu(x.device):
             return loaded(z, p, getattr(layer, f"places_{number}"))
         permutation = getattr(layer, f"{PERMUTATION}_{number}")
         y = z.new_empty(*z.shape[:-1], rows)
@@ -278,7 +295,9 @@ class FermiSVDLinearMethod(LinearMethodBase):
         return getattr(layer, f"{name}_factor").weight
 
     def _multiply(self, layer: nn.Module, name: str, x: torch.Tensor) -> torch.Tensor:
-        return self.dense_gemm.apply(getattr(layer, f"{name}_factor"), x.contiguous())
+        # CUDA's products take rows of any stride; what a CPU's or ROCm's may be made of does not always
+        x = x if self.on_gpu(x.device) and torch.version.hip is None else x.contiguous()
+        return self.dense_gemm.apply(getattr(layer, f"{name}_factor"), x)
 
     def _in_member_order(self, outputs: list[torch.Tensor]) -> torch.Tensor:
         """Parts joined; where a group's members are not neighbours they are put back in the layer's order."""

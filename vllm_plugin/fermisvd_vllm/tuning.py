@@ -3,87 +3,74 @@ it serves."""
 
 import logging
 import statistics
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
 
-logger = logging.getLogger("fermisvd")
+logger = logging.getLogger("vllm.fermisvd")
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 ROUNDS, CALLS = 5, 10
 COARSE = 128  # ranks are measured in steps of it
 TOLERANCE = 2**-6  # of the largest value: a wrong kernel is off by far more, another order of summing by far less
 
-
-def columns_most_tokens(width: int, ranks: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> int:
-    """Up to how many tokens `columns_kernel` is the faster. width: n; ranks: r of each group."""
-    ranks = tuple(coarse(rank, width) for rank in ranks)
-    return most_tokens("columns", (width, ranks), dtype, device) if min(ranks) < width else 0
+limits: dict[tuple, int] = {}  # key of a layer's shapes -> most tokens
 
 
-def outputs_most_tokens(
-    ranks: tuple[int, ...], sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> int:
-    """Up to how many tokens `outputs_kernel` is the faster. ranks, sizes: r and m of each member."""
-    return most_tokens("outputs", (tuple(coarse(rank) for rank in ranks), sizes), dtype, device)
+def key_of(side: str, x: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]) -> tuple:
+    """What layers must share to share a measurement: all but the exact ranks, of which each model has many."""
+    widths = [own.shape[-1] if side == "columns" else 0 for own in x]
+    shapes = tuple((width, *map(coarse, each.shape)) for width, each in zip(widths, weights, strict=True))
+    return side, weights[0].dtype, weights[0].device, shapes
 
 
-def coarse(rank: int, most: int | None = None) -> int:
-    """The rank to measure in the place of this one: layers of a model differ in rank, and few shapes are measured.
-    A rank that loads cannot be wide at is measured as it is."""
-    near = rank if rank % 16 else -(-rank // COARSE) * COARSE
-    return near if most is None else min(near, most)
+def coarse(size: int) -> tuple[int, bool]:
+    """Rounded up, and whether loads can be wide."""
+    return -(-size // COARSE), size % 16 == 0
 
 
-def most_tokens(side: str, shape: tuple, dtype: torch.dtype, device: torch.device) -> int:
-    """Largest token count, of BUCKETS, up to which a kernel always beats its reference.
+def limit(side: str, x: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]) -> int:
+    """Most tokens for which the kernel of `columns` (s, D) or `outputs` (t, A) is to be used; 0 if never measured."""
+    return limits.get(key_of(side, x, weights), 0)
 
-    side, shape: columns, (n, ranks); outputs, (ranks, sizes). 0 without a GPU, and, with a warning, where the kernel
-    does not run or its result is not the reference's.
+
+def measure(side: str, kernel: Callable, reference: Callable, x: Sequence[torch.Tensor], *more) -> None:
+    """Remember the largest token count, of BUCKETS, up to which the kernel always beats its reference.
+
+    x, more: its operands for the largest count, weights first among `more`. Where the kernel does not run, or its
+    result is not the reference's, that is said in a warning and it is used for fewer tokens, if any.
     """
-    return _measured(side, shape, dtype, device) if device.type == "cuda" else 0
+    from triton.runtime.errors import TritonError
 
-
-def operands(side: str, shape: tuple, tokens: int, dtype: torch.dtype, device: torch.device) -> tuple:
-    """Random ones of a kernel."""
-
-    def random(*sizes: int) -> torch.Tensor:
-        return torch.randn(*sizes, dtype=dtype, device=device) / sizes[-1] ** 0.5
-
-    if side == "columns":
-        width, ranks = shape
-        return [random(tokens, width) for _ in ranks], [random(rank, width - rank) for rank in ranks]
-    ranks, sizes = shape
-    return [random(tokens, rank) for rank in ranks], [random(*size) for size in zip(sizes, ranks, strict=True)]
-
-
-@cache
-def _measured(side: str, shape: tuple, dtype: torch.dtype, device: torch.device) -> int:
-    from fermisvd_vllm import kernels
-
-    kernel, reference = getattr(kernels, f"{side}_kernel"), getattr(kernels, f"{side}_reference")
-    best = 0
+    key, begin, best = key_of(side, x, more[0]), time.perf_counter(), 0
+    if key in limits:
+        return
     try:
         for tokens in BUCKETS:
-            given = operands(side, shape, tokens, dtype, device)
-            check_agreement(kernel, reference, given)
-            if seconds(lambda given=given: kernel(*given)) >= seconds(lambda given=given: reference(*given)):
+            few = [own[:tokens] for own in x]
+            check_agreement(kernel, reference, few, *more)
+            if seconds(lambda few=few: kernel(few, *more)) >= seconds(lambda few=few: reference(few, *more)):
                 break
             best = tokens
-    except Exception as error:
-        logger.warning("the fused kernel for %s %s is not used: %s: %s", side, shape, type(error).__name__, error)
-        return 0
-    return best
+    except (RuntimeError, TritonError) as error:
+        logger.warning(
+            "FermiSVD: the kernel for %s is used up to %d tokens: %s: %s", side, best, type(error).__name__, error
+        )
+    torch._C._cuda_clearCublasWorkspaces()  # one a stream: the KV cache is to have the memory
+    limits[key] = best
+    taken = time.perf_counter() - begin
+    logger.info("FermiSVD: kernel for %s %s up to %d tokens, measured in %.1f s", side, key[-1], best, taken)
 
 
-def check_agreement(kernel: Callable, reference: Callable, given: tuple) -> None:
-    """Raises RuntimeError where the kernel's result, or what it makes of its first operand, is not the reference's."""
+def check_agreement(kernel: Callable, reference: Callable, x: Sequence[torch.Tensor], *more) -> None:
+    """Raises RuntimeError where the kernel's result, or what it makes of x, is not the reference's."""
 
     def result(call: Callable) -> list[torch.Tensor]:
-        first = [x.clone() for x in given[0]]
-        found = call(first, *given[1:])
-        return first if found is None else [found]
+        copies = [own.clone() for own in x]
+        found = call(copies, *more)
+        return copies if found is None else [found]
 
     for found, expected in zip(result(kernel), result(reference), strict=True):
         error = (found - expected).abs().max() / expected.abs().max()
@@ -93,13 +80,13 @@ def check_agreement(kernel: Callable, reference: Callable, given: tuple) -> None
 
 def seconds(call: Callable[[], object]) -> float:
     """Of one call, the median over replays of a CUDA graph of several: as decoding runs it, without launch costs."""
-    stream = torch.cuda.Stream()
+    stream = _stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         for _ in range(CALLS):
             call()
     times = []
@@ -111,3 +98,8 @@ def seconds(call: Callable[[], object]) -> float:
         end.synchronize()
         times.append(begin.elapsed_time(end) / 1e3 / CALLS)
     return statistics.median(times[1:])
+
+
+@cache
+def _stream() -> torch.cuda.Stream:
+    return torch.cuda.Stream()
