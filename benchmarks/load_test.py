@@ -35,6 +35,8 @@ from server import VLLM, Server, serve
 HELD = re.compile(r"FermiSVD: .* holds ([\d,]+) numbers")
 WEIGHT_MEMORY = re.compile(r"Model loading took ([\d.]+) GiB")  # said on a GPU
 KV_TOKENS = re.compile(r"KV cache size: ([\d,]+) tokens")
+OUTPUTS = 64  # tokens of an answer
+RATE = "of dense's saturation"  # ends the names of cases of a request rate
 FIGURES = (
     "output_throughput",
     "total_token_throughput",
@@ -53,11 +55,11 @@ def cases(concurrent: list[int], prefill: int, each: int, decode_only: bool) -> 
         lengths = ["--random-input-len", str(inputs), "--random-output-len", str(outputs)]
         return [*lengths, "--max-concurrency", str(clients), "--num-prompts", str(requests), *more]
 
-    found = {f"decode, {n} concurrent": options(16, 64, n, each * n) for n in concurrent}
+    found = {f"decode, {n} concurrent": options(16, OUTPUTS, n, each * n) for n in concurrent}
     if decode_only:
         return found
     found[f"prefill of {prefill}"] = options(prefill, 1, 4, 4 * each)
-    found["mixed, 16 concurrent"] = options(256, 64, 16, 16 * each, "--random-range-ratio", "0.5")
+    found["mixed, 16 concurrent"] = options(256, OUTPUTS, 16, 16 * each, "--random-range-ratio", "0.5")
     return found
 
 
@@ -120,12 +122,14 @@ def number_in(log: Path, pattern: re.Pattern) -> int | None:
     return int(found[1].replace(",", "")) if found else None
 
 
-def weight_bytes(folder: Path, log: Path, about: dict) -> int:
-    """What vLLM says that the weights take; where it says nothing, the bfloat16 numbers of the shape or the files."""
+def weight_memory(folder: Path, log: Path, about: dict) -> dict[str, int | str]:
+    """What vLLM says that the weights take; where it says nothing, as on a CPU, what files or shape make of them."""
     if said := WEIGHT_MEMORY.search(log.read_text()):
-        return int(float(said[1]) * 2**30)
-    files = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    return files or 2 * (about["layers"] + 2 * about["head"])  # embedding and head are of one size
+        return {"weight_bytes": int(float(said[1]) * 2**30), "weights_from": "measured by vLLM"}
+    if files := sum(file.stat().st_size for file in folder.glob("*.safetensors")):
+        return {"weight_bytes": files, "weights_from": "of the files"}
+    numbers = about["layers"] + 2 * about["head"]  # embedding and head are of one size
+    return {"weight_bytes": 2 * numbers, "weights_from": "computed"}
 
 
 def check_held(form: str, log: Path, layers: int | None) -> int | None:
@@ -137,6 +141,11 @@ def check_held(form: str, log: Path, layers: int | None) -> int | None:
 
 
 def measure(arguments: argparse.Namespace) -> None:
+    """Asks all three servers all cases; the record is written after each repetition."""
+    protocol = {key: value for key, value in vars(arguments).items() if key != "table_only"}
+    record = new_record(shlex.join(["python", *sys.argv]), protocol)
+    record["versions"] |= vllm_versions()
+    record["environment"] = {k: v for k, v in os.environ.items() if k.startswith("VLLM_CPU")}
     name, serve_options = arguments.model[0], shlex.split(arguments.serve)
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -164,9 +173,12 @@ def measure(arguments: argparse.Namespace) -> None:
             about[form]["start_seconds"] = round(time.perf_counter() - begin, 1)
             about[form]["low_rank_numbers"] = check_held(form, log, about[form].get("layers"))
             about[form]["kv_cache_tokens"] = number_in(log, KV_TOKENS)
-            about[form]["weight_bytes"] = weight_bytes(folders[form], log, about[form])
+            about[form] |= weight_memory(folders[form], log, about[form])
             print(form, about[form], flush=True)
         todo = cases(arguments.concurrent, arguments.prefill, arguments.requests, arguments.decode_only)
+        title = f"load-{name}" if len(arguments.model) == 3 else f"load-{name}-{arguments.remove}"
+        record |= {"models": about, "runs": runs}
+        latest: dict[tuple[str, str], dict] = {}
         for repeat in range(-1, arguments.repeats):  # the first round warms up: compiles, prepacks, fills caches
             for case, options in todo.items():
                 for form in FORMS if repeat % 2 else reversed(FORMS):
@@ -174,18 +186,22 @@ def measure(arguments: argparse.Namespace) -> None:
                     if repeat >= 0:
                         runs.setdefault(case, []).append({"form": form, "repeat": repeat, **figures})
                         print(repeat, case, form, f"{figures['output_throughput']:.1f} tokens/s", flush=True)
-        saturation = median_of(runs[f"decode, {max(arguments.concurrent)} concurrent"], "dense") / 64
-        for share in arguments.rates:
-            options = ["--random-input-len", "16", "--random-output-len", "64"]
-            options += ["--request-rate", f"{share * saturation:.3f}", "--num-prompts", str(arguments.rate_prompts)]
-            for form in FORMS:
-                figures = ask(servers[form], folders[form], options, 0, scratch)
-                runs.setdefault(f"{share:.0%} of dense's saturation", []).append({"form": form, "repeat": 0, **figures})
-    protocol = {key: value for key, value in vars(arguments).items() if key != "table_only"}
-    record = new_record(shlex.join(["python", *sys.argv]), protocol)
-    record["versions"] |= vllm_versions()
-    record["environment"] = {k: v for k, v in os.environ.items() if k.startswith("VLLM_CPU")}
-    write_record(f"load-{name}-{arguments.remove}", record | {"models": about, "runs": runs})
+                    latest[case, form] = figures
+            if repeat == -1:  # now it is known what dense can do
+                busiest = latest[f"decode, {max(arguments.concurrent)} concurrent", "dense"]
+                todo |= rates(arguments, busiest["output_throughput"] / OUTPUTS)
+            else:
+                write_record(title, record)
+
+
+def rates(arguments: argparse.Namespace, saturation: float) -> dict[str, list[str]]:
+    """Cases by request rate, in shares of the rate at which dense is saturated."""
+    found = {}
+    for share in arguments.rates:
+        options = ["--random-input-len", "16", "--random-output-len", str(OUTPUTS)]
+        options += ["--request-rate", f"{share * saturation:.3f}", "--num-prompts", str(arguments.rate_prompts)]
+        found[f"{share:.0%} {RATE}"] = options
+    return found
 
 
 def vllm_versions() -> dict[str, str]:
@@ -200,11 +216,19 @@ def vllm_versions() -> dict[str, str]:
     return found
 
 
-def median_of(runs: list[dict], form: str, figure: str = "output_throughput") -> float:
+def speed_of(case: str) -> str | None:
+    """The figure that forms are compared by: output tokens/s; with the prompt's where that is the work; none where
+    requests come at a given rate."""
+    if case.endswith(RATE):
+        return None
+    return "total_token_throughput" if case.startswith(("prefill", "offline")) else "output_throughput"
+
+
+def median_of(runs: list[dict], form: str, figure: str) -> float:
     return statistics.median(run[figure] for run in runs if run["form"] == form)
 
 
-def ratio_to_dense(runs: list[dict], form: str, figure: str = "total_token_throughput") -> float:
+def ratio_to_dense(runs: list[dict], form: str, figure: str) -> float:
     """Median over repetitions of form / dense in the same one."""
     of = {(run["form"], run["repeat"]): run[figure] for run in runs}
     return statistics.median(of[form, repeat] / of["dense", repeat] for f, repeat in of if f == "dense")
@@ -224,9 +248,10 @@ def table(record: dict) -> str:
     ]
     for case, runs in record["runs"].items():
         for form in FORMS:
-            speed, ratio = median_of(runs, form, "total_token_throughput"), ratio_to_dense(runs, form)
-            promised = by_parameters(record, form)
-            cells = [case, form, f"{speed:.1f}", f"{ratio:.2f}", f"{promised:.2f}" if promised else ""]
+            cells, figure, promised = [case, form, "", "", ""], speed_of(case), by_parameters(record, form)
+            if figure:
+                cells[2:4] = f"{median_of(runs, form, figure):.1f}", f"{ratio_to_dense(runs, form, figure):.2f}"
+                cells[4] = f"{promised:.2f}" if promised else ""
             if FIGURES[2] in runs[0]:
                 first, first99, step, step99 = (median_of(runs, form, figure) for figure in FIGURES[2:6])
                 cells += [f"{first:.0f} ({first99:.0f})", f"{step:.1f} ({step99:.1f})"]
@@ -239,8 +264,8 @@ def table(record: dict) -> str:
 def sizes(record: dict) -> str:
     """One line: weight memory, KV cache and start of each form."""
     return "; ".join(
-        f"{form}: weights {about['weight_bytes'] / 2**20:,.0f} MiB, KV cache {about['kv_cache_tokens']:,} tokens, "
-        f"started in {about['start_seconds']:.0f} s"
+        f"{form}: weights {about['weight_bytes'] / 2**20:,.0f} MiB ({about['weights_from']}), KV cache "
+        f"{about['kv_cache_tokens']:,} tokens, started in {about['start_seconds']:.0f} s"
         for form, about in record["models"].items()
     )
 
@@ -267,9 +292,9 @@ def figure(records: dict[str, dict]) -> None:
     plt.rcParams["svg.hashsalt"] = "fermisvd"
     panels, axes = plt.subplots(1, len(records), figsize=(5 * len(records), 3.8), squeeze=False)
     for axis, (name, record) in zip(axes[0], records.items(), strict=True):
-        names = list(record["runs"])
+        names = [case for case in record["runs"] if speed_of(case)]
         for number, form in enumerate(FORMS[1:], 1):
-            ratios = [ratio_to_dense(record["runs"][case], form) for case in names]
+            ratios = [ratio_to_dense(record["runs"][case], form, speed_of(case)) for case in names]
             axis.plot(names, ratios, f"C{number}o-", label=form)
             if promised := by_parameters(record, form):
                 axis.axhline(promised, color=f"C{number}", linestyle="--", linewidth=1)
@@ -303,6 +328,8 @@ if __name__ == "__main__":
         shape = len(arguments.model) == 1 and arguments.model[0] in SHAPES
         if not shape and len(arguments.model) != 3:
             parser.error(f"give one of {', '.join(SHAPES)}, or three folders")
+        if "tensor-parallel" in arguments.serve:
+            parser.error("what a server holds is checked for one rank only: no tensor parallelism here")
         measure(arguments)
     records = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("load-*.json"))}
     if records:

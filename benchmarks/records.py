@@ -21,6 +21,7 @@ def new_record(command: str, protocol: dict) -> dict:
         "command": command,
         "machine": {"processor": processor(), "threads": torch.get_num_threads()},
         "date": time.strftime("%F"),
+        "commit": commit(),
         "versions": {package: version(package) for package in ("fermisvd", "torch", "transformers")},
     }
 

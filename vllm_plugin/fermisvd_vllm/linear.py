@@ -53,6 +53,7 @@ class FermiSVDLinearMethod(LinearMethodBase):
     ):
         self.check_model, self.on_ready = check_model, on_ready
         self.parts = parts
+        self.ranks = {number: part.group.rank for number, part in enumerate(parts) if part.group}
         self.svd = [number for number, part in enumerate(parts) if part.group and part.group.form == "svd"]
         self.columns = [number for number, part in enumerate(parts) if part.group and part.group.side == "columns"]
         self.member_names = member_names
@@ -203,7 +204,8 @@ class FermiSVDLinearMethod(LinearMethodBase):
             for member in part.members:
                 found[member] = number, start, self.member_rows[member]
                 start += self.member_rows[member]
-        return tuple(list(values) for values in zip(*(found[member] for member in sorted(found)), strict=True))
+        parts, starts, sizes = zip(*(found[member] for member in sorted(found)), strict=True)
+        return list(parts), list(starts), list(sizes)
 
     def _matrices(self, part: Part, flat: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The part's own tensors, members stacked by rows, as views of the flat parameters."""
@@ -259,7 +261,7 @@ class FermiSVDLinearMethod(LinearMethodBase):
         """Part -> t, (..., r): x B^T of the svd ones, in one product, and x[skel] + x[rest] D^T of the columns ones."""
         t = {}
         if self.svd:
-            ranks = [self.parts[number].group.rank for number in self.svd]
+            ranks = [self.ranks[number] for number in self.svd]
             t |= dict(zip(self.svd, self._multiply(layer, LOWRANK_B, x).split(ranks, dim=-1), strict=True))
         s = {}  # [x[skel] | x[rest]]
         for number in self.columns:
@@ -270,7 +272,7 @@ class FermiSVDLinearMethod(LinearMethodBase):
             d = [self._weight(layer, f"{INTERPOLATION}_{number}") for number in self.columns]
             torch.ops.fermisvd.columns(list(s.values()), d)
         for number in self.columns:
-            rank = self.parts[number].group.rank
+            rank = self.ranks[number]
             t[number] = s[number][..., :rank]
             if rank < self.width and not on_gpu:  # vLLM's CPU product has nothing to accumulate into
                 t[number] = t[number] + self._multiply(layer, f"{INTERPOLATION}_{number}", s[number][..., rank:])
@@ -279,7 +281,7 @@ class FermiSVDLinearMethod(LinearMethodBase):
     def _pivga_rows(self, layer: nn.Module, number: int, x: torch.Tensor) -> torch.Tensor:
         """z = x R_skel^T; y = P [z ; z D^T]."""
         z = self._multiply(layer, f"{SKELETON}_{number}", x)
-        rank = self.parts[number].group.rank
+        rank = self.ranks[number]
         rows = sum(self.member_rows[member] for member in self.parts[number].members)
         p = self._multiply(layer, f"{INTERPOLATION}_{number}", z) if rank < rows else z[..., :1]
         if self.on_gpu(x.device):
