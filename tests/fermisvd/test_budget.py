@@ -98,7 +98,7 @@ def test_unreachable_budget_is_refused():
         round_to_budget([make_group(64, 64)], [1], 100, "pivga", 32)
 
 
-@pytest.mark.parametrize(("width", "step"), [(64, 1), (192, 2), (512, 8), (4096, 64), (16384, 64)])
+@pytest.mark.parametrize(("width", "step"), [(64, 1), (192, 2), (512, 8), (2047, 16), (2048, 64), (16384, 64)])
 def test_auto_alignment_grows_with_width(width, step):
     assert auto_alignment(make_group(width, width)) == step
 

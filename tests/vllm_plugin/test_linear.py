@@ -55,6 +55,18 @@ def make_group(members, form, side, rank):
     return group, tensors, dict(zip(members, dense.split(rows), strict=True))
 
 
+def make_partition(partition, form):
+    """Groups of q/k/v, tensors and dense weights of all three; what is in no group is stored dense."""
+    made = [make_group(m, form, "columns", 5 + 3 * i) for i, m in enumerate(PARTITIONS[partition])]
+    tensors = {key: value for _, part, _ in made for key, value in part.items()}
+    dense = {key: value for _, _, part in made for key, value in part.items()}
+    for member in ("q_proj", "k_proj", "v_proj"):
+        if member not in dense:
+            dense[member] = torch.randn(ROWS[member], HIDDEN, dtype=torch.float64)
+            tensors[member, "weight"] = dense[member]
+    return [group for group, _, _ in made], tensors, dense
+
+
 def make_layer(kind, groups, bias=False):
     entry = CheckpointConfig(groups=tuple(groups)).model_dump(mode="json", exclude_none=True)
     config = FermiSVDConfig.from_config(entry)
@@ -95,14 +107,8 @@ def check_forward(layer, dense, members, bias=None):
 @pytest.mark.parametrize("form", ["svd", "pivga"])
 @pytest.mark.parametrize("bias", [False, True])
 def test_fused_qkv_equals_the_dense_product(partition, form, bias):
-    made = [make_group(m, form, "columns", 5 + 3 * i) for i, m in enumerate(PARTITIONS[partition])]
-    tensors = {key: value for _, part, _ in made for key, value in part.items()}
-    dense = {key: value for _, _, part in made for key, value in part.items()}
-    for member in ("q_proj", "k_proj", "v_proj"):
-        if member not in dense:
-            dense[member] = torch.randn(ROWS[member], HIDDEN, dtype=torch.float64)
-            tensors[member, "weight"] = dense[member]
-    layer = make_layer("qkv_proj", [g for g, _, _ in made], bias)
+    groups, tensors, dense = make_partition(partition, form)
+    layer = make_layer("qkv_proj", groups, bias)
     load(layer, tensors)
     if bias:
         nn.init.normal_(layer.bias)
@@ -191,12 +197,8 @@ def test_rows_on_a_gpu(like_a_gpu, rank):
 def test_several_groups_on_a_gpu(like_a_gpu, partition, form, most):
     """One kernel for all first and one for all second products."""
     ran = like_a_gpu(most)
-    made = [make_group(m, form, "columns", 5 + 3 * i) for i, m in enumerate(PARTITIONS[partition])]
-    tensors = {key: value for _, part, _ in made for key, value in part.items()}
-    dense = {key: value for _, _, part in made for key, value in part.items()}
-    if partition == "partly dense":
-        dense["v_proj"] = tensors["v_proj", "weight"] = torch.randn(32, HIDDEN, dtype=torch.float64)
-    layer = make_layer("qkv_proj", [g for g, _, _ in made])
+    groups, tensors, dense = make_partition(partition, form)
+    layer = make_layer("qkv_proj", groups)
     load(layer, tensors)
     check_forward(layer, dense, ["q_proj", "k_proj", "v_proj"])
     sides = ["columns"] * (form == "pivga") + ["outputs"] * (partition != "joint")
@@ -208,12 +210,8 @@ def test_several_groups_on_a_gpu(like_a_gpu, partition, form, most):
 def test_layers_compile_as_on_a_gpu(like_a_gpu, partition, form):
     """By inductor, s changed in place, in one graph for any number of tokens."""
     like_a_gpu(4)
-    made = [make_group(m, form, "columns", 5 + 3 * i) for i, m in enumerate(PARTITIONS[partition])]
-    tensors = {key: value for _, part, _ in made for key, value in part.items()}
-    dense = {key: value for _, _, part in made for key, value in part.items()}
-    if partition == "partly dense":
-        dense["v_proj"] = tensors["v_proj", "weight"] = torch.randn(32, HIDDEN, dtype=torch.float64)
-    layer = make_layer("qkv_proj", [g for g, _, _ in made])
+    groups, tensors, dense = make_partition(partition, form)
+    layer = make_layer("qkv_proj", groups)
     load(layer, tensors)
     layer.quant_method.process_weights_after_loading(layer)
     torch._dynamo.reset()
@@ -316,10 +314,9 @@ def test_apply_traces_with_dynamic_token_counts(form, side):
 @pytest.mark.parametrize("partition", ["joint", "separate", "mixed"])
 @pytest.mark.parametrize("form", ["svd", "pivga"])
 def test_fused_apply_traces_with_dynamic_token_counts(form, partition):
-    made = [make_group(m, form, "columns", 5 + 3 * i) for i, m in enumerate(PARTITIONS[partition])]
-    layer = make_layer("qkv_proj", [g for g, _, _ in made])
-    load(layer, {key: value for _, part, _ in made for key, value in part.items()})
-    dense = {key: value for _, _, part in made for key, value in part.items()}
+    groups, tensors, dense = make_partition(partition, form)
+    layer = make_layer("qkv_proj", groups)
+    load(layer, tensors)
     check_traces(layer, torch.cat([dense[m] for m in ("q_proj", "k_proj", "v_proj")]).float())
 
 

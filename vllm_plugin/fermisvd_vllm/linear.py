@@ -306,10 +306,8 @@ class FermiSVDLinearMethod(LinearMethodBase):
         order = [member for part in self.parts for member in part.members]
         if order == sorted(order):
             return torch.cat(outputs, dim=-1)
-        pieces = {}
-        for part, y in zip(self.parts, outputs, strict=True):
-            pieces |= dict(zip(part.members, y.split([self.member_rows[i] for i in part.members], dim=-1), strict=True))
-        return torch.cat([pieces[member] for member in sorted(pieces)], dim=-1)
+        members = zip(*self._members(), strict=True)
+        return torch.cat([outputs[part][..., start : start + size] for part, start, size in members], dim=-1)
 
 
 def put(y: torch.Tensor, index: torch.Tensor, x: torch.Tensor) -> None:
