@@ -1,21 +1,88 @@
 """Calibration statistics: Gram matrices C = sum X X^T of inputs and G = sum g g^T of output gradients."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 
+from fermisvd.blocks import DecoderBlocks, HiddenStates, device_of, sweep
 from fermisvd.decomposition import OutputGram
+from fermisvd.distributed import share, sum_over_processes
 from fermisvd.errors import FermiSVDError
 from fermisvd.groups import linear_layer
+
+Grams = dict[str, torch.Tensor]
+OutputGrams = dict[str, OutputGram]
+Part = tuple[list[str], list[str]]  # names of sources, names of members
 
 
 class CalibrationError(FermiSVDError):
     """Activations or gradients of a layer are not finite."""
 
 
+class Statistics:
+    """Running sums of C for the inputs of `sources` and of G for the outputs of `members`, names of linear layers.
+
+    Sums are taken in float64: a Gram matrix squares the condition number, and the tail of the spectrum is what rank
+    selection compares.
+    """
+
+    def __init__(self, model: nn.Module, sources: Sequence[str], members: Sequence[str]):
+        self.model = model
+        self.layers = {name: linear_layer(model, name) for name in members}
+        device = device_of(model)
+        self.grams = {name: _zeros(linear_layer(model, name).in_features, device) for name in sources}
+        self.outputs = {name: _zeros(min(layer.weight.shape), device) for name, layer in self.layers.items()}
+        self.totals = {name: torch.zeros((), dtype=torch.float64, device=device) for name in members}
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Forward and backward passes inside are added."""
+        hooks = [
+            linear_layer(self.model, name).register_forward_pre_hook(
+                lambda _, inputs, name=name: self._see_input(name, inputs[0])
+            )
+            for name in self.grams
+        ]
+        hooks += [
+            layer.register_forward_hook(
+                lambda _, inputs, y, name=name: y.register_hook(lambda g: self._see_gradient(name, g)) and None
+            )
+            for name, layer in self.layers.items()
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _see_input(self, name: str, inputs: torch.Tensor) -> None:
+        x = inputs.detach().flatten(0, -2).double()  # (tokens, n)
+        self.grams[name].addmm_(x.T, x)
+
+    def _see_gradient(self, name: str, gradient: torch.Tensor) -> None:
+        weight, g = self.layers[name].weight, gradient.flatten(0, -2).double()  # (tokens, m)
+        self.totals[name] += g.square().sum()
+        g = g @ weight.detach().double() if weight.shape[0] > weight.shape[1] else g
+        self.outputs[name].addmm_(g.T, g)
+
+    def result(self) -> tuple[Grams, OutputGrams]:
+        """The sums over all processes. Raises CalibrationError naming a layer where they are NaN or infinite."""
+        for name, gram in self.grams.items():
+            if not sum_over_processes(gram).isfinite().all():
+                raise CalibrationError(f"the input of {name} holds NaN or infinite values during calibration")
+        found = {}
+        for name, matrix in self.outputs.items():
+            if not sum_over_processes(matrix).isfinite().all():
+                raise CalibrationError(f"the gradient at the output of {name} is NaN or infinite during calibration")
+            mean = sum_over_processes(self.totals[name]).item() / self.layers[name].out_features
+            found[name] = OutputGram(matrix, mean)
+        return self.grams, found
+
+
 @torch.no_grad()
-def gram_matrices(model: nn.Module, sources: Sequence[str], batches: Iterable[torch.Tensor]) -> dict[str, torch.Tensor]:
+def gram_matrices(model: nn.Module, sources: Sequence[str], batches: Iterable[torch.Tensor]) -> Grams:
     """Gram matrix of the input of each layer in `sources`, over all tokens of all batches; see `calibration_grams`."""
     return calibration_grams(model, sources, [], batches)[0]
 
@@ -26,80 +93,165 @@ def calibration_grams(
     members: Sequence[str],
     batches: Iterable[torch.Tensor],
     seed: int = 0,
-) -> tuple[dict[str, torch.Tensor], dict[str, OutputGram]]:
-    """C of the inputs of `sources` and G of the outputs of `members`, over all tokens of all batches, in one pass.
+) -> tuple[Grams, OutputGrams]:
+    """C of the inputs of `sources` and G of the outputs of `members`, over all tokens of all batches, in one pass of
+    the whole model: for models that `DecoderBlocks` does not take apart, and the reference of `grams_by_blocks`.
 
-    sources, members: names of linear layers; batches: token ids, (batch, length), without padding; seed: of the drawn
-    tokens. g is the gradient of log p(y) at the layer's output, y drawn from the model's own prediction: G is then the
-    output side of the KL's second derivative (the Fisher matrix), which the text's own next tokens only resemble.
-    Returns name -> (n x n) float64 tensors on the model's device, and name -> OutputGram. Sums are taken in float64: a
-    Gram matrix squares the condition number, and the tail of the spectrum is what rank selection compares.
+    sources, members: names of linear layers; batches: token ids, (batch, length), without padding, of which each
+    process takes its share; seed: of the drawn tokens. g is the gradient of log p(y) at the layer's output, y drawn
+    from the model's own prediction: G is then the output side of the KL's second derivative (the Fisher matrix), which
+    the text's own next tokens only resemble.
+    Returns name -> (n x n) float64 tensors on the model's device, and name -> OutputGram.
     Raises CalibrationError naming the layer whose input or gradient is NaN or infinite.
     """
-    device = next(model.parameters()).device
-    grams = {name: _zeros(linear_layer(model, name).in_features, device) for name in sources}
-    layers = {name: linear_layer(model, name) for name in members}
-    outputs = {name: _zeros(min(layer.weight.shape), device) for name, layer in layers.items()}
-    totals = dict.fromkeys(members, torch.zeros((), dtype=torch.float64, device=device))
-
-    def see_input(name: str, inputs: tuple[torch.Tensor, ...]) -> None:
-        x = inputs[0].detach().flatten(0, -2).double()  # (tokens, n)
-        grams[name].addmm_(x.T, x)
-
-    def see_gradient(name: str, gradient: torch.Tensor) -> None:
-        weight, g = layers[name].weight, gradient.flatten(0, -2).double()  # (tokens, m)
-        totals[name] = totals[name] + g.square().sum()
-        g = g @ weight.detach().double() if weight.shape[0] > weight.shape[1] else g
-        outputs[name].addmm_(g.T, g)
-
-    hooks = [
-        model.get_submodule(name).register_forward_pre_hook(lambda _, inputs, name=name: see_input(name, inputs))
-        for name in sources
-    ]
-    hooks += [
-        layer.register_forward_hook(
-            lambda _, inputs, y, name=name: y.register_hook(lambda g: see_gradient(name, g)) and None
-        )
-        for name, layer in layers.items()
-    ]
-    try:
-        if members:
-            _pass_back_and_forth(model, batches, torch.Generator(device).manual_seed(seed))
-        else:
-            body = getattr(model, "base_model", model)  # without the head: its logits would outweigh the matrices
-            with torch.no_grad():
-                for batch in batches:
+    statistics, device = Statistics(model, sources, members), device_of(model)
+    with statistics.watching():
+        for number, batch in _of_this_process(batches):
+            if members:
+                with frozen(model), _differentiable_embeddings(model):
+                    logits = model(input_ids=batch.to(device), use_cache=False).logits
+                    logits.backward(drawn_gradient(logits, seed, number))
+            else:
+                body = getattr(model, "base_model", model)  # without the head: its logits would outweigh the matrices
+                with torch.no_grad():
                     body(input_ids=batch.to(device), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    for name, gram in grams.items():
-        if not gram.isfinite().all():
-            raise CalibrationError(f"the input of {name} holds NaN or infinite values during calibration")
-    found = {}
-    for name, matrix in outputs.items():
-        if not matrix.isfinite().all():
-            raise CalibrationError(f"the gradient at the output of {name} is NaN or infinite during calibration")
-        found[name] = OutputGram(matrix, totals[name].item() / layers[name].out_features)
-    return grams, found
+    return statistics.result()
 
 
-def _pass_back_and_forth(model: nn.Module, batches: Iterable[torch.Tensor], draw: torch.Generator) -> None:
-    """Forward and backward passes of -log p(y), y drawn from the model; no parameter gets a gradient."""
+def grams_by_blocks(
+    blocks: DecoderBlocks,
+    sources: Sequence[str],
+    members: Sequence[str],
+    batches: Sequence[torch.Tensor],
+    hidden: HiddenStates,
+    seed: int = 0,
+    limit_bytes: int | None = None,
+) -> Iterator[tuple[Grams, OutputGrams]]:
+    """As `calibration_grams`, a decoder block at a time and its results at once, blocks in the order that they are
+    done: with gradients wanted from the last to the first, which is why the states before every block are kept.
+
+    limit_bytes: of the matrices gathered in one pass over a block; it is run again for the others.
+    """
+    mine, device = _of_this_process(batches), device_of(blocks.model)
+    wanted = [_inside(blocks, index, sources, members) for index in range(len(blocks.blocks))]
+    reached = [index for index, names in enumerate(wanted) if any(names)]
+    with frozen(blocks.model):
+        if not members:
+            with torch.no_grad():
+                for number, batch in mine:
+                    hidden.put("before", number, blocks.first(batch.to(device)))
+            for index in range(reached[-1] + 1):
+                with blocks.present(index):
+                    for part in _parts(blocks.model, *wanted[index], limit_bytes):
+                        yield _forwards(blocks, index, part, mine, hidden)
+                for number, _ in mine:
+                    hidden.move("behind", "before", number)
+            hidden.drop("before", mine)
+            return
+        sweep(blocks, mine, hidden, keep=True)
+        for number, batch in mine:
+            states = hidden.get("last", number, device).detach().requires_grad_()
+            logits = blocks.head(batch.to(device), states)
+            logits.backward(drawn_gradient(logits, seed, number))
+            hidden.put("gradient behind", number, _gradient_of(states))
+        hidden.drop("last", mine)
+        for index in reversed(range(len(blocks.blocks))):
+            if index >= reached[0]:
+                with blocks.present(index):
+                    for part in _parts(blocks.model, *wanted[index], limit_bytes):
+                        yield _forwards_and_backwards(blocks, index, part, mine, hidden)
+                for number, _ in mine:
+                    hidden.move("gradient before", "gradient behind", number)
+            hidden.drop(f"before {index}", mine)
+        hidden.drop("gradient behind", mine)
+
+
+@torch.no_grad()
+def _forwards(
+    blocks: DecoderBlocks, index: int, part: Part, mine: Sequence[tuple[int, torch.Tensor]], hidden: HiddenStates
+) -> tuple[Grams, OutputGrams]:
+    statistics = Statistics(blocks.model, *part)
+    with statistics.watching():
+        for number, _ in mine:
+            hidden.put("behind", number, blocks.run(index, hidden.get("before", number, device_of(blocks.model))))
+    return statistics.result()
+
+
+def _forwards_and_backwards(
+    blocks: DecoderBlocks, index: int, part: Part, mine: Sequence[tuple[int, torch.Tensor]], hidden: HiddenStates
+) -> tuple[Grams, OutputGrams]:
+    statistics, device = Statistics(blocks.model, *part), device_of(blocks.model)
+    with statistics.watching():
+        for number, _ in mine:
+            states = hidden.get(f"before {index}", number, device).detach().requires_grad_()
+            blocks.run(index, states).backward(hidden.get("gradient behind", number, device))
+            hidden.put("gradient before", number, _gradient_of(states))
+    return statistics.result()
+
+
+def _inside(blocks: DecoderBlocks, index: int, sources: Sequence[str], members: Sequence[str]) -> Part:
+    """Those of the names that are layers of this block."""
+    prefix = f"{blocks.prefix}.{index}."
+    return [n for n in sources if n.startswith(prefix)], [n for n in members if n.startswith(prefix)]
+
+
+def _parts(model: nn.Module, sources: list[str], members: list[str], limit_bytes: int | None) -> list[Part]:
+    """Names whose matrices are gathered together; one at least in each part, and one part at least."""
+    parts: list[Part] = [([], [])]
+    room = limit_bytes
+    for kind, names in enumerate((sources, members)):
+        for name in names:
+            layer = linear_layer(model, name)
+            size = 8 * (min(layer.weight.shape) if kind else layer.in_features) ** 2
+            if room is not None:
+                assert limit_bytes is not None
+                if size > room and any(parts[-1]):
+                    parts.append(([], []))
+                    room = limit_bytes
+                room -= size
+            parts[-1][kind].append(name)
+    return parts
+
+
+def _of_this_process(batches: Iterable[torch.Tensor]) -> list[tuple[int, torch.Tensor]]:
+    """Every process' share of the batches, with their numbers."""
+    return share(list(enumerate(batches)))
+
+
+def drawn_gradient(logits: torch.Tensor, seed: int, number: int) -> torch.Tensor:
+    """Gradient of -log p(y) at the logits (windows, length, vocabulary), y drawn from them; the draw depends on the
+    batch's number alone, whichever process has it."""
+    draw = torch.Generator(logits.device).manual_seed(seed * 2**20 + number)
+    gradient = logits.detach().float().softmax(-1)
+    drawn = torch.multinomial(gradient.flatten(0, -2), 1, generator=draw).view(*logits.shape[:-1], 1)
+    return gradient.scatter_add_(-1, drawn, gradient.new_full(drawn.shape, -1.0)).to(logits.dtype)
+
+
+def _gradient_of(states: torch.Tensor) -> torch.Tensor:
+    assert states.grad is not None
+    return states.grad
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter gets a gradient."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.requires_grad_(False)
-    hook = model.get_input_embeddings().register_forward_hook(lambda _, inputs, y: y.requires_grad_())
     try:
-        for batch in batches:
-            logits = model(input_ids=batch.to(draw.device), use_cache=False).logits
-            gradient = logits.detach().float().softmax(-1)
-            drawn = torch.multinomial(gradient.flatten(0, -2), 1, generator=draw).view(*batch.shape, 1)
-            gradient.scatter_add_(-1, drawn, gradient.new_full(drawn.shape, -1.0))
-            logits.backward(gradient.to(logits.dtype))
+        yield
     finally:
-        hook.remove()
         for parameter in trained:
             parameter.requires_grad_()
+
+
+@contextmanager
+def _differentiable_embeddings(model: nn.Module) -> Iterator[None]:
+    """So that there is a graph though no parameter is trained."""
+    hook = model.get_input_embeddings().register_forward_hook(lambda _, inputs, y: y.requires_grad_())
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def group_output_gram(members: Sequence[OutputGram], weights: Sequence[torch.Tensor]) -> OutputGram:

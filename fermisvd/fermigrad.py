@@ -5,22 +5,30 @@ paper's whitening); only one mu a group is trained, by KL(teacher || student), u
 as mu/k, so that one learning rate serves layers of any width.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from fermisvd.batches import shuffled_batches
+from fermisvd.blocks import device_of, forwards
 from fermisvd.budget import Form
+from fermisvd.distributed import rank, sum_over_processes, world
 from fermisvd.errors import FermiSVDError
-from fermisvd.groups import LinearGroup
+from fermisvd.groups import LinearGroup, decoder_blocks
 from fermisvd.losses import kl_divergence
+from fermisvd.streaming import fill_for_good
 
 Constraint = Literal["projection", "penalty"]
 PLATEAU_STEPS = 12
+KEPT_ACTIVATIONS = 2 * 2**30  # bytes
 
 
 @dataclass(frozen=True)
@@ -56,7 +64,7 @@ def fermi_gate(mu: torch.Tensor, full_rank: int, temperature: float) -> torch.Te
 TAIL = 8.0  # gates below exp(-TAIL) are left out of the products
 
 
-class GatedGroup:
+class GatedGroup(nn.Module):
     """What the members of a gated group share: B of W = A B, (k x n), and the gate.
 
     `gate` is F (k,), or None for the dense teacher: A B = W. The student is two thin products, x B^T diag(F) A^T, and
@@ -64,8 +72,10 @@ class GatedGroup:
     """
 
     def __init__(self, b: torch.Tensor, readers: int = 1):
-        self.b, self.readers = b, readers
-        self.set_gate(None, len(b))
+        super().__init__()
+        self.b, self.readers = nn.Parameter(b, requires_grad=False), readers
+        self.full_rank, self.dtype, self.device = len(b), b.dtype, b.device  # of B whole, should it be sharded
+        self.set_gate(None, self.full_rank)
 
     def set_gate(self, gate: torch.Tensor | None, open_rank: int) -> None:
         """gate: F (k,) or None; open_rank: how many of its entries are not negligible."""
@@ -95,7 +105,7 @@ class GatedLinear(nn.Module):
 
     def __init__(self, a: torch.Tensor, group: GatedGroup, bias: torch.Tensor | None):
         super().__init__()
-        self.a, self.group, self.bias = a, group, bias
+        self.a, self.group, self.bias = nn.Parameter(a, requires_grad=False), group, bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return functional.linear(self.group.project(x), self.a[:, : self.group.open_rank], self.bias)
@@ -105,19 +115,28 @@ def install_gates(
     model: nn.Module,
     groups: Sequence[LinearGroup],
     factors_of: Callable[[LinearGroup], tuple[torch.Tensor, torch.Tensor]],
+    shard: bool = False,
 ) -> list[GatedGroup]:
     """Replace the groups' linear layers by gated ones, one group at a time, and free the dense weights.
 
-    factors_of: gives A (m x k) and B (k x n) of a group, W = A B. Returns the gated groups, in order.
+    factors_of: gives A (m x k) and B (k x n) of a group, W = A B. A streamed model's blocks are filled one after the
+    other, so that dense weights and factors are never all in memory; shard: with each block's weights then divided
+    among the processes (FSDP2), so that the model may be larger than a device. Returns the gated groups, in order.
     """
-    gated = []
-    for group in groups:
-        layers = [model.get_submodule(name) for name in group.members]
-        a, b = (factor.to(layers[0].weight) for factor in factors_of(group))
-        gated.append(GatedGroup(b, len(layers)))
-        for name, layer, rows in zip(group.members, layers, a.split(list(group.member_rows)), strict=True):
-            model.set_submodule(name, GatedLinear(rows, gated[-1], layer.bias))
-    return gated
+    gated, prefix = {}, decoder_blocks(model)
+    for number, block in model.get_submodule(prefix).named_children():
+        fill_for_good(block)
+        for group in groups:
+            if not group.name.startswith(f"{prefix}.{number}."):
+                continue
+            layers = [model.get_submodule(name) for name in group.members]
+            a, b = (factor.to(layers[0].weight) for factor in factors_of(group))
+            gated[group.name] = shared = GatedGroup(b, len(layers))
+            for name, layer, rows in zip(group.members, layers, a.split(list(group.member_rows)), strict=True):
+                model.set_submodule(name, GatedLinear(rows, shared, layer.bias))
+        if shard:
+            fully_shard(block, reshard_after_forward=True)
+    return [gated[group.name] for group in groups]
 
 
 class SoftBudget:
@@ -189,36 +208,50 @@ def optimise_ranks(
     settings: FermiGradSettings,
     on_step: Callable[[dict], None] = lambda _: None,
     capped: bool = True,
+    begun: dict | None = None,
+    on_progress: Callable[[dict], None] = lambda _: None,
 ) -> tuple[list[float], list[dict]]:
     """Real ranks mu that minimise KL(teacher || student) at the kept fraction of parameters.
 
     model: holds the gated layers of `install_gates`; windows: token ids (samples, length); kept: fraction of the
     groups' parameters that may stay, counted in `form`, `capped` as in SoftBudget. on_step sees each step's record:
-    step, kl, kept, and `share`, the list of mu/k.
+    step, kl, kept, and `share`, the list of mu/k; on_progress what `begun` takes to go on from there, to the same
+    result. Of several processes each takes its share of every batch's windows; the gradients are added up.
     Returns one mu a group, on the budget, and the records. Raises FermiGradError if the loss is not finite.
     """
     budget, high = SoftBudget(groups, form, capped), 1 + 6 * settings.temperature
     low = torch.clamp(settings.minimum_rank / budget.full_rank, max=1.0)
     state = torch.full_like(budget.full_rank, high, requires_grad=True)
     optimizer = torch.optim.Adam([state], lr=settings.learning_rate, betas=(0.9, 0.99))
-    device = next(model.parameters()).device
+    device = device_of(model)
     batches = shuffled_batches(windows, settings.batch_size, settings.seed)
     records: list[dict] = []
     full = budget.fraction(state.detach())  # 1, or more where the count is not capped
     model.requires_grad_(False)
+    if begun is not None:
+        records = list(begun["records"])
+        _restore(optimizer, state, begun)
+        for _ in records:
+            next(batches)
 
-    for step in range(settings.steps):
+    for step in range(len(records), settings.steps):
         if _plateau(records, kept, settings):
             break
-        batch = next(batches).to(device)
-        kl = gated_kl(model, groups, gated, batch, state * budget.full_rank, settings.temperature)
+        batch = next(batches)
+        mine = batch[rank() :: world()]
+        weight = len(mine) / len(batch)
+        mine = mine if weight else batch[:1]  # every process takes part in every pass
+        optimizer.zero_grad()
+        with _checkpointed(model, groups, mine.numel()):
+            kl = gated_kl(model, groups, gated, mine.to(device), state * budget.full_rank, settings.temperature)
+            (kl * weight).backward()
+        assert state.grad is not None
+        kl = sum_over_processes(kl.detach().double().cpu() * weight)
+        sum_over_processes(state.grad)
         if not kl.isfinite():
             raise FermiGradError(
                 f"KL is {kl.item()} at FermiGrad step {step}; check the model and the calibration text"
             )
-        optimizer.zero_grad()
-        kl.backward()
-        assert state.grad is not None
         _anneal_learning_rate(optimizer, settings, step)
         if settings.constraint == "penalty":
             rho = settings.penalty * settings.penalty_growth**step
@@ -236,6 +269,7 @@ def optimise_ranks(
         record = {"step": step, "kl": kl.item(), "kept": budget.fraction(state.detach()).item()}
         records.append(record | {"share": [round(share, 4) for share in state.tolist()]})
         on_step(records[-1])
+        on_progress(_progress(optimizer, state, records))
 
     open_gates(gated)
     final = budget.project(state.detach(), kept, low, high)
@@ -255,9 +289,34 @@ def gated_kl(
     with torch.no_grad():
         teacher = model(input_ids=batch, use_cache=False).logits
     for group, shared, mu in zip(groups, gated, mus, strict=True):
-        gate = fermi_gate(mu, group.full_rank, temperature).to(shared.b)
+        gate = fermi_gate(mu, group.full_rank, temperature).to(shared.device, shared.dtype)
         shared.set_gate(gate, min(group.full_rank, int(mu.item() + TAIL * group.full_rank * temperature) + 1))
     return kl_divergence(teacher, model(input_ids=batch, use_cache=False).logits)
+
+
+@contextmanager
+def _checkpointed(model: nn.Module, groups: Sequence[LinearGroup], tokens: int) -> Iterator[None]:
+    """Blocks forget what they computed on the way and do it again for the gradient, where that would take much."""
+    if 4 * tokens * sum(group.rows + group.columns for group in groups) <= KEPT_ACTIVATIONS:
+        yield
+        return
+    blocks = list(model.get_submodule(decoder_blocks(model)).children())
+    with forwards(blocks, [partial(checkpoint, block.forward, use_reentrant=False) for block in blocks]):
+        yield
+
+
+def _progress(optimizer: torch.optim.Adam, state: torch.Tensor, records: Sequence[dict]) -> dict:
+    """JSON-able, exact."""
+    moments = optimizer.state[state]
+    kept = {name: moments[name].tolist() for name in ("step", "exp_avg", "exp_avg_sq")}
+    return {"state": state.tolist(), "adam": kept, "records": list(records)}
+
+
+def _restore(optimizer: torch.optim.Adam, state: torch.Tensor, begun: dict) -> None:
+    with torch.no_grad():
+        state.copy_(torch.tensor(begun["state"], dtype=state.dtype))
+    moments = {name: torch.tensor(value, dtype=state.dtype) for name, value in begun["adam"].items()}
+    optimizer.state[state] = moments | {"step": moments["step"].float()}
 
 
 def _plateau(records: Sequence[dict], kept: float, settings: FermiGradSettings) -> bool:
@@ -278,4 +337,4 @@ def _anneal_learning_rate(optimizer: torch.optim.Optimizer, settings: FermiGradS
 def open_gates(gated: Sequence[GatedGroup]) -> None:
     """Make the student the teacher again."""
     for group in gated:
-        group.set_gate(None, len(group.b))
+        group.set_gate(None, group.full_rank)

@@ -31,7 +31,7 @@ class OpenTeacher(nn.Module):
 
     def forward(self, **inputs):
         before = [(shared.gate, shared.open_rank) for shared in self.gated]
-        cut(self.gated, [len(shared.b) for shared in self.gated])
+        cut(self.gated, [shared.full_rank for shared in self.gated])
         outputs = self.model(**inputs)
         for shared, (gate, open_rank) in zip(self.gated, before, strict=True):
             shared.set_gate(gate, open_rank)
@@ -109,5 +109,5 @@ def settle_jump(
             if kl < best:
                 best, dense, ranks = kl, trial, candidate
         records.append(record)
-    cut(gated, [len(shared.b) for shared in gated])
+    cut(gated, [shared.full_rank for shared in gated])
     return ranks, records

@@ -8,13 +8,13 @@ at the rank the group has. A group is refitted only where that lowers the loss o
 
 from collections.abc import Callable, Sequence
 from itertools import groupby
-from typing import Any
 
 import torch
 from torch import nn
 
+from fermisvd.blocks import DecoderBlocks
 from fermisvd.decomposition import Factors
-from fermisvd.groups import LinearGroup, decoder_blocks, linear_layer, stacked_weight
+from fermisvd.groups import LinearGroup, linear_layer, stacked_weight
 from fermisvd.losses import StudentLoss, set_weight
 
 MIXTURES = (0.0, 0.5)  # alpha, tried in turn
@@ -32,57 +32,6 @@ def refit_map(cross: torch.Tensor, gram: torch.Tensor, mixture: float, damping: 
         return identity
     target = (1 - mixture) * cross.double() + mixture * gram.double()
     return torch.linalg.solve(gram.double() + ridge, (target + ridge).T).T  # both damped alike: W' -> W
-
-
-class BlockReplay:
-    """Runs a model's decoder blocks one by one over fixed batches, keeping the hidden states before the next block."""
-
-    def __init__(self, model: nn.Module, batches: Sequence[torch.Tensor]):
-        """batches: token ids, all of one shape. What each block is called with besides hidden states is recorded
-        once: it does not depend on the tokens."""
-        self.blocks = list(model.get_submodule(decoder_blocks(model)).children())
-        self.arguments: list[tuple[tuple, dict[str, Any]]] = []
-        self.hidden: list[torch.Tensor] = []
-        for batch in batches:
-            self.hidden.append(self._first_hidden(model, batch, record=not self.arguments))
-
-    def _first_hidden(self, model: nn.Module, batch: torch.Tensor, record: bool) -> torch.Tensor:
-        calls: list[tuple[tuple, dict[str, Any]]] = []
-
-        def see(_, args, kwargs):
-            calls.append((args, kwargs))
-            if not record:
-                raise _Stop
-
-        hooks = [block.register_forward_pre_hook(see, with_kwargs=True) for block in self.blocks]
-        try:
-            getattr(model, "base_model", model)(input_ids=batch, use_cache=False)
-        except _Stop:
-            pass
-        finally:
-            for hook in hooks:
-                hook.remove()
-        if record:
-            self.arguments = [
-                (args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"}) for args, kwargs in calls
-            ]
-        args, kwargs = calls[0]
-        return args[0] if args else kwargs["hidden_states"]
-
-    def run(self, index: int, batch: int) -> torch.Tensor:
-        """Hidden states behind block `index` of one batch, (windows, length, hidden)."""
-        args, kwargs = self.arguments[index]
-        out = self.blocks[index](self.hidden[batch], *args, **kwargs)
-        return out[0] if isinstance(out, tuple) else out
-
-    def advance(self, index: int) -> None:
-        """Put the hidden states of all batches behind block `index`."""
-        for batch in range(len(self.hidden)):
-            self.hidden[batch] = self.run(index, batch)
-
-
-class _Stop(Exception):
-    """Ends a forward pass that has shown what was wanted."""
 
 
 @torch.no_grad()
@@ -109,14 +58,14 @@ def refit(
     batch_size = min(batch_size, len(windows))
     device = next(dense.parameters()).device
     batches = windows[: len(windows) // batch_size * batch_size].to(device).split(batch_size)
-    replays = BlockReplay(dense, batches), BlockReplay(student, batches)
-    prefix = decoder_blocks(dense)
+    models = DecoderBlocks(dense), DecoderBlocks(student)
+    hidden = [[blocks.first(batch) for batch in batches] for blocks in models]
     loss = StudentLoss(dense, aside, batch_size)
     found, current, members = {}, loss(student), list(zip(groups, ranks, strict=True))
-    for index in range(len(replays[0].blocks)):
-        inside = [(g, r) for g, r in members if g.name.startswith(f"{prefix}.{index}.")]
+    for index in range(len(models[0].blocks)):
+        inside = [(g, r) for g, r in members if g.name.startswith(f"{models[0].prefix}.{index}.")]
         for source, readers in groupby(inside, key=lambda pair: pair[0].source):
-            cross, gram = _input_grams(dense, student, replays, index, source)
+            cross, gram = _input_grams(models, hidden, index, source)
             for group, rank in readers:
                 before = stacked_weight(student, group).clone()
                 best = None
@@ -133,28 +82,30 @@ def refit(
                     set_weight(student, group, best[2] @ best[3])
                 else:
                     set_weight(student, group, before)
-        for replay in replays:
-            replay.advance(index)
+        for blocks, states in zip(models, hidden, strict=True):
+            states[:] = [blocks.run(index, batch) for batch in states]
     return found
 
 
 def _input_grams(
-    dense: nn.Module, student: nn.Module, replays: tuple[BlockReplay, BlockReplay], index: int, source: str
+    models: tuple[DecoderBlocks, DecoderBlocks], hidden: list[list[torch.Tensor]], index: int, source: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """X X'^T and X' X'^T of a layer's inputs, float64, from one more run of its block in both models."""
     inputs: list[torch.Tensor] = []
     hooks = [
-        model.get_submodule(source).register_forward_pre_hook(lambda _, x: inputs.append(x[0].flatten(0, -2).double()))
-        for model in (dense, student)
+        blocks.model.get_submodule(source).register_forward_pre_hook(
+            lambda _, x: inputs.append(x[0].flatten(0, -2).double())
+        )
+        for blocks in models
     ]
-    width = linear_layer(dense, source).in_features
-    cross = torch.zeros(width, width, dtype=torch.float64, device=replays[0].hidden[0].device)
+    width = linear_layer(models[0].model, source).in_features
+    cross = torch.zeros(width, width, dtype=torch.float64, device=hidden[0][0].device)
     gram = torch.zeros_like(cross)
     try:
-        for batch in range(len(replays[0].hidden)):
+        for pair in zip(*hidden, strict=True):
             inputs.clear()
-            for replay in replays:
-                replay.run(index, batch)
+            for blocks, states in zip(models, pair, strict=True):
+                blocks.run(index, states)
             x, seen = inputs
             cross.addmm_(x.T, seen)
             gram.addmm_(seen.T, seen)

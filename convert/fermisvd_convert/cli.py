@@ -1,6 +1,7 @@
 """The command line: `fermisvd convert`, `heal`, `evaluate`, `inspect`."""
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -141,6 +142,9 @@ def convert(
         Path | None,
         typer.Option(help="Stages are kept here and found again.", show_default=".fermisvd/MODEL beside OUT"),
     ] = None,
+    max_memory: Annotated[
+        str | None, typer.Option(help="Most memory a step may take, as 24GiB; what would take more is refused.")
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that the model brings.")
@@ -150,8 +154,11 @@ def convert(
     """Compress MODEL into OUT, a checkpoint that `vllm serve OUT` serves."""
     if more_calibration and not calibration:
         raise typer.BadParameter(f"unexpected argument {more_calibration[0]!r}")
+    if int(os.environ.get("RANK", 0)):  # of torchrun's processes the first shows how far they are
+        os.environ["TQDM_DISABLE"] = "1"
     with _clear_errors():
         from fermisvd_convert.convert import convert as run
+        from fermisvd_convert.memory import parse_bytes
         from fermisvd_convert.report import print_report
         from fermisvd_convert.text import DEFAULT_DATASET
 
@@ -185,8 +192,10 @@ def convert(
             revision=revision,
             trust_remote_code=trust_remote_code,
             overwrite=overwrite,
+            max_memory=None if max_memory is None else parse_bytes(max_memory),
         )
-        print_report(report, Console())
+        if not int(os.environ.get("RANK", 0)):
+            print_report(report, Console())
 
 
 @app.command()

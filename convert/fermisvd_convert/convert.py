@@ -2,28 +2,27 @@
 
 import json
 import logging
-import os
 import platform
-import shutil
 import time
 from collections.abc import Sequence
 from contextlib import contextmanager
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
+from torch import nn
 
+from fermisvd import distributed
 from fermisvd.budget import Form, kept_parameters, stays_dense
 from fermisvd.fermigrad import Constraint, FermiGradSettings
 from fermisvd.format import FormatError, read_config
 from fermisvd.healing import HealingSettings
 from fermisvd.hf import load_model
 from fermisvd_convert import stages
-from fermisvd_convert.evaluate import evaluate
+from fermisvd_convert.evaluate import evaluate_by_blocks
+from fermisvd_convert.memory import Limits, check_memory, limits, memory_of, model_sizes, needs
 from fermisvd_convert.report import group_rows, model_card, totals
-from fermisvd_convert.source import open_source, resolve_device, window_length
+from fermisvd_convert.source import open_source, open_streamed, resolve_device, window_length
 from fermisvd_convert.stages import GroupsRule, Whitening
 from fermisvd_convert.text import DEFAULT_DATASET, calibration_text
 from fermisvd_convert.workspace import Workspace, settings_key
@@ -32,6 +31,7 @@ from fermisvd_convert.writer import (
     move_into_place,
     replace_tensors,
     storage_type,
+    unfinished,
     weight_bytes,
     write_checkpoint,
 )
@@ -72,6 +72,7 @@ def convert(
     revision: str | None = None,
     trust_remote_code: bool = False,
     overwrite: bool = False,
+    max_memory: int | None = None,
 ) -> dict:
     """Compress `model` (folder or hub id) into the new folder `out`; returns the report that `out`/fermisvd.json holds.
 
@@ -79,168 +80,184 @@ def convert(
     the model's context up to 2048; count: form whose parameters FermiGrad counts, None for `form`; heal_steps: of the
     closing distillation on the calibration windows; refit: None for only where there is none; align: step of the ranks,
     None for a power of two near k/64; work: where stages are kept and found again, None for .fermisvd/<model> beside
-    `out`. `out` appears whole or not at all.
+    `out`; max_memory: bytes that no step may take more of. `out` appears whole or not at all.
+    Started by torchrun, the processes share the work; `out` and `work` must be folders that they all see.
     Raises FermiSVDError for bad input, naming it.
     """
     out, seconds = Path(out).resolve(), {}
     workspace = Workspace((Path(work) if work else out.parent / ".fermisvd" / Path(model).name).resolve())
     _check_out(out, model, workspace.folder, overwrite)
     source = open_source(model, revision, trust_remote_code)
-    device = resolve_device(device)
     storage = storage_type(dtype, source)
     length = window_length(sequence_length, source.context_length())
     text = calibration_text(source.tokenizer(), calibration, max(samples, gradient_samples), length)
     windows, gradient_windows = text.windows[:samples], text.windows[:gradient_samples]
     if len(text.windows) < max(samples, gradient_samples):
         logger.warning("the text gives %d windows of %d tokens; more were asked for", len(text.windows), length)
+    refit = heal_steps == 0 if refit is None else refit
     key = source.key
 
-    @cache
-    def dense():
-        return source.load(device)
+    with distributed.processes(resolve_device(device)) as device, workspace.locked():
 
-    with _timed(seconds, "calibrate"):
-        linear, others = stages.structure(workspace, key, groups, dense)
-        source.check_linear_layers(linear)
-        kept_parameters(linear, remove)  # an impossible --remove is refused before the long work
-        statistics = stages.calibrate(
-            workspace, key, linear, windows, whitening, batch_size, dense, weight_bytes(source.folder), seed
-        )
-        before = workspace.json(
-            f"dense-{settings_key(key, stages.windows_key(text.held_back))}",
-            lambda: evaluate(dense(), text.held_back, batch_size=batch_size, label="evaluate dense").as_dict(),
-        )
-    dense.cache_clear()
+        def load():
+            return source.load(device)
 
-    def load():
-        return source.load(device)
+        def stream():
+            return source.stream(device)
 
-    decomposition = stages.Decomposition(workspace, source, statistics, device)
-    with _timed(seconds, "decompose"):
-        for group in tqdm(linear, desc="decompose", leave=False):
-            decomposition.factors(group)
-    # windows that decide between alternatives, neither refitted nor healed on; the report's are others again
-    held = min(ASIDE_WINDOWS, -(-len(windows) // 8))
-    aside, training = windows[:held], windows[held:]
-    with _timed(seconds, "ranks"):
-        settings = FermiGradSettings(
-            constraint=constraint,
-            steps=steps,
-            batch_size=batch_size,
-            temperature=temperature,
-            minimum_rank=minimum_rank,
-            penalty_growth=penalty_growth,
-            plateau=plateau,
-            seed=seed,
-        )
-        linear, ideal, trace = stages.ideal_ranks(
-            ranks,
-            linear,
-            groups,
-            remove,
-            form,
-            lambda: stages.fermigrad(
-                decomposition, linear, gradient_windows, remove, form, count or form, settings, load
-            ),
-        )
-        traced = [group.name for group in linear]
-    choices: dict[str, list[dict]] = {}
-    if ranks == "fermigrad" and form == "svd":
-        with _timed(seconds, "jump"):
-            ideal, choices["jump"] = stages.settle(
-                decomposition, linear, ideal, remove, align, minimum_rank, aside, batch_size, load
+        with _timed(seconds, "calibrate"):
+            linear, others = stages.structure(workspace, key, groups, stream)
+            source.check_linear_layers(linear)
+            kept_parameters(linear, remove)  # an impossible --remove is refused before the long work
+            size = model_sizes(source.headers, linear, source.vocabulary(), batch_size, length)
+            required = needs(size, form, ranks, groups, refit, heal_steps, remove)
+            check_memory(required, max_memory)
+            limit = limits(size, max_memory)
+            statistics = stages.calibrate(workspace, key, linear, windows, whitening, batch_size, stream, limit, seed)
+            before = workspace.json(
+                f"dense-{settings_key(key, stages.windows_key(text.held_back))}",
+                lambda: perplexity(workspace, stream(), text.held_back, batch_size, limit, "evaluate dense"),
             )
-    chosen = stages.whole_ranks(linear, ideal, remove, form, align, minimum_rank)
-    refit = heal_steps == 0 if refit is None else refit
-    if groups == "auto" and ranks in ("uniform", "fermigrad"):
-        with _timed(seconds, "groups"):
-            linear, chosen, choices["groups"] = stages.join(
-                decomposition, linear, chosen, remove, form, align, minimum_rank, aside, batch_size, load
+        decomposition = stages.Decomposition(workspace, source, statistics, device)
+        with _timed(seconds, "decompose"):
+            decomposition.decompose(linear)
+        # windows that decide between alternatives, neither refitted nor healed on; the report's are others again
+        held = min(ASIDE_WINDOWS, -(-len(windows) // 8))
+        aside, training = windows[:held], windows[held:]
+        with _timed(seconds, "ranks"):
+            settings = FermiGradSettings(
+                constraint=constraint,
+                steps=steps,
+                batch_size=batch_size,
+                temperature=temperature,
+                minimum_rank=minimum_rank,
+                penalty_growth=penalty_growth,
+                plateau=plateau,
+                seed=seed,
             )
-    compressed = [(g, r) for g, r in zip(linear, chosen, strict=True) if not stays_dense(g, r, form)]
-    if refit:
-        with _timed(seconds, "refit"):
-            factors_of, choices["refit"] = stages.refit_groups(
-                decomposition, compressed, training, aside, batch_size, load
-            )
-    else:
-        factors_of = decomposition.truncated(dict(compressed))
-    rows = group_rows(linear, chosen, form)
-    report = {
-        "model": Path(model).name if Path(model).is_dir() else model,
-        "revision": revision,
-        "model_sha256": key,
-        "settings": {
-            "remove": remove,
-            "form": form,
-            "ranks": ranks,
-            "groups": groups,
-            "whitening": whitening,
-            "refit": refit,
-            "calibration": [Path(c).name for c in calibration],
-            "samples": len(windows),
-            "gradient_samples": len(gradient_windows),
-            "sequence_length": length,
-            "batch_size": batch_size,
-            "constraint": constraint,
-            "temperature": temperature,
-            "steps": steps,
-            "minimum_rank": minimum_rank,
-            "penalty_growth": penalty_growth,
-            "plateau": plateau,
-            "count": count or form,
-            "heal_steps": heal_steps,
-            "align": align or "auto",
-            "dtype": str(storage).removeprefix("torch."),
-            "seed": seed,
-        },
-        "totals": totals(rows),
-        "groups": rows,
-        "left_dense": others,
-        "versions": {name: version(name) for name in ("fermisvd", "torch", "transformers", "safetensors", "scipy")}
-        | {"python": platform.python_version()},
-        "trace": {"groups": traced, "steps": trace},
-        "choices": choices,
-    }
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-
-    def load_student():
-        return load_model(partial, torch.float32, trust_remote_code=trust_remote_code).to(device)
-
-    try:
-        with _timed(seconds, "write"):
-            provenance = {
-                name: report[name] for name in ("model", "revision", "model_sha256", "settings", "totals", "versions")
-            }
-            write_checkpoint(
-                source,
-                partial,
-                compressed,
+            most = required.get("FermiGrad", (0,))[0]
+            shard = distributed.world() > 1 and most > memory_of(device, max_memory)
+            linear, ideal, trace = stages.ideal_ranks(
+                ranks,
+                linear,
+                groups,
+                remove,
                 form,
-                factors_of,
-                storage,
-                dtype != "auto",
-                provenance,
-                device,
+                lambda: stages.fermigrad(
+                    decomposition, linear, gradient_windows, remove, form, count or form, settings, stream, shard
+                ),
             )
-        if heal_steps and compressed and len(training):
-            with _timed(seconds, "heal"):
-                healing = HealingSettings(heal_steps, batch_size, seed=seed)
-                factors, report["healing"] = stages.heal_factors(
-                    workspace, key, partial, storage, training, aside, healing, load, load_student
+            traced = [group.name for group in linear]
+        choices: dict[str, list[dict]] = {}
+        if ranks == "fermigrad" and form == "svd":
+            with _timed(seconds, "jump"):
+                ideal, choices["jump"] = stages.settle(
+                    decomposition, linear, ideal, remove, align, minimum_rank, aside, batch_size, stream
                 )
-                replace_tensors(partial, factors)
-        with _timed(seconds, "evaluate"):
-            after = evaluate(load_student(), text.held_back, batch_size=batch_size, label="evaluate compressed")
-        report["perplexity"] = {"before": before["perplexity"], "after": after.perplexity, "tokens": after.tokens}
-        report["bytes"] = {"before": weight_bytes(source.folder), "after": weight_bytes(partial)}
-        report["seconds"] = seconds
-        (partial / "fermisvd.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        (partial / "README.md").write_text(model_card(report, out), encoding="utf-8")
-        move_into_place(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return report
+        chosen = stages.whole_ranks(linear, ideal, remove, form, align, minimum_rank)
+        if groups == "auto" and ranks in ("uniform", "fermigrad"):
+            with _timed(seconds, "groups"):
+                linear, chosen, choices["groups"] = stages.join(
+                    decomposition, linear, chosen, remove, form, align, minimum_rank, aside, batch_size, load
+                )
+        compressed = [(g, r) for g, r in zip(linear, chosen, strict=True) if not stays_dense(g, r, form)]
+        if refit:
+            with _timed(seconds, "refit"):
+                factors_of, choices["refit"] = stages.refit_groups(
+                    decomposition, compressed, training, aside, batch_size, load
+                )
+        else:
+            factors_of = decomposition.truncated(dict(compressed))
+        rows = group_rows(linear, chosen, form)
+        report = {
+            "model": Path(model).name if Path(model).is_dir() else model,
+            "revision": revision,
+            "model_sha256": key,
+            "settings": {
+                "remove": remove,
+                "form": form,
+                "ranks": ranks,
+                "groups": groups,
+                "whitening": whitening,
+                "refit": refit,
+                "calibration": [Path(c).name for c in calibration],
+                "samples": len(windows),
+                "gradient_samples": len(gradient_windows),
+                "sequence_length": length,
+                "batch_size": batch_size,
+                "constraint": constraint,
+                "temperature": temperature,
+                "steps": steps,
+                "minimum_rank": minimum_rank,
+                "penalty_growth": penalty_growth,
+                "plateau": plateau,
+                "count": count or form,
+                "heal_steps": heal_steps,
+                "align": align or "auto",
+                "dtype": str(storage).removeprefix("torch."),
+                "seed": seed,
+            },
+            "totals": totals(rows),
+            "groups": rows,
+            "left_dense": others,
+            "versions": {name: version(name) for name in ("fermisvd", "torch", "transformers", "safetensors", "scipy")}
+            | {"python": platform.python_version()},
+            "trace": {"groups": traced, "steps": trace},
+            "choices": choices,
+        }
+        if distributed.rank():
+            return distributed.from_first(report)  # the first process writes
+        with unfinished(out) as partial:
+
+            def load_student():
+                return load_model(partial, torch.float32, trust_remote_code=trust_remote_code).to(device)
+
+            with _timed(seconds, "write"):
+                provenance = {
+                    name: report[name]
+                    for name in ("model", "revision", "model_sha256", "settings", "totals", "versions")
+                }
+                write_checkpoint(
+                    source,
+                    partial,
+                    compressed,
+                    form,
+                    factors_of,
+                    storage,
+                    dtype != "auto",
+                    provenance,
+                    device,
+                )
+            if heal_steps and compressed and len(training):
+                with _timed(seconds, "heal"):
+                    healing = HealingSettings(heal_steps, batch_size, seed=seed)
+                    factors, report["healing"] = stages.heal_factors(
+                        workspace, key, partial, storage, training, aside, healing, load, load_student
+                    )
+                    replace_tensors(partial, factors)
+            with _timed(seconds, "evaluate"):
+                student = open_streamed(partial, device, trust_remote_code)
+                after = perplexity(workspace, student, text.held_back, batch_size, limit, "evaluate compressed")
+            report["perplexity"] = {
+                "before": before["perplexity"],
+                "after": after["perplexity"],
+                "tokens": after["tokens"],
+            }
+            report["bytes"] = {"before": weight_bytes(source.folder), "after": weight_bytes(partial)}
+            (partial / "fermisvd.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            (partial / "README.md").write_text(model_card(report, out), encoding="utf-8")
+            # apart, so that the same settings give the same files, however long it took
+            (partial / "timing.json").write_text(json.dumps(seconds, indent=1) + "\n", encoding="utf-8")
+            move_into_place(partial, out)
+        return distributed.from_first(report | {"seconds": seconds})
+
+
+def perplexity(
+    workspace: Workspace, model: nn.Module, windows: torch.Tensor, batch_size: int, limit: Limits, label: str
+) -> dict:
+    """Evaluation of a streamed model as JSON."""
+    with workspace.hidden_states(limit.hidden_bytes) as hidden:
+        return evaluate_by_blocks(model, windows, hidden, batch_size, label).as_dict()
 
 
 def _check_out(out: Path, model: str, work: Path, overwrite: bool) -> None:

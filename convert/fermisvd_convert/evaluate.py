@@ -1,12 +1,15 @@
 """Perplexity, and how far a model is from a reference."""
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import repeat
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
+from fermisvd.blocks import BlocksError, DecoderBlocks, HiddenStates, device_of, logits_by_blocks
 from fermisvd.losses import kl_divergence
 from fermisvd_convert.source import SourceError, load_dense_or_compressed, load_tokenizer, resolve_device, window_length
 from fermisvd_convert.text import windows_of
@@ -35,18 +38,46 @@ def evaluate(
     label: str = "evaluate",
 ) -> Evaluation:
     """Mean over the L-1 predicted tokens of each window. windows: (windows, L) token ids."""
-    device = next(model.parameters()).device
+    batches, device = windows.split(batch_size), device_of(model)
+    logits = (model(input_ids=batch.to(device), use_cache=False).logits for batch in batches)
+    if reference is None:
+        return _measure(batches, logits, repeat(None), label)
+    expected = (reference(input_ids=batch.to(device), use_cache=False).logits for batch in batches)
+    return _measure(batches, logits, expected, label)
+
+
+@torch.no_grad()
+def evaluate_by_blocks(
+    model: nn.Module, windows: torch.Tensor, hidden: HiddenStates, batch_size: int = 8, label: str = "evaluate"
+) -> Evaluation:
+    """As `evaluate`, a decoder block at a time: for a streamed model, which reads each block's weights once."""
+    try:
+        blocks = DecoderBlocks(model)
+        blocks.first(windows[:batch_size].to(device_of(model)))
+    except BlocksError:
+        return evaluate(model, windows, None, batch_size, label)
+    batches = windows.split(batch_size)
+    return _measure(batches, logits_by_blocks(blocks, batches, hidden), repeat(None), label)
+
+
+def _measure(
+    batches: Sequence[torch.Tensor],
+    logits: Iterable[torch.Tensor],
+    expected: Iterable[torch.Tensor | None],
+    label: str,
+) -> Evaluation:
+    """expected: the reference's logits, or None."""
     loss = kl = agreement = 0.0
-    for batch in tqdm(windows.split(batch_size), desc=label, leave=False):
-        batch = batch.to(device)
-        logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
-        loss -= logits.log_softmax(-1).gather(-1, batch[:, 1:, None]).double().sum().item()
-        if reference is not None:
-            expected = reference(input_ids=batch, use_cache=False).logits[:, :-1].float()
-            kl += kl_divergence(expected, logits).item() * batch[:, 1:].numel()
-            agreement += (expected.argmax(-1) == logits.argmax(-1)).sum().item()
-    tokens = windows[:, 1:].numel()
-    compared = reference is not None
+    compared = False
+    shown = tqdm(zip(batches, logits, expected, strict=False), total=len(batches), desc=label, leave=False)
+    for batch, given, wanted in shown:
+        given, batch = given[:, :-1].float(), batch.to(given.device)
+        loss -= given.log_softmax(-1).gather(-1, batch[:, 1:, None]).double().sum().item()
+        if wanted is not None:
+            compared, wanted = True, wanted[:, :-1].float()
+            kl += kl_divergence(wanted, given).item() * batch[:, 1:].numel()
+            agreement += (wanted.argmax(-1) == given.argmax(-1)).sum().item()
+    tokens = sum(batch[:, 1:].numel() for batch in batches)
     return Evaluation(
         math.exp(loss / tokens), tokens, kl / tokens if compared else None, agreement / tokens if compared else None
     )

@@ -1,7 +1,6 @@
 """`fermisvd heal`: distil a compressed checkpoint's factors from its dense model, and write it anew."""
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ from fermisvd_convert.source import (
     window_length,
 )
 from fermisvd_convert.text import TextError, calibration_text
-from fermisvd_convert.writer import OutputError, move_into_place, replace_tensors
+from fermisvd_convert.writer import OutputError, move_into_place, replace_tensors, unfinished
 
 
 def heal_checkpoint(
@@ -78,9 +77,8 @@ def heal_checkpoint(
         held = -(-len(chosen.windows) // 8)
         outcome = heal(dense, student, chosen.windows[held:], chosen.windows[:held], settings, show)
     seconds = round(time.perf_counter() - begin, 2)
-    partial = healed.with_name(f".{healed.name}.partial-{os.getpid()}")
-    try:
-        shutil.copytree(checkpoint, partial)
+    with unfinished(healed) as partial:
+        shutil.copytree(checkpoint, partial, dirs_exist_ok=True)
         stored = read_headers(checkpoint)[next(iter(trained_factors(student)))]  # all factors have one type
         replace_tensors(partial, rounded_factors(student, TORCH_TYPES[stored.dtype]))
         final = load_model(partial, torch.float32, trust_remote_code=trust_remote_code).to(device)
@@ -103,8 +101,6 @@ def heal_checkpoint(
         note += f"{before.perplexity:.4f} before and {after.perplexity:.4f} after (healing.json).\n"
         card.write_text((card.read_text(encoding="utf-8") if card.exists() else "") + note, encoding="utf-8")
         move_into_place(partial, healed)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return record
 
 

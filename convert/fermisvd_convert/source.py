@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,9 @@ from fermisvd.errors import FermiSVDError
 from fermisvd.format import TensorInfo, read_headers
 from fermisvd.groups import LinearGroup
 from fermisvd.hf import load_model
+from fermisvd.streaming import StreamingError, stream_model
+
+logger = logging.getLogger("fermisvd")
 
 TORCH_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Never read and never copied on: other forms of the same weights, and pickles.
@@ -73,9 +77,17 @@ class Source:
     def context_length(self) -> int | None:
         return self.config.get("max_position_embeddings")
 
+    def vocabulary(self) -> int:
+        """Tokens; 0 if the config does not say."""
+        return self.config.get("vocab_size") or 0
+
     def load(self, device: str) -> nn.Module:
         """The model in float32, ready for forward passes. Raises SourceError if transformers cannot load it."""
         return load_dense_or_compressed(self.folder, device, self.trust_remote_code)
+
+    def stream(self, device: str) -> nn.Module:
+        """As `load`, with one decoder block in memory at a time where the files allow."""
+        return open_streamed(self.folder, device, self.trust_remote_code)
 
     def tokenizer(self):
         """Raises SourceError if the folder has none."""
@@ -90,6 +102,20 @@ def load_dense_or_compressed(model: str | Path, device: str, trust_remote_code: 
         raise
     except (OSError, ValueError, KeyError) as error:
         raise SourceError(f"{model}: transformers cannot load it: {str(error).strip().splitlines()[0]}") from None
+
+
+def open_streamed(folder: Path, device: str, trust_remote_code: bool = False) -> nn.Module:
+    """A causal language model in float32 that reads a decoder block's weights when it is called; whole, and said so,
+    where transformers changes tensors on loading. Raises SourceError if transformers cannot load it."""
+    try:
+        return stream_model(folder, device, trust_remote_code)
+    except StreamingError as error:
+        logger.warning("%s: transformers makes it of others; the model is held whole", error)
+        return load_dense_or_compressed(folder, device, trust_remote_code)
+    except FermiSVDError:
+        raise
+    except (OSError, ValueError, KeyError) as error:
+        raise SourceError(f"{folder}: transformers cannot load it: {str(error).strip().splitlines()[0]}") from None
 
 
 def load_tokenizer(folder: str | Path, trust_remote_code: bool = False):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +12,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from fermisvd import distributed
+from fermisvd.blocks import BlocksError, DecoderBlocks, device_of
 from fermisvd.budget import (
     Form,
     auto_alignment,
@@ -20,7 +23,7 @@ from fermisvd.budget import (
     stays_dense,
     uniform_rank,
 )
-from fermisvd.calibration import calibration_grams, group_output_gram
+from fermisvd.calibration import Grams, OutputGrams, calibration_grams, grams_by_blocks, group_output_gram
 from fermisvd.decomposition import Factors, OutputGram, data_aware_svd, kfac_svd
 from fermisvd.errors import FermiSVDError
 from fermisvd.fermigrad import FermiGradSettings, install_gates, optimise_ranks
@@ -31,8 +34,11 @@ from fermisvd.losses import set_weight
 from fermisvd.partition import fused_layers, join_groups, joined
 from fermisvd.refit import DAMPING as REFIT_DAMPING
 from fermisvd.refit import MIXTURES, refit
+from fermisvd_convert.memory import Limits
 from fermisvd_convert.source import Source
 from fermisvd_convert.workspace import Workspace, settings_key
+
+logger = logging.getLogger("fermisvd")
 
 FactorsOf = Callable[[LinearGroup], tuple[torch.Tensor, torch.Tensor]]
 Whitening = Literal["input", "kfac"]
@@ -59,8 +65,9 @@ def structure(
     partition: Partition = "joint" if rule == "joint" else "separate"
 
     def run() -> dict:
-        groups = find_groups(load(), partition)
-        return {"groups": [asdict(group) for group in groups], "left_dense": left_dense(load(), groups)}
+        model = load()
+        groups = find_groups(model, partition)
+        return {"groups": [asdict(group) for group in groups], "left_dense": left_dense(model, groups)}
 
     found = workspace.json(f"structure-{settings_key(key, partition)}", run)
     return [linear_group(entry) for entry in found["groups"]], found["left_dense"]
@@ -88,43 +95,70 @@ def calibrate(
     whitening: Whitening,
     batch_size: int,
     load: Callable[[], nn.Module],
-    limit_bytes: int,
+    limits: Limits,
     seed: int,
 ) -> Statistics:
     """Gram matrix of every input that the groups read and, for kfac whitening, of every member's output gradient.
 
-    As many matrices are gathered in one pass over the text as fit `limit_bytes`; finished ones are kept.
+    Decoder block by decoder block; a block's matrices are kept as soon as it is done. A model that is no plain row of
+    blocks is run whole, as often as it takes to gather all within limits.gram_bytes.
     """
     text = windows_key(windows)
     found = Statistics(f"gram-{settings_key(key, text)}", None)
     wanted = [(found.grams, group.source, group.columns) for group in groups]
     if whitening == "kfac":
-        found = Statistics(found.grams, f"outputs-{settings_key(key, text, seed)}")
+        found = Statistics(found.grams, f"outputs-{settings_key(key, text, seed, batch_size)}")
         for group in groups:
             for name, rows in zip(group.members, group.member_rows, strict=True):
                 wanted.append((found.outputs, name, min(rows, group.columns)))
     missing = [item for item in dict.fromkeys(wanted) if not workspace.has_tensors(*item[:2])]
-    passes: list[list[tuple[str, str]]] = []
-    room = 0
-    for stage, name, width in missing:
-        size = 8 * width**2
-        if size > room or not passes:
-            passes.append([])
-            room = limit_bytes
-        passes[-1].append((stage, name))
-        room -= size
-    for number, items in enumerate(passes, 1):
-        batches = tqdm(windows.split(batch_size), desc=f"calibrate ({number}/{len(passes)})", leave=False)
-        sources = [name for stage, name in items if stage == found.grams]
-        members = [name for stage, name in items if stage == found.outputs]
-        grams, outputs = calibration_grams(load(), sources, members, batches, seed)
+    missing = distributed.from_first(missing)
+    if not missing:
+        return found
+
+    def keep(grams: Grams, outputs: OutputGrams) -> None:
+        if distributed.rank():
+            return
         for name, gram in grams.items():
             workspace.save_tensors(found.grams, name, {"gram": gram})
         for name, output in outputs.items():
             assert found.outputs is not None
             mean = torch.tensor(output.mean, dtype=torch.float64)
             workspace.save_tensors(found.outputs, name, {"matrix": output.matrix, "mean": mean})
+
+    def names(items: list[tuple[str, str, int]]) -> tuple[list[str], list[str]]:
+        return tuple([name for stage, name, _ in items if stage == kind] for kind in (found.grams, found.outputs))
+
+    model, batches = load(), windows.split(batch_size)
+    try:
+        blocks = DecoderBlocks(model)
+        blocks.first(batches[0].to(device_of(model)))
+    except BlocksError as error:
+        logger.warning("%s; the model is run whole", error)
+        passes = in_parts(missing, max(limits.gram_bytes, sum(p.nbytes for p in model.parameters())))
+        for number, items in enumerate(passes, 1):
+            shown = tqdm(batches, desc=f"calibrate ({number}/{len(passes)})", leave=False)
+            keep(*calibration_grams(model, *names(items), shown, seed))
+    else:
+        with workspace.hidden_states(limits.hidden_bytes) as hidden:
+            parts = grams_by_blocks(blocks, *names(missing), batches, hidden, seed, limits.gram_bytes)
+            for part in tqdm(parts, desc="calibrate", unit="block", leave=False):
+                keep(*part)
+    workspace.together()
     return found
+
+
+def in_parts(items: list[tuple[str, str, int]], limit_bytes: int) -> list[list[tuple[str, str, int]]]:
+    """Items (stage, name, width) in parts whose float64 matrices of that width fit the limit."""
+    parts, room = [], 0
+    for item in items:
+        size = 8 * item[2] ** 2
+        if size > room or not parts:
+            parts.append([])
+            room = limit_bytes
+        parts[-1].append(item)
+        room -= size
+    return parts
 
 
 def group_weight(source: Source, group: LinearGroup) -> torch.Tensor:
@@ -144,6 +178,12 @@ class Decomposition:
     @property
     def stage(self) -> str:
         return f"factors-{settings_key(asdict(self.statistics), DAMPING, OUTPUT_DAMPING)}"
+
+    def decompose(self, groups: list[LinearGroup]) -> None:
+        """Make all groups' factors that are not there yet; each process its share."""
+        for group in tqdm(distributed.share(groups), desc="decompose", leave=False):
+            self.factors(group)
+        self.workspace.together()
 
     def factors(self, group: LinearGroup) -> Factors:
         """A (m x k), B (k x n), float32, and sigma (k,) of W = A B."""
@@ -190,17 +230,23 @@ def fermigrad(
     count: Form,
     settings: FermiGradSettings,
     load: Callable[[], nn.Module],
+    shard: bool = False,
 ) -> dict:
     """{"mu": {group: real rank}, "trace": [...]} of the rank optimisation.
 
     form: the form to be written; count: the form whose parameters are counted meanwhile. Where they differ (the paper
     counts svd and applies PivGa afterwards) the target is the count of the uniform ranks that remove the same.
+    shard: whether the model is divided among the processes. An interrupted run goes on where it was kept last.
     """
+    partition = [group.members for group in groups]
+    key = settings_key(decomposition.stage, partition, windows_key(windows), remove, form, count, asdict(settings))
 
     def run() -> dict:
         model = load()
-        gated = install_gates(model, groups, decomposition.whole)
-        bar = tqdm(total=settings.steps, desc="FermiGrad", leave=False)
+        gated = install_gates(model, groups, decomposition.whole, shard)
+        begun, keep = decomposition.workspace.progress(f"ranks-{key}")
+        done = len(begun["records"]) if begun else 0
+        bar = tqdm(total=settings.steps, initial=done, desc="FermiGrad", leave=False)
 
         def show(record: dict) -> None:
             bar.update()
@@ -211,13 +257,13 @@ def fermigrad(
             uniform = [uniform_rank(g, remove, form) for g in groups]
             target = sum(factor_parameters(r, g.rows, g.columns, count) for g, r in zip(groups, uniform, strict=True))
         kept = target / sum(g.dense_parameters for g in groups)
-        mus, trace = optimise_ranks(model, groups, gated, windows, kept, count, settings, show, capped=count == form)
+        mus, trace = optimise_ranks(
+            model, groups, gated, windows, kept, count, settings, show, count == form, begun, keep
+        )
         bar.close()
         return {"mu": {g.name: mu for g, mu in zip(groups, mus, strict=True)}, "trace": trace}
 
-    partition = [group.members for group in groups]
-    key = settings_key(decomposition.stage, partition, windows_key(windows), remove, form, count, asdict(settings))
-    return decomposition.workspace.json(f"ranks-{key}", run)
+    return decomposition.workspace.json(f"ranks-{key}", run, together=True)
 
 
 def settle(

@@ -1,18 +1,35 @@
 """The work directory: every stage's result in a file named by the hash of all that it depends on.
 
-Nothing is ever overwritten: other settings give another name, so that an unchanged stage is found and skipped.
+Other settings give another name, so that an unchanged stage is found and skipped. `manifest.jsonl` has a line for each
+finished artefact with its hash: what is not in it, or is not what it says, is made again.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Callable
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+from fermisvd import distributed
+from fermisvd.blocks import HiddenStates
+from fermisvd.errors import FermiSVDError
+
+MANIFEST = "manifest.jsonl"
+PARTIAL = ".partial"
+PROGRESS_SECONDS = 60
+
+
+class WorkspaceError(FermiSVDError):
+    """The work directory is in use, or cannot be written."""
 
 
 def settings_key(*parts: Any) -> str:
@@ -20,50 +37,183 @@ def settings_key(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def file_hash(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Write beside, then rename: the file is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    """Write beside, then rename: the file is there whole or not at all.
+
+    Raises WorkspaceError if there is no space, or no permission.
+    """
+    partial = path.with_name(f".{path.name}{PARTIAL}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(partial)
+        with partial.open("rb") as stream:
+            os.fsync(stream.fileno())
         os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        raise WorkspaceError(f"{path}: cannot be written ({error}); finished stages are kept") from None
     finally:
         partial.unlink(missing_ok=True)
 
 
+@contextmanager
+def only_one(lock: Path, subject: Path) -> Iterator[None]:
+    """Hold the lock file while the block runs; the system frees it if the process dies.
+
+    Raises WorkspaceError if another process holds it.
+    """
+    try:
+        with FileLock(lock, timeout=0):
+            yield
+    except Timeout:
+        raise WorkspaceError(f"{subject}: in use by another conversion; wait for it, or choose another") from None
+
+
 class Workspace:
-    """Artefacts of one model's conversions."""
+    """Artefacts of one model's conversions. Where several processes share it, process 0 decides what is found."""
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self._manifest: dict[str, dict] = {}
+        self._checked: set[str] = set()
+        self.read_manifest()
 
-    def json(self, name: str, make: Callable[[], Any], whole: Callable[[Any], bool] = lambda _: True) -> Any:
-        """The JSON artefact `name`, made and kept if it is not there, not readable, or by `whole` lacks its tensors."""
-        path = self.folder / f"{name}.json"
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """For one converter at a time; what a killed one left half-written is removed. Raises WorkspaceError."""
+        if distributed.rank():
+            self.together()  # what the first has found
+            yield
+            return
         try:
-            value = json.loads(path.read_text(encoding="utf-8"))
-            if whole(value):
-                return value
-        except (OSError, ValueError):
-            pass
-        value = make()
-        write_whole(path, lambda p: p.write_text(json.dumps(value, indent=1), encoding="utf-8"))
-        return value
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise WorkspaceError(f"{self.folder}: cannot be made ({error}); choose another --work") from None
+        with only_one(self.folder / ".lock", self.folder):
+            for left in self.folder.rglob(f".*{PARTIAL}"):
+                left.unlink()
+            self.read_manifest()  # another may just have finished
+            self.together()
+            yield
+
+    @contextmanager
+    def hidden_states(self, room: int) -> Iterator[HiddenStates]:
+        """A place for hidden states, `room` bytes of it in memory; empty before and after."""
+        folder = self.folder / f"hidden-{distributed.rank()}"
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            yield HiddenStates(folder, room)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def together(self) -> None:
+        """Wait for the other processes, and learn what they have finished."""
+        distributed.wait_for_all()
+        if distributed.world() > 1:
+            self.read_manifest()
+
+    def read_manifest(self) -> None:
+        """Learn what other processes have finished. A line that a kill cut off is none."""
+        try:
+            lines = (self.folder / MANIFEST).read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError:
+            lines = []
+        for line in lines:
+            try:
+                entry = json.loads(line)
+                self._manifest[entry["artefact"]] = entry
+            except (ValueError, KeyError, TypeError):
+                continue
+
+    def json(
+        self,
+        name: str,
+        make: Callable[[], Any],
+        whole: Callable[[Any], bool] = lambda _: True,
+        together: bool = False,
+    ) -> Any:
+        """The JSON artefact `name`, made and kept if it is not there, not as it was written, or by `whole` lacks its
+        tensors. together: all processes make it, with one result; else the first alone."""
+        artefact, found = f"{name}.json", None
+        if distributed.rank() == 0 and self._intact(artefact):
+            value = json.loads((self.folder / artefact).read_text(encoding="utf-8"))
+            found = [value] if whole(value) else None
+        if found := distributed.from_first(found):
+            return found[0]
+        value = make() if together or distributed.rank() == 0 else None
+        if distributed.rank() == 0:
+            text = json.dumps(value, indent=1)
+            self._keep(artefact, lambda p: p.write_text(text, encoding="utf-8"))
+            value = json.loads(text)  # keys become strings: the same the first time and later
+        return distributed.from_first(value)
+
+    def progress(self, name: str) -> tuple[Any, Callable[[Any], None]]:
+        """How far an unfinished stage has come, or None; and what keeps it, once a minute, by process 0."""
+        artefact, kept = f"{name}.progress.json", time.monotonic()
+        found = None
+        if distributed.rank() == 0 and self._intact(artefact):
+            found = json.loads((self.folder / artefact).read_text(encoding="utf-8"))
+
+        def keep(value: Any) -> None:
+            nonlocal kept
+            if distributed.rank() == 0 and time.monotonic() - kept >= PROGRESS_SECONDS:
+                self._keep(artefact, lambda p: p.write_text(json.dumps(value), encoding="utf-8"))
+                kept = time.monotonic()
+
+        return distributed.from_first(found), keep
 
     def has_tensors(self, stage: str, name: str) -> bool:
-        try:
-            with safe_open(self._tensors(stage, name), framework="pt"):
-                return True
-        except (OSError, SafetensorError):
-            return False
+        return self._intact(self._tensors(stage, name))
 
     def save_tensors(self, stage: str, name: str, tensors: dict[str, torch.Tensor]) -> None:
         contiguous = {key: tensor.contiguous().cpu() for key, tensor in tensors.items()}
-        write_whole(self._tensors(stage, name), lambda p: save_file(contiguous, p))
+        self._keep(self._tensors(stage, name), lambda p: save_file(contiguous, p))
 
     def load_tensors(self, stage: str, name: str) -> dict[str, torch.Tensor]:
-        with safe_open(self._tensors(stage, name), framework="pt") as file:
+        """Raises WorkspaceError if the artefact is not as it was written."""
+        artefact = self._tensors(stage, name)
+        if not self._intact(artefact):
+            raise WorkspaceError(f"{self.folder / artefact}: changed while the conversion runs; run it again")
+        with safe_open(self.folder / artefact, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
 
-    def _tensors(self, stage: str, name: str) -> Path:
-        return self.folder / stage / f"{name}.safetensors"
+    def _tensors(self, stage: str, name: str) -> str:
+        return f"{stage}/{name}.safetensors"
+
+    def _keep(self, artefact: str, write: Callable[[Path], Any]) -> None:
+        path = self.folder / artefact
+        if path.is_dir():
+            raise WorkspaceError(f"{path}: a folder where an artefact goes; remove it")
+        write_whole(path, write)
+        entry = {
+            "artefact": artefact,
+            "settings": artefact.partition("/")[0].removesuffix(".json").rpartition("-")[2],
+            "sha256": file_hash(path),
+            "bytes": path.stat().st_size,
+        }
+        try:
+            with (self.folder / MANIFEST).open("ab") as file:
+                # in one write, so that processes do not mix theirs; first a new line, if a kill cut off the last
+                file.write(b"\n" + json.dumps(entry).encode() + b"\n")
+        except OSError as error:
+            raise WorkspaceError(f"{self.folder / MANIFEST}: cannot be written ({error})") from None
+        self._manifest[artefact] = entry
+        self._checked.add(artefact)
+
+    def _intact(self, artefact: str) -> bool:
+        """Whether the artefact is what the manifest says; its bytes are read once a run."""
+        entry, path = self._manifest.get(artefact), self.folder / artefact
+        try:
+            if entry is None or path.stat().st_size != entry["bytes"]:
+                return False
+            if artefact not in self._checked:
+                if file_hash(path) != entry["sha256"]:
+                    return False
+                self._checked.add(artefact)
+            return True
+        except (OSError, KeyError):
+            return False

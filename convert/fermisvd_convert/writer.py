@@ -1,12 +1,13 @@
 """The checkpoint writer: the source's files with the compressed groups in place of their weights."""
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -26,8 +27,11 @@ from fermisvd.format import (
 from fermisvd.groups import LinearGroup
 from fermisvd.pivga import fix_gauge
 from fermisvd_convert.source import TORCH_TYPES, WEIGHT_SUFFIXES, Source
+from fermisvd_convert.workspace import only_one
 
 SHARD_BYTES = 4 * 2**30
+SMALL_SHARD = 2**26  # a shard is a decoder block's size, but not less: a shard is held in memory
+LOCK = ".lock"
 OWN_FILES = {"README.md", "config.json", INDEX_NAME}
 
 
@@ -104,11 +108,12 @@ def write_checkpoint(
                 a, b = (factor.to(device) for factor in factors_of(group))
                 yield from compressed_tensors(group, a, b, form, dtype).items()
 
-    _write_shards(folder, tensors())
+    block = weight_bytes(source.folder) // max(1, source.config.get("num_hidden_layers") or 1)
+    _write_shards(folder, tensors(), min(SHARD_BYTES, max(SMALL_SHARD, block)))
 
 
-def _write_shards(folder: Path, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
-    """One model.safetensors, or numbered shards with an index where it would grow past SHARD_BYTES."""
+def _write_shards(folder: Path, tensors: Iterator[tuple[str, torch.Tensor]], shard_bytes: int) -> None:
+    """One model.safetensors, or numbered shards with an index where it would grow past shard_bytes."""
     shards: list[list[str]] = []
     pending: dict[str, torch.Tensor] = {}
     pending_bytes = total = 0
@@ -122,7 +127,7 @@ def _write_shards(folder: Path, tensors: Iterator[tuple[str, torch.Tensor]]) -> 
 
     for name, tensor in tensors:
         size = tensor.numel() * tensor.element_size()
-        if pending and pending_bytes + size > SHARD_BYTES:
+        if pending and pending_bytes + size > shard_bytes:
             flush()
             pending_bytes = 0
         pending[name] = tensor.contiguous().cpu()
@@ -151,9 +156,36 @@ def replace_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
             file.chmod(0o644)
 
 
+@contextmanager
+def unfinished(out: Path) -> Iterator[Path]:
+    """An empty folder beside OUT, for one process, to be moved there by `move_into_place`; gone afterwards.
+
+    What a killed conversion left there is removed, and a checkpoint that it had moved away put back.
+    Raises WorkspaceError if another conversion is writing OUT, OutputError if there is no space or no permission.
+    """
+    partial, old = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        with only_one(partial / LOCK, out):
+            for left in partial.iterdir():
+                if left.name != LOCK:
+                    left.unlink()
+            if old.exists():
+                shutil.rmtree(old) if out.exists() else old.rename(out)
+            try:
+                yield partial
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(
+            f"{out}: cannot be written ({error}); it is left as it was, finished stages are kept"
+        ) from None
+
+
 def move_into_place(partial: Path, out: Path) -> None:
     """Rename a finished folder to its name, an earlier one of that name out of the way first."""
-    old = out.with_name(f".{out.name}.old-{os.getpid()}")
+    old = out.with_name(f".{out.name}.old")
+    (partial / LOCK).unlink(missing_ok=True)
     if out.exists():
         out.rename(old)
     try:

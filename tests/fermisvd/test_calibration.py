@@ -2,8 +2,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from fermisvd.calibration import CalibrationError, calibration_grams, gram_matrices, group_output_gram
+from fermisvd.blocks import DecoderBlocks, HiddenStates
+from fermisvd.calibration import CalibrationError, calibration_grams, gram_matrices, grams_by_blocks, group_output_gram
 from fermisvd.decomposition import OutputGram
+from fermisvd.groups import find_groups
+from fermisvd.streaming import stream_model
 
 
 @pytest.fixture
@@ -54,9 +57,9 @@ def test_output_gram_is_the_covariance_of_the_gradients(model, name):
     windows = torch.randint(2048, (4, 16))
     layer = model.get_submodule(name)
     _, found = calibration_grams(model, [], [name], windows.split(2), seed=3)
-    draw, gradients = torch.Generator().manual_seed(3), []
-    for batch in windows.split(2):
-        outputs = []
+    gradients = []
+    for number, batch in enumerate(windows.split(2)):
+        draw, outputs = torch.Generator().manual_seed(3 * 2**20 + number), []
         hook = layer.register_forward_hook(lambda _, x, y, kept=outputs: kept.append(y))
         logits = model(input_ids=batch).logits
         hook.remove()
@@ -101,3 +104,41 @@ def test_group_of_members_has_one_output_space_each(columns):
     expected = whole if len(stacked) <= columns else stacked.T @ whole @ stacked
     torch.testing.assert_close(group.matrix, expected)
     assert group.mean == pytest.approx(whole.diagonal().mean().item())
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("limit", [None, 1, 200_000])  # bytes: all at once, one matrix at a time, a few
+def test_block_by_block_is_the_pass_of_the_whole_model(model, tiny_llama, tmp_path, gradients, limit):
+    groups = find_groups(model, "separate")
+    sources = list(dict.fromkeys(group.source for group in groups))
+    members = [group.name for group in groups] if gradients else []
+    batches = torch.randint(2048, (5, 16)).split(2)
+    expected, expected_outputs = calibration_grams(model, sources, members, batches, seed=1)
+    streamed, hidden = stream_model(tiny_llama, "cpu"), HiddenStates(tmp_path, 4000)
+    grams, outputs = {}, {}
+    for part in grams_by_blocks(DecoderBlocks(streamed), sources, members, batches, hidden, 1, limit):
+        assert limit != 1 or len(part[0]) + len(part[1]) == 1
+        grams |= part[0]
+        outputs |= part[1]
+    assert grams.keys() == expected.keys() and outputs.keys() == expected_outputs.keys()
+    for name, gram in grams.items():
+        torch.testing.assert_close(gram, expected[name], rtol=1e-5, atol=1e-5 * expected[name].abs().max().item())
+    for name, output in outputs.items():
+        reference = expected_outputs[name]
+        scale = reference.matrix.abs().max().item()
+        torch.testing.assert_close(output.matrix, reference.matrix, rtol=1e-4, atol=1e-5 * scale)
+        assert output.mean == pytest.approx(reference.mean, rel=1e-5)
+    assert hidden.room == 4000 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_missing_matrices_alone_are_gathered(model, tmp_path, gradients):
+    source, member = "model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.o_proj"
+    batches, members = torch.randint(2048, (4, 16)).split(2), [member] if gradients else []
+    expected, outputs = calibration_grams(model, [source], members, batches)
+    found = list(grams_by_blocks(DecoderBlocks(model), [source], members, batches, HiddenStates(tmp_path, 0)))
+    found = [part for part in found if any(part)]
+    assert len(found) == 1 and found[0][0].keys() == {source} and found[0][1].keys() == set(members)
+    torch.testing.assert_close(found[0][0][source], expected[source], rtol=1e-5, atol=1e-3)
+    for name in members:
+        torch.testing.assert_close(found[0][1][name].matrix, outputs[name].matrix, rtol=1e-4, atol=1e-8)

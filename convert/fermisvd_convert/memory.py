@@ -1,0 +1,140 @@
+"""--max-memory: what each step of a conversion needs, in bytes, and how much of it may be held at once.
+
+Counted are weights in float32, matrices in float64 and the largest activations; not the program itself, nor what the
+allocator keeps. Steps that hold whole models are refused beforehand where they would not fit.
+"""
+
+import math
+import os
+import re
+from dataclasses import dataclass
+
+import torch
+from pydantic import ByteSize, TypeAdapter, ValidationError
+
+from fermisvd.budget import Form
+from fermisvd.errors import FermiSVDError
+from fermisvd.format import TensorInfo
+from fermisvd.groups import LinearGroup
+
+HIDDEN_BYTES = 2**30  # hidden states held in memory, unless --max-memory asks for less
+FLOAT = 4
+
+
+class MemoryLimitError(FermiSVDError):
+    """A step needs more than --max-memory."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """gram_bytes: of the matrices that calibration gathers in one pass; hidden_bytes: of hidden states in memory."""
+
+    gram_bytes: int
+    hidden_bytes: int
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes in float32 of a model's parts and of a batch. gram: the largest Gram matrix, float64; layer: the largest
+    group's weight; factors: full-rank A and B of all groups; activations: of one block and a batch."""
+
+    blocks: int
+    block: int
+    outside: int
+    gram: int
+    layer: int
+    factors: int
+    activations: int
+    logits: int
+
+
+def model_sizes(
+    headers: dict[str, TensorInfo], groups: list[LinearGroup], vocabulary: int, windows: int, length: int
+) -> Sizes:
+    """windows: of a batch; length: of a window."""
+    prefix = groups[0].name[: re.search(r"\.\d+\.", groups[0].name).start()]  # of the list of decoder blocks
+    by_block: dict[str, int] = {}
+    outside = 0
+    for name, info in headers.items():
+        size = FLOAT * math.prod(info.shape)
+        if name.startswith(f"{prefix}."):
+            number = name.removeprefix(f"{prefix}.").partition(".")[0]
+            by_block[number] = by_block.get(number, 0) + size
+        else:
+            outside += size
+    tokens, blocks = windows * length, max(len(by_block), 1)
+    return Sizes(
+        blocks=sum(by_block.values()),
+        block=max(by_block.values(), default=0),
+        outside=outside,
+        gram=max(8 * group.columns**2 for group in groups),
+        layer=max(FLOAT * group.dense_parameters for group in groups),
+        factors=sum(FLOAT * group.full_rank * (group.rows + group.columns) for group in groups),
+        activations=FLOAT * tokens * sum(g.rows + g.columns for g in groups) // blocks,
+        logits=FLOAT * tokens * vocabulary,
+    )
+
+
+def limits(size: Sizes, max_memory: int | None) -> Limits:
+    """By default all of a block's matrices, as far as they are no more than a block and the largest of them; so memory
+    does not grow with the number of blocks."""
+    if max_memory is None:
+        return Limits(size.block + size.gram, HIDDEN_BYTES)
+    rest = max_memory - size.outside - size.block - 2 * size.activations
+    hidden = max(0, min(HIDDEN_BYTES, rest // 4))
+    return Limits(max(size.gram, min(size.block + size.gram, rest - hidden)), hidden)
+
+
+def needs(size: Sizes, form: Form, ranks: str, groups: str, refit: bool, heal_steps: int, remove: float) -> dict:
+    """Step -> (bytes, what to do without it), of the steps that this conversion takes."""
+    model = size.blocks + size.outside
+    gated = size.factors + size.outside + 3 * size.logits + 2 * size.activations
+    found = {
+        "calibration": (
+            size.outside + size.block + size.gram + max(2 * size.activations, 3 * size.logits),
+            "--batch-size or --sequence-length smaller",
+        ),
+        "decomposition": (2 * size.gram + 6 * size.layer, "no smaller"),
+    }
+    if ranks == "fermigrad":
+        found["FermiGrad"] = (gated, "--ranks uniform or a file of ranks, or several processes")
+        if form == "svd":
+            found["the choice of dense groups"] = (gated, "--ranks uniform or a file of ranks")
+    if groups == "auto" and ranks in ("uniform", "fermigrad"):
+        found["--groups auto"] = (2 * model + 2 * size.logits, "--groups joint or separate")
+    if refit:
+        found["--refit"] = (2 * model + 2 * size.logits + 4 * size.layer, "--no-refit")
+    if heal_steps:
+        kept = (1 - remove) * size.blocks
+        found["healing"] = (int(model + 4 * kept + size.outside + 3 * size.logits), "--heal-steps 0")
+    return found
+
+
+def check_memory(required: dict, max_memory: int | None) -> None:
+    """Raises MemoryLimitError naming the first step that --max-memory is too little for."""
+    for step, (need, instead) in required.items():
+        if max_memory is not None and need > max_memory:
+            raise MemoryLimitError(
+                f"--max-memory {max_memory / 2**30:.2f} GiB: {step} takes about {need / 2**30:.2f} GiB; give more, or: "
+                f"{instead}"
+            )
+
+
+def memory_of(device: str, max_memory: int | None) -> int:
+    """Bytes that a model on the device may take."""
+    if max_memory is not None:
+        return max_memory
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def parse_bytes(text: str) -> int:
+    """'24GiB', '900 MB' or a number of bytes. Raises MemoryLimitError for anything else."""
+    try:
+        value = TypeAdapter(ByteSize).validate_python(text)
+    except ValidationError:
+        value = 0
+    if value <= 0:
+        raise MemoryLimitError(f"--max-memory {text}: give it as 24GiB or 900MB")
+    return int(value)

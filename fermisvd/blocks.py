@@ -1,0 +1,209 @@
+"""A causal language model taken apart: what comes before the decoder blocks, block by block, what comes behind.
+
+So a step can run one block over all of a text before it needs the next one.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from fermisvd.errors import FermiSVDError
+from fermisvd.groups import decoder_blocks
+from fermisvd.streaming import present
+
+
+class BlocksError(FermiSVDError):
+    """The model is no plain row of decoder blocks."""
+
+
+class DecoderBlocks:
+    """Runs a causal LM piece by piece. Batches are token ids, (windows, length).
+
+    What each block is called with besides hidden states (positions, masks) is recorded once a batch shape, with other
+    tokens: it must not depend on them, which is checked.
+    Raises BlocksError for a model that is no plain row of blocks, or whose blocks are told of the tokens themselves.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.prefix = decoder_blocks(model)
+        self.blocks = list(model.get_submodule(self.prefix).children())
+        self._calls: dict[torch.Size, list[tuple[tuple, dict[str, Any], bool]]] = {}
+
+    @property
+    def body(self) -> nn.Module:
+        """Without the head."""
+        return getattr(self.model, "base_model", self.model)
+
+    def first(self, batch: torch.Tensor) -> torch.Tensor:
+        """Hidden states before block 0, (windows, length, hidden)."""
+        self._record(batch)
+        with forwards([self.blocks[0]], [_stop]):
+            try:
+                self.body(input_ids=batch, use_cache=False)
+            except _Stop as stop:
+                return stop.hidden
+        raise BlocksError(f"{type(self.model).__name__}: block 0 of {self.prefix} is not called")
+
+    def run(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states behind block `index`."""
+        args, kwargs, _ = self._calls[hidden.shape[:2]][index]
+        return _hidden_of(self.blocks[index](hidden, *args, **kwargs))
+
+    def head(self, batch: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits from the hidden states behind the last block, (windows, length, vocabulary); differentiable."""
+        calls = iter(self._calls[batch.shape])
+
+        def skip(*_, **__):
+            return (hidden,) if next(calls)[2] else hidden
+
+        with forwards(self.blocks, [skip] * len(self.blocks)):
+            return self.model(input_ids=batch, use_cache=False).logits
+
+    def present(self, index: int):
+        """Context in which block `index` holds its weights."""
+        return present(self.blocks[index])
+
+    @torch.no_grad()
+    def _record(self, batch: torch.Tensor) -> None:
+        if batch.shape in self._calls:
+            return
+        calls: list[tuple[int, tuple, dict[str, Any], bool]] = []
+        behind = torch.empty(0)
+
+        def see(block, args, kwargs, output):
+            nonlocal behind
+            rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+            calls.append((self.blocks.index(block), args[1:], rest, isinstance(output, tuple)))
+            behind = _hidden_of(output)
+
+        hooks = [block.register_forward_hook(see, with_kwargs=True) for block in self.blocks]
+        try:
+            self.body(input_ids=batch.roll(1, dims=1), use_cache=False)
+            recorded = calls.copy()
+            self.body(input_ids=batch, use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        name = f"{type(self.model).__name__}: {self.prefix}"
+        if [index for index, *_ in recorded] != list(range(len(self.blocks))):
+            raise BlocksError(f"{name} is not called block after block")
+        self._calls[batch.shape] = [call[1:] for call in recorded]
+        hidden = self.first(batch)
+        for index in range(len(self.blocks)):
+            hidden = self.run(index, hidden)
+        if (hidden - behind).norm() > 1e-3 * behind.norm():
+            raise BlocksError(f"{name}: a block is told more of the tokens than the hidden states")
+
+
+class HiddenStates:
+    """Hidden states by (place, batch number): in memory up to `room` bytes, beyond that in files of `folder`."""
+
+    def __init__(self, folder: Path, room: int):
+        self.folder, self.room = folder, room
+        self._memory: dict[tuple[str, int], torch.Tensor] = {}
+
+    def put(self, place: str, batch: int, hidden: torch.Tensor) -> None:
+        hidden = hidden.detach()
+        self._drop(place, batch)
+        if hidden.nbytes <= self.room:
+            self.room -= hidden.nbytes
+            self._memory[place, batch] = hidden
+        else:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_file({"hidden": hidden.contiguous().cpu()}, self._file(place, batch))
+
+    def get(self, place: str, batch: int, device: torch.device) -> torch.Tensor:
+        kept = self._memory.get((place, batch))
+        return kept if kept is not None else load_file(self._file(place, batch))["hidden"].to(device)
+
+    def move(self, place: str, other: str, batch: int) -> None:
+        self._drop(other, batch)
+        if (place, batch) in self._memory:
+            self._memory[other, batch] = self._memory.pop((place, batch))
+        else:
+            self._file(place, batch).rename(self._file(other, batch))
+
+    def drop(self, place: str, batches: Sequence[tuple[int, Any]]) -> None:
+        """batches: numbered."""
+        for number, _ in batches:
+            self._drop(place, number)
+
+    def _drop(self, place: str, batch: int) -> None:
+        if (place, batch) in self._memory:
+            self.room += self._memory.pop((place, batch)).nbytes
+        elif self.folder.is_dir():
+            self._file(place, batch).unlink(missing_ok=True)
+
+    def _file(self, place: str, batch: int) -> Path:
+        return self.folder / f"{place} {batch}.safetensors"
+
+
+@torch.no_grad()
+def logits_by_blocks(
+    blocks: DecoderBlocks, batches: Sequence[torch.Tensor], hidden: HiddenStates
+) -> Iterator[torch.Tensor]:
+    """Logits of each batch in turn, every block having been run over all of them before the next."""
+    numbered, device = list(enumerate(batches)), device_of(blocks.model)
+    sweep(blocks, numbered, hidden)
+    for number, batch in numbered:
+        yield blocks.head(batch.to(device), hidden.get("last", number, device))
+        hidden.drop("last", [(number, batch)])
+
+
+@torch.no_grad()
+def sweep(
+    blocks: DecoderBlocks, batches: Sequence[tuple[int, torch.Tensor]], hidden: HiddenStates, keep: bool = False
+) -> None:
+    """Forward through all blocks, one at a time: leaves the states behind the last as "last" and, with `keep`, those
+    before block i as "before i". batches: numbered."""
+    device = device_of(blocks.model)
+    for number, batch in batches:
+        hidden.put("last", number, blocks.first(batch.to(device)))
+    for index in range(len(blocks.blocks)):
+        with blocks.present(index):
+            for number, _ in batches:
+                states = hidden.get("last", number, device)
+                if keep:
+                    hidden.move("last", f"before {index}", number)
+                hidden.put("last", number, blocks.run(index, states))
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where token ids go."""
+    return next(model.get_input_embeddings().parameters()).device
+
+
+class _Stop(Exception):
+    """Ends a forward pass that has shown what was wanted."""
+
+    def __init__(self, hidden: torch.Tensor):
+        self.hidden = hidden
+
+
+def _stop(*args, **kwargs):
+    raise _Stop(args[0] if args else kwargs["hidden_states"])
+
+
+def _hidden_of(output) -> torch.Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+@contextmanager
+def forwards(modules: Sequence[nn.Module], functions: Sequence[Callable]) -> Iterator[None]:
+    """Other forward functions for the duration."""
+    before = [vars(module).get("forward") for module in modules]
+    for module, function in zip(modules, functions, strict=True):
+        module.forward = function
+    try:
+        yield
+    finally:
+        for module, own in zip(modules, before, strict=True):
+            del module.forward
+            if own is not None:
+                module.forward = own

@@ -1,0 +1,69 @@
+"""torch.distributed, as the conversion's steps use it; in a single process each function is the identity."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+from torch import distributed
+
+T = TypeVar("T")
+PATIENCE = timedelta(days=2)  # what one process does alone, the others wait for
+
+
+@contextmanager
+def processes(device: str) -> Iterator[str]:
+    """The process group of a program that torchrun has started; gives the device of this process ("cuda:1").
+
+    Outside torchrun, and inside a group that is there already, nothing is done.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or distributed.is_initialized():
+        yield device
+        return
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if "cuda" in device else "gloo", timeout=PATIENCE)
+    try:
+        yield device
+    finally:
+        distributed.destroy_process_group()
+
+
+def world() -> int:
+    """How many processes there are."""
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process' number; 0 writes what all have made together."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def share(items: Sequence[T]) -> list[T]:
+    """Every world()-th of the items, from rank() on."""
+    return list(items[rank() :: world()])
+
+
+def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, added up in place."""
+    if world() > 1:
+        distributed.all_reduce(tensor)
+    return tensor
+
+
+def from_first(value: T) -> T:
+    """What process 0 has; of the others only that they ask."""
+    if world() == 1:
+        return value
+    box = [value]
+    distributed.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    return box[0]
+
+
+def wait_for_all() -> None:
+    if world() > 1:
+        from_first(None)
+        sum_over_processes(torch.zeros(1, device="cpu"))

@@ -1,0 +1,135 @@
+"""A causal language model that holds the weights of one decoder block at a time.
+
+It is an ordinary module: a block's weights are read from the safetensors files when it is called, and dropped
+afterwards. `present` keeps a block for as long as it is run over many batches.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import safe_open
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from fermisvd.errors import FermiSVDError
+from fermisvd.format import TensorInfo, read_config, read_headers
+from fermisvd.groups import decoder_blocks
+from fermisvd.modules import replace_group
+
+
+class StreamingError(FermiSVDError):
+    """A checkpoint whose tensors are not the model's one by one, so that only transformers can load it."""
+
+
+class BlockWeights:
+    """Fills one decoder block from the files, and empties it."""
+
+    def __init__(self, block: nn.Module, prefix: str, headers: dict[str, TensorInfo], device: str):
+        self.block, self.prefix, self.headers, self.device = block, prefix, headers, device
+        self.names = {name: tensor for name, tensor in block.state_dict(keep_vars=True).items() if tensor.is_meta}
+        self.held = False
+        self.hooks: tuple[RemovableHandle, ...] = ()
+
+    def fill(self) -> bool:
+        """Whether it was empty."""
+        if self.held:
+            return False
+        for name in self.names:
+            _put(self.block, name, _read(self.headers, f"{self.prefix}{name}", self.device))
+        self.held = True
+        return True
+
+    def empty(self) -> None:
+        for name, empty in self.names.items():
+            _put(self.block, name, empty)
+        self.held = False
+
+
+def stream_model(folder: Path, device: str, trust_remote_code: bool = False) -> nn.Module:
+    """The model of a folder, dense or compressed, in float32; only what is outside its decoder blocks stays in memory.
+
+    Raises StreamingError if a parameter is not a tensor of the files by the same name and shape.
+    """
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    compressed = getattr(config, "quantization_config", None)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, trust_remote_code=trust_remote_code
+        ).eval()
+    if compressed is not None:
+        for group in read_config(folder).groups:
+            replace_group(model, group)
+    model.requires_grad_(False)
+    headers, blocks = read_headers(folder, allow_pickles=True), decoder_blocks(model)
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        stored = headers.get(name)
+        if tensor.is_meta and name not in tied and (stored is None or stored.shape != tuple(tensor.shape)):
+            raise StreamingError(f"{folder}: no tensor {name} of shape {tuple(tensor.shape)}")
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if tensor.is_meta and name not in tied and not name.startswith(f"{blocks}."):
+            _put(model, name, _read(headers, name, device))
+    model.tie_weights()
+    for name, buffer in model.named_buffers():
+        if not buffer.is_meta:
+            _put(model, name, buffer.to(device))
+    for name, block in model.get_submodule(blocks).named_children():
+        block.stream = BlockWeights(block, f"{blocks}.{name}.", headers, device)
+        hooks = block.register_forward_pre_hook(_fill), block.register_forward_hook(_empty, always_call=True)
+        block.stream.hooks = hooks
+    left = [name for name, p in model.named_parameters() if p.is_meta and not name.startswith(f"{blocks}.")]
+    if left:
+        raise StreamingError(f"{folder}: no tensor {left[0]}")
+    return model
+
+
+@contextmanager
+def present(block: nn.Module) -> Iterator[None]:
+    """Hold a block's weights for the duration; a block of a model that is in memory whole has them anyway."""
+    stream: BlockWeights | None = getattr(block, "stream", None)
+    if stream is None or not stream.fill():
+        yield
+        return
+    try:
+        yield
+    finally:
+        stream.empty()
+
+
+def fill_for_good(block: nn.Module) -> None:
+    """A block's weights into memory, to stay."""
+    stream: BlockWeights | None = vars(block).pop("stream", None)
+    if stream is not None:
+        stream.fill()
+        for hook in stream.hooks:
+            hook.remove()
+
+
+def _fill(block: nn.Module, _) -> None:
+    skipped = "forward" in vars(block)  # another function in its place
+    block.filled_here = not skipped and block.stream.fill()
+
+
+def _empty(block: nn.Module, *_) -> None:
+    if block.filled_here:
+        block.stream.empty()
+
+
+def _read(headers: dict[str, TensorInfo], name: str, device: str) -> torch.Tensor:
+    with safe_open(headers[name].file, framework="pt") as file:
+        value = file.get_tensor(name)
+    return value.to(device, torch.float32 if value.is_floating_point() else value.dtype)
+
+
+def _put(module: nn.Module, name: str, value: torch.Tensor) -> None:
+    """Put a tensor in the place of a parameter or buffer."""
+    parent, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(parent)
+    if leaf in owner._parameters:
+        owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+    else:
+        owner._buffers[leaf] = value
