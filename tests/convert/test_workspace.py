@@ -1,7 +1,13 @@
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
-from fermisvd_convert.workspace import Workspace, settings_key, write_whole
+from fermisvd_convert import workspace as workspace_module
+from fermisvd_convert.workspace import MANIFEST, Workspace, WorkspaceError, settings_key, write_whole
 
 
 def test_key_depends_on_every_setting():
@@ -24,20 +30,107 @@ def test_file_appears_whole_or_not_at_all(tmp_path):
     assert path.read_text() == "whole" and len(list(tmp_path.iterdir())) == 1
 
 
-def test_json_is_made_once_and_again_if_broken(tmp_path):
-    workspace, made = Workspace(tmp_path), []
+@pytest.mark.parametrize("damage", ['{"x":', '{"x": 3}', ""])
+def test_json_is_made_once_and_again_if_changed(tmp_path, damage):
+    made = []
     for _ in range(2):
-        assert workspace.json("a", lambda: made.append(1) or {"x": 1}) == {"x": 1}
+        assert Workspace(tmp_path).json("a", lambda: made.append(1) or {"x": 1}) == {"x": 1}
     assert len(made) == 1
-    (tmp_path / "a.json").write_text('{"x":')
-    assert workspace.json("a", lambda: made.append(1) or {"x": 2}) == {"x": 2}
+    (tmp_path / "a.json").write_text(damage)
+    assert Workspace(tmp_path).json("a", lambda: made.append(1) or {"x": 2}) == {"x": 2}
 
 
-def test_tensors_round_trip_and_truncation_is_seen(tmp_path):
-    workspace, tensor = Workspace(tmp_path), torch.randn(3, 4, dtype=torch.float64)
-    assert not workspace.has_tensors("s", "a.b")
-    workspace.save_tensors("s", "a.b", {"t": tensor.T})
-    assert torch.equal(workspace.load_tensors("s", "a.b")["t"], tensor.T)
+def test_artefact_that_the_manifest_does_not_know_is_not_used(tmp_path):
+    Workspace(tmp_path).save_tensors("s", "a", {"t": torch.ones(2)})
+    Workspace(tmp_path).json("b", lambda: 1)
+    (tmp_path / MANIFEST).unlink()
+    found = Workspace(tmp_path)
+    assert not found.has_tensors("s", "a")
+    assert found.json("b", lambda: 2) == 2
+
+
+def test_tensors_round_trip_and_damage_is_seen(tmp_path):
+    tensor = torch.randn(3, 4, dtype=torch.float64)
+    assert not Workspace(tmp_path).has_tensors("s", "a.b")
+    Workspace(tmp_path).save_tensors("s", "a.b", {"t": tensor.T})
+    assert torch.equal(Workspace(tmp_path).load_tensors("s", "a.b")["t"], tensor.T)
     file = next((tmp_path / "s").iterdir())
-    file.write_bytes(file.read_bytes()[:-1])
-    assert not workspace.has_tensors("s", "a.b")
+    whole = file.read_bytes()
+    for damaged in (whole[:-1], whole + b"x", bytes([*whole[:-3], whole[-3] ^ 1, *whole[-2:]]), b""):
+        file.write_bytes(damaged)
+        assert not Workspace(tmp_path).has_tensors("s", "a.b")
+        with pytest.raises(WorkspaceError, match=r"a\.b\.safetensors"):
+            Workspace(tmp_path).load_tensors("s", "a.b")
+
+
+def test_manifest_has_hash_and_settings_and_survives_a_cut_line(tmp_path):
+    workspace = Workspace(tmp_path)
+    workspace.save_tensors("gram-0123", "a", {"t": torch.ones(2)})
+    with (tmp_path / MANIFEST).open("ab") as file:
+        file.write(b'{"artefact": "gram-01')  # killed while it wrote
+    workspace.json("ranks-4567", lambda: {"x": 1})
+    lines = (tmp_path / MANIFEST).read_text().splitlines()
+    entries = {entry["artefact"]: entry for line in lines if line.endswith("}") for entry in [json.loads(line)]}
+    assert {name: entry["settings"] for name, entry in entries.items()} == {
+        "gram-0123/a.safetensors": "0123",
+        "ranks-4567.json": "4567",
+    }
+    import hashlib
+
+    content = (tmp_path / "ranks-4567.json").read_bytes()
+    assert entries["ranks-4567.json"]["sha256"] == hashlib.sha256(content).hexdigest()
+    again = Workspace(tmp_path)
+    assert again.has_tensors("gram-0123", "a") and again.json("ranks-4567", lambda: 1 / 0) == {"x": 1}
+
+
+def test_second_converter_is_refused_and_a_dead_one_forgotten(tmp_path):
+    script = "import sys, time; from pathlib import Path; from fermisvd_convert.workspace import Workspace\n"
+    script += "with Workspace(Path(sys.argv[1])).locked():\n    print('held', flush=True); time.sleep(60)"
+    other = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert other.stdout and other.stdout.readline() == "held\n"
+    try:
+        with pytest.raises(WorkspaceError, match="in use by another conversion"), Workspace(tmp_path).locked():
+            pass
+    finally:
+        other.kill()
+        other.wait()
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / ".half.safetensors.partial").write_text("left by a kill")
+    with Workspace(tmp_path).locked():
+        assert not list((tmp_path / "s").iterdir())
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+@pytest.mark.parametrize("kind", ["json", "tensors"])
+def test_full_disk_is_one_clear_error_and_keeps_what_is_there(tmp_path, monkeypatch, kind):
+    workspace = Workspace(tmp_path)
+    workspace.json("a", lambda: {"x": 1})
+    plain = workspace_module.write_whole
+
+    def full(path, write):
+        def write_to_full(partial):
+            partial.symlink_to("/dev/full")
+            write(partial)
+
+        plain(path, write_to_full)
+
+    monkeypatch.setattr(workspace_module, "write_whole", full)
+    with pytest.raises(WorkspaceError, match=r"No space left on device.*finished stages are kept"):
+        if kind == "json":
+            workspace.json("b", lambda: {"x": 2})
+        else:
+            workspace.save_tensors("s", "b", {"t": torch.ones(2)})
+    monkeypatch.undo()
+    again = Workspace(tmp_path)
+    assert again.json("a", lambda: 1 / 0) == {"x": 1}
+    assert not again.has_tensors("s", "b") and not [p for p in tmp_path.rglob(".*") if p.is_file()]
+
+
+def test_progress_is_kept_once_a_minute_and_found_again(tmp_path, monkeypatch):
+    found, keep = Workspace(tmp_path).progress("ranks-1")
+    assert found is None
+    keep({"step": 1})
+    assert Workspace(tmp_path).progress("ranks-1")[0] is None
+    monkeypatch.setattr(workspace_module, "PROGRESS_SECONDS", 0)
+    keep({"step": 2})
+    assert Workspace(tmp_path).progress("ranks-1")[0] == {"step": 2}

@@ -1,0 +1,78 @@
+import json
+from dataclasses import replace
+
+import pytest
+
+from fermisvd_convert.convert import convert
+from fermisvd_convert.memory import HIDDEN_BYTES, MemoryLimitError, Sizes, check_memory, limits, needs, parse_bytes
+
+GIB = 2**30
+LLAMA_8B = Sizes(
+    blocks=26 * GIB, block=26 * GIB // 32, outside=4 * GIB, gram=8 * 14336**2, layer=GIB, factors=38 * GIB,
+    activations=GIB, logits=GIB,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "value"), [("24GiB", 24 * GIB), ("900 MB", 9 * 10**8), ("1000", 1000)])
+def test_sizes_are_read(text, value):
+    assert parse_bytes(text) == value
+
+
+@pytest.mark.parametrize("text", ["", "much", "-3GB", "0", "3 apples"])
+def test_other_sizes_are_refused(text):
+    with pytest.raises(MemoryLimitError, match="--max-memory"):
+        parse_bytes(text)
+
+
+def test_by_default_the_limits_do_not_know_the_number_of_blocks():
+    deeper = replace(LLAMA_8B, blocks=10 * LLAMA_8B.blocks)
+    assert limits(LLAMA_8B, None) == limits(deeper, None)
+    assert limits(LLAMA_8B, None).hidden_bytes == HIDDEN_BYTES
+
+
+def test_less_memory_gathers_fewer_matrices_but_one_at_least():
+    sizes = [limits(LLAMA_8B, gib * GIB) for gib in (8, 9, 10, 100)]
+    assert [s.gram_bytes for s in sizes] == sorted(s.gram_bytes for s in sizes)
+    assert sizes[0].gram_bytes == LLAMA_8B.gram and sizes[-1] == limits(LLAMA_8B, None)
+
+
+def test_steps_that_hold_whole_models_are_refused_by_name():
+    def check(gib, **changes):
+        steps = {
+            "form": "pivga",
+            "ranks": "fermigrad",
+            "groups": "auto",
+            "refit": False,
+            "heal_steps": 128,
+            "remove": 0.3,
+        }
+        check_memory(needs(LLAMA_8B, **(steps | changes)), None if gib is None else gib * GIB)
+
+    check(None)
+    check(200)
+    with pytest.raises(MemoryLimitError, match=r"FermiGrad takes about 4.*--ranks uniform"):
+        check(24)
+    with pytest.raises(MemoryLimitError, match="--groups auto takes about"):
+        check(24, ranks="uniform")
+    with pytest.raises(MemoryLimitError, match=r"healing takes about .*--heal-steps 0"):
+        check(24, ranks="uniform", groups="joint")
+    check(24, ranks="uniform", groups="joint", heal_steps=0)
+    with pytest.raises(MemoryLimitError, match=r"--refit takes about .*--no-refit"):
+        check(24, ranks="uniform", groups="joint", heal_steps=0, refit=True)
+    with pytest.raises(MemoryLimitError, match="calibration takes"):
+        check(6, ranks="uniform", groups="joint", heal_steps=0)
+
+
+def test_bounded_conversion_gives_the_same_and_too_little_is_refused_first(tiny_llama, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"def f{i}(x):\n    return x * {i * i}\n\n" for i in range(600)))
+    settings = dict(ranks="uniform", groups="joint", heal_steps=0, refit=False, calibration=[str(text)], samples=12)
+    settings |= dict(sequence_length=32, batch_size=2)
+    convert(str(tiny_llama), tmp_path / "a", 0.3, work=tmp_path / "work a", **settings)
+    convert(str(tiny_llama), tmp_path / "b", 0.3, work=tmp_path / "work b", max_memory=8 * 2**20, **settings)
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+    with pytest.raises(MemoryLimitError, match="calibration takes about"):
+        convert(str(tiny_llama), tmp_path / "c", 0.3, work=tmp_path / "work c", max_memory=2**20, **settings)
+    assert not (tmp_path / "c").exists() and not list((tmp_path / "work c").glob("gram-*"))
+    groups = json.loads((tmp_path / "b/fermisvd.json").read_text())["groups"]
+    assert groups and "hidden" not in "".join(path.name for path in (tmp_path / "work b").iterdir())
