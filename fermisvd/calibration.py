@@ -1,4 +1,4 @@
-"""Calibration statistics: Gram matrices C = sum X X^T of inputs and G = sum g g^T of output gradients."""
+"""Calibration sums: Gram matrices C = sum X X^T of inputs and G = sum g g^T of output gradients."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ class CalibrationError(FermiSVDError):
     """Activations or gradients of a layer are not finite."""
 
 
-class Statistics:
+class GramSums:
     """Running sums of C for the inputs of `sources` and of G for the outputs of `members`, names of linear layers.
 
     Sums are taken in float64: a Gram matrix squares the condition number, and the tail of the spectrum is what rank
@@ -104,8 +104,8 @@ def calibration_grams(
     Returns name -> (n x n) float64 tensors on the model's device, and name -> OutputGram.
     Raises CalibrationError naming the layer whose input or gradient is NaN or infinite.
     """
-    statistics, device = Statistics(model, sources, members), device_of(model)
-    with statistics.watching():
+    sums, device = GramSums(model, sources, members), device_of(model)
+    with sums.watching():
         for number, batch in _of_this_process(batches):
             if members:
                 with frozen(model), _differentiable_embeddings(model):
@@ -115,7 +115,7 @@ def calibration_grams(
                 body = getattr(model, "base_model", model)  # without the head: its logits would outweigh the matrices
                 with torch.no_grad():
                     body(input_ids=batch.to(device), use_cache=False)
-    return statistics.result()
+    return sums.result()
 
 
 def grams_by_blocks(
@@ -143,7 +143,7 @@ def grams_by_blocks(
             for index in range(reached[-1] + 1):
                 with blocks.present(index):
                     for part in _parts(blocks.model, *wanted[index], limit_bytes):
-                        yield _forwards(blocks, index, part, mine, hidden)
+                        yield _there(blocks, index, part, mine, hidden)
                 for number, _ in mine:
                     hidden.move("behind", "before", number)
             hidden.drop("before", mine)
@@ -159,7 +159,7 @@ def grams_by_blocks(
             if index >= reached[0]:
                 with blocks.present(index):
                     for part in _parts(blocks.model, *wanted[index], limit_bytes):
-                        yield _forwards_and_backwards(blocks, index, part, mine, hidden)
+                        yield _there_and_back(blocks, index, part, mine, hidden)
                 for number, _ in mine:
                     hidden.move("gradient before", "gradient behind", number)
             hidden.drop(f"before {index}", mine)
@@ -167,26 +167,26 @@ def grams_by_blocks(
 
 
 @torch.no_grad()
-def _forwards(
+def _there(
     blocks: DecoderBlocks, index: int, part: Part, mine: Sequence[tuple[int, torch.Tensor]], hidden: HiddenStates
 ) -> tuple[Grams, OutputGrams]:
-    statistics = Statistics(blocks.model, *part)
-    with statistics.watching():
+    sums = GramSums(blocks.model, *part)
+    with sums.watching():
         for number, _ in mine:
             hidden.put("behind", number, blocks.run(index, hidden.get("before", number, device_of(blocks.model))))
-    return statistics.result()
+    return sums.result()
 
 
-def _forwards_and_backwards(
+def _there_and_back(
     blocks: DecoderBlocks, index: int, part: Part, mine: Sequence[tuple[int, torch.Tensor]], hidden: HiddenStates
 ) -> tuple[Grams, OutputGrams]:
-    statistics, device = Statistics(blocks.model, *part), device_of(blocks.model)
-    with statistics.watching():
+    sums, device = GramSums(blocks.model, *part), device_of(blocks.model)
+    with sums.watching():
         for number, _ in mine:
             states = hidden.get(f"before {index}", number, device).detach().requires_grad_()
             blocks.run(index, states).backward(hidden.get("gradient behind", number, device))
             hidden.put("gradient before", number, _gradient_of(states))
-    return statistics.result()
+    return sums.result()
 
 
 def _inside(blocks: DecoderBlocks, index: int, sources: Sequence[str], members: Sequence[str]) -> Part:
