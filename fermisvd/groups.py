@@ -54,14 +54,14 @@ class StructureError(FermiSVDError):
 
 
 def decoder_blocks(model: nn.Module) -> str:
-    """Name of the ModuleList that holds the decoder blocks: the outermost one with most linear parameters.
+    """Name of the ModuleList that holds the decoder blocks: the outermost one with most parameters in matrices.
 
-    Raises StructureError if the model has no ModuleList with linear layers.
+    Raises StructureError if the model has no ModuleList with matrices.
     """
     best, most = None, 0
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList):
-            size = sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+            size = sum(p.numel() for p in module.parameters() if p.dim() == 2)
             if size > most:
                 best, most = name, size
     if best is None:

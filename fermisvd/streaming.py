@@ -7,6 +7,7 @@ afterwards. `present` keeps a block for as long as it is run over many batches.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from accelerate import init_empty_weights
@@ -14,6 +15,8 @@ from safetensors import safe_open
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from fermisvd.errors import FermiSVDError
 from fermisvd.format import TensorInfo, read_config, read_headers
@@ -25,10 +28,17 @@ class StreamingError(FermiSVDError):
     """A checkpoint whose tensors are not the model's one by one, so that only transformers can load it."""
 
 
+class Stored(NamedTuple):
+    """A tensor in a file."""
+
+    name: str
+    info: TensorInfo
+
+
 class BlockWeights:
     """Fills one decoder block from the files, and empties it."""
 
-    def __init__(self, block: nn.Module, prefix: str, headers: dict[str, TensorInfo], device: str):
+    def __init__(self, block: nn.Module, prefix: str, headers: dict[str, Stored], device: str):
         self.block, self.prefix, self.headers, self.device = block, prefix, headers, device
         self.names = {name: tensor for name, tensor in block.state_dict(keep_vars=True).items() if tensor.is_meta}
         self.held = False
@@ -39,7 +49,7 @@ class BlockWeights:
         if self.held:
             return False
         for name in self.names:
-            _put(self.block, name, _read(self.headers, f"{self.prefix}{name}", self.device))
+            _put(self.block, name, _read(self.headers[f"{self.prefix}{name}"], self.device))
         self.held = True
         return True
 
@@ -64,15 +74,15 @@ def stream_model(folder: Path, device: str, trust_remote_code: bool = False) -> 
         for group in read_config(folder).groups:
             replace_group(model, group)
     model.requires_grad_(False)
-    headers, blocks = read_headers(folder, allow_pickles=True), decoder_blocks(model)
+    headers, blocks = renamed(model, read_headers(folder, allow_pickles=True)), decoder_blocks(model)
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         stored = headers.get(name)
-        if tensor.is_meta and name not in tied and (stored is None or stored.shape != tuple(tensor.shape)):
+        if tensor.is_meta and name not in tied and (stored is None or stored.info.shape != tuple(tensor.shape)):
             raise StreamingError(f"{folder}: no tensor {name} of shape {tuple(tensor.shape)}")
     for name, tensor in model.state_dict(keep_vars=True).items():
         if tensor.is_meta and name not in tied and not name.startswith(f"{blocks}."):
-            _put(model, name, _read(headers, name, device))
+            _put(model, name, _read(headers[name], device))
     model.tie_weights()
     for name, buffer in model.named_buffers():
         if not buffer.is_meta:
@@ -85,6 +95,20 @@ def stream_model(folder: Path, device: str, trust_remote_code: bool = False) -> 
     if left:
         raise StreamingError(f"{folder}: no tensor {left[0]}")
     return model
+
+
+def renamed(model: nn.Module, headers: dict[str, TensorInfo]) -> dict[str, Stored]:
+    """Parameter -> its tensor, for tensors that transformers takes as they are, be it by another name."""
+    conversions = get_model_conversion_mapping(model)
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    prefix, meta = model.base_model_prefix, model.state_dict()
+    found = {}
+    for name, info in headers.items():
+        target, converter = rename_source_key(name, renamings, converters, prefix, meta)
+        if converter is None:
+            found[target] = Stored(name, info)
+    return found
 
 
 @contextmanager
@@ -119,9 +143,9 @@ def _empty(block: nn.Module, *_) -> None:
         block.stream.empty()
 
 
-def _read(headers: dict[str, TensorInfo], name: str, device: str) -> torch.Tensor:
-    with safe_open(headers[name].file, framework="pt") as file:
-        value = file.get_tensor(name)
+def _read(stored: Stored, device: str) -> torch.Tensor:
+    with safe_open(stored.info.file, framework="pt") as file:
+        value = file.get_tensor(stored.name)
     return value.to(device, torch.float32 if value.is_floating_point() else value.dtype)
 
 

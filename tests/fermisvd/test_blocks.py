@@ -5,7 +5,7 @@ from torch import nn
 from families import FAMILIES, save
 from fermisvd import load_model
 from fermisvd.blocks import BlocksError, DecoderBlocks, HiddenStates, logits_by_blocks, sweep
-from fermisvd.streaming import stream_model
+from fermisvd.streaming import StreamingError, stream_model
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -85,6 +85,10 @@ def held(model: nn.Module) -> list[int]:
 def test_streamed_model_is_the_model(family, tmp_path_factory):
     """Logits equal to transformers' own loading, whole passes and by blocks, and no block stays in memory."""
     folder = save(family, tmp_path_factory.mktemp("model"))
+    if family == "qwen3_moe":  # transformers stacks its experts
+        with pytest.raises(StreamingError, match="experts"):
+            stream_model(folder, "cpu")
+        return
     streamed, whole = stream_model(folder, "cpu"), load_model(folder)
     batch = torch.randint(100, (2, 12))
     with torch.no_grad():
