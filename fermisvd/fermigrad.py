@@ -130,7 +130,7 @@ def install_gates(
             if not group.name.startswith(f"{prefix}.{number}."):
                 continue
             layers = [model.get_submodule(name) for name in group.members]
-            a, b = (factor.to(layers[0].weight) for factor in factors_of(group))
+            a, b = (factor.to(layers[0].weight).contiguous() for factor in factors_of(group))
             gated[group.name] = shared = GatedGroup(b, len(layers))
             for name, layer, rows in zip(group.members, layers, a.split(list(group.member_rows)), strict=True):
                 model.set_submodule(name, GatedLinear(rows, shared, layer.bias))
