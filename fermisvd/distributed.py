@@ -32,14 +32,28 @@ def processes(device: str) -> Iterator[str]:
         distributed.destroy_process_group()
 
 
+_alone = False
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """What one process does while the others wait: inside it is the only one."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
+
+
 def world() -> int:
     """How many processes there are."""
-    return distributed.get_world_size() if distributed.is_initialized() else 1
+    return distributed.get_world_size() if distributed.is_initialized() and not _alone else 1
 
 
 def rank() -> int:
     """This process' number; 0 writes what all have made together."""
-    return distributed.get_rank() if distributed.is_initialized() else 0
+    return distributed.get_rank() if distributed.is_initialized() and not _alone else 0
 
 
 def share(items: Sequence[T]) -> list[T]:

@@ -207,7 +207,7 @@ def convert(
         }
         if distributed.rank():
             return distributed.from_first(report)  # the first process writes
-        with unfinished(out) as partial:
+        with distributed.alone(), unfinished(out) as partial:
 
             def load_student():
                 return load_model(partial, torch.float32, trust_remote_code=trust_remote_code).to(device)

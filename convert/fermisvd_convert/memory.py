@@ -52,7 +52,7 @@ def model_sizes(
     headers: dict[str, TensorInfo], groups: list[LinearGroup], vocabulary: int, windows: int, length: int
 ) -> Sizes:
     """windows: of a batch; length: of a window."""
-    prefix = groups[0].name[: re.search(r"\.\d+\.", groups[0].name).start()]  # of the list of decoder blocks
+    prefix = re.split(r"\.\d+\.", groups[0].name, maxsplit=1)[0]  # of the list of decoder blocks
     by_block: dict[str, int] = {}
     outside = 0
     for name, info in headers.items():

@@ -23,7 +23,7 @@ from fermisvd.budget import (
     stays_dense,
     uniform_rank,
 )
-from fermisvd.calibration import Grams, OutputGrams, calibration_grams, grams_by_blocks, group_output_gram
+from fermisvd.calibration import Grams, OutputGrams, Part, calibration_grams, grams_by_blocks, group_output_gram
 from fermisvd.decomposition import Factors, OutputGram, data_aware_svd, kfac_svd
 from fermisvd.errors import FermiSVDError
 from fermisvd.fermigrad import FermiGradSettings, install_gates, optimise_ranks
@@ -126,8 +126,10 @@ def calibrate(
             mean = torch.tensor(output.mean, dtype=torch.float64)
             workspace.save_tensors(found.outputs, name, {"matrix": output.matrix, "mean": mean})
 
-    def names(items: list[tuple[str, str, int]]) -> tuple[list[str], list[str]]:
-        return tuple([name for stage, name, _ in items if stage == kind] for kind in (found.grams, found.outputs))
+    def names(items: list[tuple[str, str, int]]) -> Part:
+        return [n for stage, n, _ in items if stage == found.grams], [
+            n for stage, n, _ in items if stage != found.grams
+        ]
 
     model, batches = load(), windows.split(batch_size)
     try:

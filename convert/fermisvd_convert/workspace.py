@@ -144,8 +144,10 @@ class Workspace:
             found = [value] if whole(value) else None
         if found := distributed.from_first(found):
             return found[0]
-        value = make() if together or distributed.rank() == 0 else None
+        value = make() if together else None
         if distributed.rank() == 0:
+            with distributed.alone():
+                value = value if together else make()
             text = json.dumps(value, indent=1)
             self._keep(artefact, lambda p: p.write_text(text, encoding="utf-8"))
             value = json.loads(text)  # keys become strings: the same the first time and later
