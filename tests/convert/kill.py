@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 DEMO = Path(__file__).parent.parent / "models" / "stdlib-2m"
 SETTINGS = (
-    "--remove 0.3 --samples 24 --gradient-samples 24 --sequence-length 64 --batch-size 4 --steps 12 --heal-steps 12"
+    "--remove 0.3 --samples 16 --gradient-samples 16 --sequence-length 48 --batch-size 4 --steps 16 --heal-steps 16"
 )
 
 
@@ -29,9 +29,9 @@ def make_model(folder: Path) -> Path:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=2048,
-        hidden_size=256,
-        intermediate_size=640,
-        num_hidden_layers=6,
+        hidden_size=128,
+        intermediate_size=320,
+        num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=256,
@@ -39,7 +39,7 @@ def make_model(folder: Path) -> Path:
     LlamaForCausalLM(config).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(DEMO / name, folder)
-    (folder / "text.txt").write_text("".join(f"def f{i}(x):\n    return x * {i * i}\n\n" for i in range(1200)))
+    (folder / "text.txt").write_text("".join(f"def f{i}(x):\n    return x * {i * i}\n\n" for i in range(400)))
     return folder
 
 
