@@ -25,7 +25,7 @@ from fermisvd_convert.convert import convert
 
 SETTINGS = {"ranks": "uniform", "groups": "joint", "heal_steps": 0, "refit": False}
 SETTINGS |= {"samples": 16, "gradient_samples": 16, "sequence_length": 64, "batch_size": 2}
-HIDDEN, INTERMEDIATE = 1024, 2816
+HIDDEN, INTERMEDIATE = 768, 2048
 
 
 def equal_blocks(folder: Path, layers: int) -> Path:
@@ -35,8 +35,8 @@ def equal_blocks(folder: Path, layers: int) -> Path:
         hidden_size=HIDDEN,
         intermediate_size=INTERMEDIATE,
         num_hidden_layers=layers,
-        num_attention_heads=16,
-        num_key_value_heads=4,
+        num_attention_heads=12,
+        num_key_value_heads=3,
         dtype="bfloat16",
     )
     torch.manual_seed(0)

@@ -4,6 +4,7 @@ Counted are weights in float32, matrices in float64 and the largest activations;
 allocator keeps. Steps that hold whole models are refused beforehand where they would not fit.
 """
 
+import ctypes
 import math
 import os
 import re
@@ -17,7 +18,7 @@ from fermisvd.errors import FermiSVDError
 from fermisvd.format import TensorInfo
 from fermisvd.groups import LinearGroup
 
-HIDDEN_BYTES = 2**30  # hidden states held in memory, unless --max-memory asks for less
+HIDDEN_BYTES = 2**26  # hidden states held in memory at least, unless --max-memory asks for less; or a block's bytes
 FLOAT = 4
 
 
@@ -79,9 +80,9 @@ def limits(size: Sizes, max_memory: int | None) -> Limits:
     """By default all of a block's matrices, as far as they are no more than a block and the largest of them; so memory
     does not grow with the number of blocks."""
     if max_memory is None:
-        return Limits(size.block + size.gram, HIDDEN_BYTES)
+        return Limits(size.block + size.gram, max(HIDDEN_BYTES, size.block))
     rest = max_memory - size.outside - size.block - 2 * size.activations
-    hidden = max(0, min(HIDDEN_BYTES, rest // 4))
+    hidden = max(0, min(HIDDEN_BYTES, size.block, rest // 4))
     return Limits(max(size.gram, min(size.block + size.gram, rest - hidden)), hidden)
 
 
@@ -127,6 +128,14 @@ def memory_of(device: str, max_memory: int | None) -> int:
     if device.startswith("cuda"):
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def give_back() -> None:
+    """Freed memory back to the system, where the C library would keep it: between pieces of work, so that it does not
+    pile up with their number."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def parse_bytes(text: str) -> int:

@@ -34,7 +34,7 @@ from fermisvd.losses import set_weight
 from fermisvd.partition import fused_layers, join_groups, joined
 from fermisvd.refit import DAMPING as REFIT_DAMPING
 from fermisvd.refit import MIXTURES, refit
-from fermisvd_convert.memory import Limits
+from fermisvd_convert.memory import Limits, give_back
 from fermisvd_convert.source import Source
 from fermisvd_convert.workspace import Workspace, settings_key
 
@@ -146,6 +146,7 @@ def calibrate(
             parts = grams_by_blocks(blocks, *names(missing), batches, hidden, seed, limits.gram_bytes)
             for part in tqdm(parts, desc="calibrate", unit="block", leave=False):
                 keep(*part)
+                give_back()
     workspace.together()
     return found
 
@@ -185,6 +186,7 @@ class Decomposition:
         """Make all groups' factors that are not there yet; each process its share."""
         for group in tqdm(distributed.share(groups), desc="decompose", leave=False):
             self.factors(group)
+            give_back()
         self.workspace.together()
 
     def factors(self, group: LinearGroup) -> Factors:

@@ -26,6 +26,7 @@ from fermisvd.format import (
 )
 from fermisvd.groups import LinearGroup
 from fermisvd.pivga import fix_gauge
+from fermisvd_convert.memory import give_back
 from fermisvd_convert.source import TORCH_TYPES, WEIGHT_SUFFIXES, Source
 from fermisvd_convert.workspace import only_one
 
@@ -107,6 +108,7 @@ def write_checkpoint(
             if name == f"{group.name}.weight":
                 a, b = (factor.to(device) for factor in factors_of(group))
                 yield from compressed_tensors(group, a, b, form, dtype).items()
+                give_back()
 
     block = weight_bytes(source.folder) // max(1, source.config.get("num_hidden_layers") or 1)
     _write_shards(folder, tensors(), min(SHARD_BYTES, max(SMALL_SHARD, block)))
@@ -169,7 +171,7 @@ def unfinished(out: Path) -> Iterator[Path]:
         with only_one(partial / LOCK, out):
             for left in partial.iterdir():
                 if left.name != LOCK:
-                    left.unlink()
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
             if old.exists():
                 shutil.rmtree(old) if out.exists() else old.rename(out)
             try:

@@ -2,8 +2,10 @@ import pytest
 import torch
 from torch.nn import functional
 
+from fermisvd.blocks import HiddenStates
 from fermisvd.hf import load_model
-from fermisvd_convert.evaluate import evaluate, evaluate_files
+from fermisvd.streaming import stream_model
+from fermisvd_convert.evaluate import evaluate, evaluate_by_blocks, evaluate_files
 from fermisvd_convert.source import SourceError
 
 
@@ -33,6 +35,14 @@ def test_comparison_with_itself_and_with_a_perturbed_reference(tiny_llama):
     result = evaluate(model, windows, other, batch_size=2)
     assert result.kl == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-4)
     assert result.top1_agreement == pytest.approx((p.argmax(-1) == q.argmax(-1)).double().mean().item())
+
+
+@pytest.mark.parametrize("room", [0, 2**30])
+def test_block_by_block_is_the_same(tiny_llama, tmp_path, room):
+    windows = torch.randint(2048, (5, 24))
+    expected = evaluate(load_model(tiny_llama), windows, batch_size=2)
+    found = evaluate_by_blocks(stream_model(tiny_llama, "cpu"), windows, HiddenStates(tmp_path, room), batch_size=2)
+    assert found.perplexity == pytest.approx(expected.perplexity, rel=1e-6) and found.tokens == expected.tokens
 
 
 def test_missing_model_is_named():

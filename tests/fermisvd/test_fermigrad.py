@@ -1,3 +1,4 @@
+import json
 import math
 
 import pytest
@@ -253,3 +254,28 @@ def test_infinite_loss_is_an_error(tiny_llama):
         model.model.norm.weight.fill_(float("nan"))
     with pytest.raises(FermiGradError, match="step 0"):
         optimise_ranks(model, groups, gated, torch.randint(2048, (2, 8)), 0.8, "pivga", FermiGradSettings(steps=2))
+
+
+@pytest.mark.parametrize("constraint", ["projection", "penalty"])
+def test_interrupted_optimisation_goes_on_to_the_same_ranks(tiny_llama, constraint):
+    model, groups, gated = gated_model(tiny_llama, dtype=torch.float32)
+    windows, settings = torch.randint(2048, (5, 16)), FermiGradSettings(constraint, steps=7, batch_size=2)
+    kept = []
+    expected = optimise_ranks(model, groups, gated, windows, 0.7, "pivga", settings, on_progress=kept.append)
+    for state in (kept[0], kept[3], kept[-1]):
+        begun = json.loads(json.dumps(state))
+        assert optimise_ranks(model, groups, gated, windows, 0.7, "pivga", settings, begun=begun) == expected
+
+
+def test_blocks_that_are_computed_again_for_the_gradient_give_the_same(tiny_llama, monkeypatch):
+    model, groups, gated = gated_model(tiny_llama)
+    windows, settings = torch.randint(2048, (5, 16)), FermiGradSettings(steps=4, batch_size=2)
+    expected, _ = optimise_ranks(model, groups, gated, windows, 0.7, "pivga", settings)
+    runs = []
+    for block in model.model.layers:
+        block.self_attn.register_forward_hook(lambda *_: runs.append(torch.is_grad_enabled()))
+    monkeypatch.setattr(fermigrad, "KEPT_ACTIVATIONS", 0)
+    found, _ = optimise_ranks(model, groups, gated, windows, 0.7, "pivga", settings)
+    assert found == pytest.approx(expected, rel=1e-12)
+    assert len(runs) == 4 * len(model.model.layers) * 3  # teacher, student, student again
+    assert not any("forward" in vars(block) for block in model.model.layers)
