@@ -38,11 +38,20 @@ def total_parameters(groups: Sequence[LinearGroup], ranks: Sequence[float], form
 def kept_parameters(groups: Sequence[LinearGroup], remove: float) -> int:
     """The budget: numbers that may stay when the fraction `remove` of the groups' parameters goes.
 
-    Raises BudgetError unless 0 < remove < 1.
+    Raises BudgetError unless 0 < remove < 1 and at least one number goes.
     """
+    check_fraction(remove)
+    total = sum(g.dense_parameters for g in groups)
+    kept = math.floor((1 - remove) * total + 1e-6)
+    if kept == total:
+        raise BudgetError(f"--remove {remove}: less than one of the {total} parameters")
+    return kept
+
+
+def check_fraction(remove: float) -> None:
+    """Raises BudgetError unless 0 < remove < 1."""
     if not 0 < remove < 1:
         raise BudgetError(f"--remove must lie between 0 and 1, got {remove}")
-    return math.floor((1 - remove) * sum(g.dense_parameters for g in groups) + 1e-6)
 
 
 def uniform_rank(group: LinearGroup, remove: float, form: Form) -> float:
@@ -67,6 +76,19 @@ def rank_ladder(group: LinearGroup, form: Form, align: int, minimum: int = 1) ->
     return [*ladder, group.full_rank]
 
 
+def check_budget(
+    groups: Sequence[LinearGroup], budget: int, form: Form, align: int | None = None, minimum: int = 1
+) -> None:
+    """Raises BudgetError if even the lowest ranks exceed the budget; arguments as those of round_to_budget."""
+    ladders = [rank_ladder(g, form, align or auto_alignment(g), minimum) for g in groups]
+    lowest = sum(int(group_parameters(g, ladder[0], form)) for g, ladder in zip(groups, ladders, strict=True))
+    if lowest > budget:
+        raise BudgetError(
+            f"--remove leaves {budget} parameters, but the lowest aligned ranks need {lowest}; "
+            "remove less, or give a smaller --align or --minimum-rank"
+        )
+
+
 def round_to_budget(
     groups: Sequence[LinearGroup],
     ideal: Sequence[float],
@@ -83,6 +105,7 @@ def round_to_budget(
     since its next rung lies below the jump.
     Raises BudgetError if even the lowest ranks exceed the budget.
     """
+    check_budget(groups, budget, form, align, minimum)
     aligns = [align or auto_alignment(g) for g in groups]
     ladders = [rank_ladder(g, form, step, minimum) for g, step in zip(groups, aligns, strict=True)]
     costs = [[int(group_parameters(g, r, form)) for r in ladder] for g, ladder in zip(groups, ladders, strict=True)]
@@ -90,12 +113,6 @@ def round_to_budget(
         max([i for i, r in enumerate(ladder) if r <= x], default=0) for ladder, x in zip(ladders, ideal, strict=True)
     ]
     spent = sum(cost[i] for cost, i in zip(costs, rungs, strict=True))
-    lowest = sum(cost[0] for cost in costs)
-    if lowest > budget:
-        raise BudgetError(
-            f"the lowest aligned ranks need {lowest} parameters, the budget is {budget}; "
-            "ask for less, or a smaller --align or --minimum-rank"
-        )
 
     def surplus(g: int, rank: int) -> float:
         return (rank - ideal[g]) / groups[g].full_rank
