@@ -4,6 +4,8 @@ docs/format.md describes the folder. Every check raises FormatError, which names
 """
 
 import json
+import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,6 +129,15 @@ class TensorInfo:
     file: Path
     dtype: str
     shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        bits = re.search(r"\d+", self.dtype)  # BOOL has none
+        return self.numel * (int(bits[0]) if bits else 8) // 8
 
 
 def read_headers(folder: Path, allow_pickles: bool = False) -> dict[str, TensorInfo]:

@@ -1,6 +1,6 @@
 """Groups: linear layers of the decoder blocks that read the same input and are decomposed together."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -53,6 +53,10 @@ class StructureError(FermiSVDError):
     """The model has no decoder blocks with linear layers that can be compressed."""
 
 
+class ActivationsError(FermiSVDError):
+    """The input of a layer holds NaN or infinite values."""
+
+
 def decoder_blocks(model: nn.Module) -> str:
     """Name of the ModuleList that holds the decoder blocks: the outermost one with most parameters in matrices.
 
@@ -79,7 +83,8 @@ def find_groups(model: nn.Module, partition: Partition = "joint") -> list[Linear
     from rows; all others take columns (DESIGN: the side that tensor parallelism replicates).
     Layers that not every token passes exactly once (experts, with all others of their list), and routers, are in no
     group: see `left_dense`.
-    Raises StructureError if no layer is left to compress.
+    Raises StructureError if no layer is left to compress, ActivationsError naming the first layer whose input is not
+    finite.
     """
     blocks = decoder_blocks(model)
     layers = {
@@ -98,6 +103,9 @@ def find_groups(model: nn.Module, partition: Partition = "joint") -> list[Linear
     finally:
         for hook in hooks:
             hook.remove()
+    for name, x in calls:
+        if not x.isfinite().all():
+            raise ActivationsError(f"the input of {name} holds NaN or infinite values; the weights before it are wrong")
     seen = Counter()
     for name, x in calls:  # two calls or a part of the tokens: no
         seen[name] += 1 if x.numel() == PROBE_TOKENS * layers[name].in_features else 2
@@ -130,6 +138,25 @@ def find_groups(model: nn.Module, partition: Partition = "joint") -> list[Linear
                 )
             )
     return groups
+
+
+def check_unshared(model: nn.Module) -> None:
+    """Raises StructureError if a linear layer of the decoder blocks holds the parameter of another module.
+
+    Compressed one by one, the two would no longer be the same. One module that is called in several places is no such
+    case: `find_groups` leaves it dense.
+    """
+    blocks, holders = decoder_blocks(model), defaultdict(list)
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            holders[id(parameter)].append((name, module))
+    for sharing in holders.values():
+        linear = [n for n, m in sharing if n.startswith(f"{blocks}.") and isinstance(m, nn.Linear)]
+        if len(sharing) > 1 and linear:
+            other = next(name for name, _ in sharing if name != linear[0])
+            raise StructureError(
+                f"{linear[0]} shares its weight with {other}; layers are compressed one by one, untie them first"
+            )
 
 
 def list_of(model: nn.Module, blocks: str, name: str) -> str | None:

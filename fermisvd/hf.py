@@ -125,7 +125,7 @@ def _check_against_model(model: nn.Module, config: FermiSVDConfig, folder: Path)
         rows = [linear[name].out_features for name in group.members]
         expected |= expected_tensors(group, rows, linear[group.name].in_features)
     tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
-    loaded = _names_after_loading(model, headers)
+    loaded = names_after_loading(model, headers)
     for name, shape in expected.items():
         if name not in headers and name not in tied and name not in loaded:
             raise FormatError(f"{folder}: {name}: missing from the checkpoint; {MEND}")
@@ -136,7 +136,7 @@ def _check_against_model(model: nn.Module, config: FermiSVDConfig, folder: Path)
             )
 
 
-def _names_after_loading(model: nn.Module, names: Iterable[str]) -> set[str]:
+def names_after_loading(model: nn.Module, names: Iterable[str]) -> set[str]:
     """Parameters that transformers fills from tensors of these names: it renames some and stacks experts."""
     conversions = get_model_conversion_mapping(model)
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
