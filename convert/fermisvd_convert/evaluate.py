@@ -12,7 +12,7 @@ from tqdm import tqdm
 from fermisvd.blocks import BlocksError, DecoderBlocks, HiddenStates, device_of, logits_by_blocks
 from fermisvd.losses import kl_divergence
 from fermisvd_convert.source import SourceError, load_dense_or_compressed, load_tokenizer, resolve_device, window_length
-from fermisvd_convert.text import windows_of
+from fermisvd_convert.text import check_vocabulary, windows_of
 
 
 @dataclass(frozen=True)
@@ -105,4 +105,5 @@ def evaluate_files(
         raise SourceError(f"--reference {reference}: another vocabulary than {model} ({sizes} tokens)")
     length = window_length(sequence_length, getattr(loaded.config, "max_position_embeddings", None))
     ids = windows_of(load_tokenizer(model, trust_remote_code), text, length, windows)
+    check_vocabulary(ids, len(loaded.get_input_embeddings().weight), model)
     return evaluate(loaded, ids, compared, batch_size)

@@ -23,7 +23,7 @@ from fermisvd_convert.source import (
     resolve_device,
     window_length,
 )
-from fermisvd_convert.text import TextError, calibration_text
+from fermisvd_convert.text import TextError, calibration_text, check_vocabulary
 from fermisvd_convert.writer import OutputError, move_into_place, replace_tensors, unfinished
 
 
@@ -61,6 +61,7 @@ def heal_checkpoint(
     length = window_length(sequence_length, getattr(student.config, "max_position_embeddings", None))
     tokenizer = load_tokenizer(checkpoint, trust_remote_code)
     chosen = calibration_text(tokenizer, text, samples, length)
+    check_vocabulary(chosen.windows, source.vocabulary, checkpoint)
     if len(chosen.windows) < 2:
         raise TextError(
             f"{', '.join(text)}: one window of {length} tokens to train on, two are needed; give more text or --samples"

@@ -1,12 +1,15 @@
 """Calibration text: files and data sets in, windows of token ids out."""
 
+import codecs
 import json
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from jinja2 import TemplateError
 
 from fermisvd.errors import FermiSVDError
 
@@ -67,6 +70,14 @@ def weighted_source(source: str) -> tuple[str, float]:
     return name, weight
 
 
+def check_vocabulary(windows: torch.Tensor, vocabulary: int, folder: str | Path) -> None:
+    """Raises TextError if a token is none of the model's."""
+    if (largest := int(windows.max())) >= vocabulary:
+        raise TextError(
+            f"{folder}: the tokenizer gives token {largest}, but the model has {vocabulary}; they are not of one model"
+        )
+
+
 def windows_of(tokenizer, source: str, length: int, limit: int | None = None) -> torch.Tensor:
     """Non-overlapping windows of a text, (windows, length), no special tokens added, the remainder dropped.
 
@@ -78,6 +89,10 @@ def windows_of(tokenizer, source: str, length: int, limit: int | None = None) ->
     for document in _documents(tokenizer, source, needed):
         if ids and tokenizer.eos_token_id is not None:
             ids.append(tokenizer.eos_token_id)
+        try:
+            document.encode()
+        except UnicodeEncodeError as error:  # JSON can name half of a surrogate pair, which is no character
+            raise TextError(f"{source}: not Unicode text ({error.reason}: {document[error.start]!a})") from None
         ids += tokenizer(document, add_special_tokens=False)["input_ids"]
         if needed is not None and len(ids) >= needed:
             break
@@ -97,11 +112,27 @@ def _documents(tokenizer, source: str, needed: int | None) -> Iterator[str]:
                 with path.open(
                     encoding="utf-8", newline=""
                 ) as stream:  # no token is longer than 16 characters on average
-                    yield stream.read(-1 if needed is None else 16 * needed)
-        except UnicodeDecodeError as error:
-            raise TextError(f"{source}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+                    yield stream.read(-1 if needed is None else min(16 * needed, sys.maxsize))
+        except UnicodeDecodeError as error:  # which counts from where the reader's buffer begins
+            raise TextError(f"{source}: not UTF-8 text ({error.reason} at byte {first_bad_byte(path)})") from None
     else:
         yield from _dataset(tokenizer, source)
+
+
+def first_bad_byte(path: Path) -> int | None:
+    """Where a file stops to be UTF-8; None if it does not."""
+    decoder, place = codecs.getincrementaldecoder("utf-8")(), 0
+    with path.open("rb") as stream:
+        while True:
+            chunk = stream.read(2**20)
+            pending, _ = decoder.getstate()  # of a character that the chunk before began
+            try:
+                decoder.decode(chunk, final=not chunk)
+            except UnicodeDecodeError as error:
+                return place - len(pending) + error.start
+            if not chunk:
+                return None
+            place += len(chunk)
 
 
 def _jsonl(tokenizer, path: Path) -> Iterator[str]:
@@ -140,7 +171,10 @@ def _row_text(tokenizer, row: dict, where: str) -> str:
     if isinstance(row, dict) and isinstance(row.get("messages"), list):
         if not tokenizer.chat_template:
             raise TextError(f"{where}: messages, but the model's tokenizer has no chat template")
-        return tokenizer.apply_chat_template(row["messages"], tokenize=False)
+        try:
+            return tokenizer.apply_chat_template(row["messages"], tokenize=False)
+        except (TemplateError, TypeError) as error:
+            raise TextError(f"{where}: the model's chat template does not take its messages ({error})") from None
     if isinstance(row, dict) and isinstance(row.get("text"), str):
         return row["text"]
     strings = [value for value in row.values() if isinstance(value, str)] if isinstance(row, dict) else []
