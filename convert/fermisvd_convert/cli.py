@@ -19,6 +19,9 @@ app = typer.Typer(
 )
 console = Console(stderr=True)
 
+LARGEST = 2**31 - 1  # of any count
+FERMIGRAD_OPTIONS = ("gradient_samples", "constraint", "temperature", "steps", "penalty_growth", "plateau", "count")
+
 
 class Form(StrEnum):
     pivga = "pivga"
@@ -62,7 +65,8 @@ def _clear_errors() -> Iterator[None]:
     try:
         yield
     except (FermiSVDError, OSError) as error:
-        console.print(f"fermisvd: {error}", style="red", markup=False, highlight=False)
+        line = " ".join(str(error).split())
+        console.print(f"fermisvd: {line}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(2) from None
 
 
@@ -73,13 +77,23 @@ def _ranks(value: str) -> str:
 
 
 def _align(value: str) -> str:
-    if value != "auto" and not (value.isdigit() and int(value) > 0):
+    if value != "auto" and not (value.isascii() and value.isdigit() and 0 < int(value) <= LARGEST):
         raise typer.BadParameter(f"{value!r} is neither auto nor a positive number")
     return value
 
 
+def _check_use(context: typer.Context, owner: str, value: str, options: tuple[str, ...]) -> None:
+    """Options that only `owner` of this value reads are refused beside another, not ignored."""
+    for option in options:
+        source = context.get_parameter_source(option)
+        if context.params[owner] != value and source is not None and source.name == "COMMANDLINE":
+            name, given = option.replace("_", "-"), context.params[owner]
+            raise typer.BadParameter(f"--{name} goes with --{owner} {value}, not with --{owner} {given}")
+
+
 @app.command()
 def convert(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="Folder or hub id of a dense model in safetensors.")],
     out: Annotated[Path, typer.Argument(help="New folder for the compressed checkpoint.")],
     more_calibration: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
@@ -109,16 +123,17 @@ def convert(
             show_default="WikiText-2",
         ),
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 256,
-    gradient_samples: Annotated[int, typer.Option(min=1, help="Windows FermiGrad trains on.")] = 256,
+    samples: Annotated[int, typer.Option(min=1, max=LARGEST, help="Calibration windows.")] = 256,
+    gradient_samples: Annotated[int, typer.Option(min=1, max=LARGEST, help="Windows FermiGrad trains on.")] = 256,
     sequence_length: Annotated[
-        int | None, typer.Option(help="Tokens a window.", show_default="the model's context, at most 2048")
+        int | None,
+        typer.Option(min=2, max=LARGEST, help="Tokens a window.", show_default="the model's context, at most 2048"),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Windows a forward pass.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, max=LARGEST, help="Windows a forward pass.")] = 8,
     constraint: Annotated[Constraint, typer.Option(help="How FermiGrad holds the budget.")] = Constraint.projection,
-    temperature: Annotated[float, typer.Option(min=1e-6, help="T of the Fermi gate.")] = 0.01,
-    steps: Annotated[int, typer.Option(min=1, help="FermiGrad steps.")] = 64,
-    minimum_rank: Annotated[int, typer.Option(min=1, help="Lowest rank of any group.")] = 1,
+    temperature: Annotated[float, typer.Option(min=1e-6, max=1.0, help="T of the Fermi gate.")] = 0.01,
+    steps: Annotated[int, typer.Option(min=1, max=LARGEST, help="FermiGrad steps.")] = 64,
+    minimum_rank: Annotated[int, typer.Option(min=1, max=LARGEST, help="Lowest rank of any group.")] = 1,
     penalty_growth: Annotated[float, typer.Option(min=1.0, help="Growth of the penalty a step.")] = 1.03,
     plateau: Annotated[
         float,
@@ -130,14 +145,17 @@ def convert(
         Form | None, typer.Option(help="Form whose parameters FermiGrad counts.", show_default="as --form")
     ] = None,
     heal_steps: Annotated[
-        int, typer.Option(min=0, help="Steps of distillation on the calibration windows at the end; 0 for none.")
+        int,
+        typer.Option(
+            min=0, max=LARGEST, help="Steps of distillation on the calibration windows at the end; 0 for none."
+        ),
     ] = 128,
     align: Annotated[
         str, typer.Option(help="Step of the ranks; auto: a power of two near k/64.", callback=_align)
     ] = "auto",
     dtype: Annotated[Dtype, typer.Option(help="Storage type; auto keeps the model's.")] = Dtype.auto,
     device: Annotated[Device, typer.Option(help="auto: a GPU if there is one.")] = Device.auto,
-    seed: Annotated[int, typer.Option(help="The same seed, the same checkpoint.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST, help="The same seed, the same checkpoint.")] = 0,
     work: Annotated[
         Path | None,
         typer.Option(help="Stages are kept here and found again.", show_default=".fermisvd/MODEL beside OUT"),
@@ -154,6 +172,8 @@ def convert(
     """Compress MODEL into OUT, a checkpoint that `vllm serve OUT` serves."""
     if more_calibration and not calibration:
         raise typer.BadParameter(f"unexpected argument {more_calibration[0]!r}")
+    _check_use(context, "ranks", "fermigrad", FERMIGRAD_OPTIONS)
+    _check_use(context, "constraint", Constraint.penalty, ("penalty_growth",))
     if int(os.environ.get("RANK", 0)):  # of torchrun's processes the first shows how far they are
         os.environ["TQDM_DISABLE"] = "1"
     with _clear_errors():
@@ -215,7 +235,7 @@ def heal(
     batch_size: Annotated[int, typer.Option(min=1, help="Windows a step.")] = 8,
     learning_rate: Annotated[float, typer.Option(min=0.0, help="Relative to each factor's size and width.")] = 0.1,
     device: Annotated[Device, typer.Option(help="auto: a GPU if there is one.")] = Device.auto,
-    seed: Annotated[int, typer.Option(help="The same seed, the same checkpoint.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST, help="The same seed, the same checkpoint.")] = 0,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that the model brings.")
     ] = False,

@@ -13,21 +13,21 @@ import torch
 from torch import nn
 
 from fermisvd import distributed
-from fermisvd.budget import Form, kept_parameters, stays_dense
+from fermisvd.budget import Form, check_budget, kept_parameters, stays_dense
 from fermisvd.fermigrad import Constraint, FermiGradSettings
-from fermisvd.format import FormatError, read_config
 from fermisvd.healing import HealingSettings
 from fermisvd.hf import load_model
 from fermisvd_convert import stages
+from fermisvd_convert.checks import check_options, check_out
 from fermisvd_convert.evaluate import evaluate_by_blocks
 from fermisvd_convert.memory import Limits, check_memory, limits, memory_of, model_sizes, needs
 from fermisvd_convert.report import group_rows, model_card, totals
 from fermisvd_convert.source import open_source, open_streamed, resolve_device, window_length
+from fermisvd_convert.space import check_space, out_bytes, work_bytes
 from fermisvd_convert.stages import GroupsRule, Whitening
-from fermisvd_convert.text import DEFAULT_DATASET, calibration_text
+from fermisvd_convert.text import DEFAULT_DATASET, TextError, calibration_text, check_vocabulary
 from fermisvd_convert.workspace import Workspace, settings_key
 from fermisvd_convert.writer import (
-    OutputError,
     move_into_place,
     replace_tensors,
     storage_type,
@@ -86,7 +86,9 @@ def convert(
     """
     out, seconds = Path(out).resolve(), {}
     workspace = Workspace((Path(work) if work else out.parent / ".fermisvd" / Path(model).name).resolve())
-    _check_out(out, model, workspace.folder, overwrite)
+    check_options(remove, temperature=temperature, penalty_growth=penalty_growth, plateau=plateau, steps=steps)
+    check_out(out, model, workspace.folder, overwrite)
+    device = resolve_device(device)
     source = open_source(model, revision, trust_remote_code)
     storage = storage_type(dtype, source)
     length = window_length(sequence_length, source.context_length())
@@ -94,10 +96,17 @@ def convert(
     windows, gradient_windows = text.windows[:samples], text.windows[:gradient_samples]
     if len(text.windows) < max(samples, gradient_samples):
         logger.warning("the text gives %d windows of %d tokens; more were asked for", len(text.windows), length)
+    check_vocabulary(text.windows, source.vocabulary, source.folder)
     refit = heal_steps == 0 if refit is None else refit
+    if (heal_steps or refit) and len(windows) < 2:
+        raise TextError(
+            f"one calibration window of {length} tokens leaves none to train on; give more text or --samples, or pass "
+            "--heal-steps 0 --no-refit"
+        )
+    source.check_values(None if dtype == "auto" else storage)
     key = source.key
 
-    with distributed.processes(resolve_device(device)) as device, workspace.locked():
+    with distributed.processes(device) as device, workspace.locked():
 
         def load():
             return source.load(device)
@@ -108,17 +117,35 @@ def convert(
         with _timed(seconds, "calibrate"):
             linear, others = stages.structure(workspace, key, groups, stream)
             source.check_linear_layers(linear)
-            kept_parameters(linear, remove)  # an impossible --remove is refused before the long work
-            size = model_sizes(source.headers, linear, source.vocabulary(), batch_size, length)
+            # what cannot end well is refused before the long work
+            filed = ranks not in ("uniform", "fermigrad")
+            fitted = stages.ranks_from_file(Path(ranks), linear, groups)[0] if filed else linear
+            check_budget(fitted, kept_parameters(fitted, remove), form, align, minimum_rank)
+            size = model_sizes(source.headers, linear, source.vocabulary, batch_size, length)
             required = needs(size, form, ranks, groups, refit, heal_steps, remove)
             check_memory(required, max_memory)
             limit = limits(size, max_memory)
-            statistics = stages.calibrate(workspace, key, linear, windows, whitening, batch_size, stream, limit, seed)
+            statistics = stages.statistics_of(key, windows, whitening, batch_size, seed)
+            decomposition = stages.Decomposition(workspace, source, statistics, device)
+            needed = work_bytes(
+                decomposition,
+                linear,
+                remove,
+                storage,
+                windows,
+                limit,
+                joins=groups == "auto",
+                refits=refit,
+                heals=heal_steps > 0,
+            )
+            check_space(
+                {out: out_bytes(source, linear, remove, form, storage, dtype != "auto"), workspace.folder: needed}
+            )
+            stages.calibrate(workspace, statistics, linear, windows, batch_size, stream, limit, seed)
             before = workspace.json(
                 f"dense-{settings_key(key, stages.windows_key(text.held_back))}",
                 lambda: perplexity(workspace, stream(), text.held_back, batch_size, limit, "evaluate dense"),
             )
-        decomposition = stages.Decomposition(workspace, source, statistics, device)
         with _timed(seconds, "decompose"):
             decomposition.decompose(linear)
         # windows that decide between alternatives, neither refitted nor healed on; the report's are others again
@@ -258,23 +285,6 @@ def perplexity(
     """Evaluation of a streamed model as JSON."""
     with workspace.hidden_states(limit.hidden_bytes) as hidden:
         return evaluate_by_blocks(model, windows, hidden, batch_size, label).as_dict()
-
-
-def _check_out(out: Path, model: str, work: Path, overwrite: bool) -> None:
-    """Nothing but an earlier checkpoint of ours is ever replaced."""
-    source = Path(model).resolve()
-    if Path(model).is_dir() and (source in (out, *out.parents) or out in source.parents):
-        raise OutputError(f"{out}: lies inside MODEL, or MODEL inside it; choose another OUT")
-    if out in (work, *work.parents):
-        raise OutputError(f"{work}: the work directory lies inside OUT; choose another --work")
-    if not out.exists():
-        return
-    if not overwrite:
-        raise OutputError(f"{out}: exists; choose another OUT or pass --overwrite")
-    try:
-        read_config(out)
-    except FormatError:
-        raise OutputError(f"{out}: --overwrite replaces FermiSVD checkpoints only, and this is none") from None
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -87,34 +88,37 @@ class Statistics:
     outputs: str | None
 
 
+def statistics_of(key: str, windows: torch.Tensor, whitening: Whitening, batch_size: int, seed: int) -> Statistics:
+    """Where `calibrate` keeps the matrices of a model, by its key, on these windows."""
+    text = windows_key(windows)
+    outputs = f"outputs-{settings_key(key, text, seed, batch_size)}" if whitening == "kfac" else None
+    return Statistics(f"gram-{settings_key(key, text)}", outputs)
+
+
 def calibrate(
     workspace: Workspace,
-    key: str,
+    found: Statistics,
     groups: list[LinearGroup],
     windows: torch.Tensor,
-    whitening: Whitening,
     batch_size: int,
     load: Callable[[], nn.Module],
     limits: Limits,
     seed: int,
-) -> Statistics:
+) -> None:
     """Gram matrix of every input that the groups read and, for kfac whitening, of every member's output gradient.
 
     Decoder block by decoder block; a block's matrices are kept as soon as it is done. A model that is no plain row of
     blocks is run whole, as often as it takes to gather all within limits.gram_bytes.
     """
-    text = windows_key(windows)
-    found = Statistics(f"gram-{settings_key(key, text)}", None)
     wanted = [(found.grams, group.source, group.columns) for group in groups]
-    if whitening == "kfac":
-        found = Statistics(found.grams, f"outputs-{settings_key(key, text, seed, batch_size)}")
+    if found.outputs is not None:
         for group in groups:
             for name, rows in zip(group.members, group.member_rows, strict=True):
                 wanted.append((found.outputs, name, min(rows, group.columns)))
     missing = [item for item in dict.fromkeys(wanted) if not workspace.has_tensors(*item[:2])]
     missing = distributed.from_first(missing)
     if not missing:
-        return found
+        return
 
     def keep(grams: Grams, outputs: OutputGrams) -> None:
         if distributed.rank():
@@ -148,7 +152,6 @@ def calibrate(
                 keep(*part)
                 give_back()
     workspace.together()
-    return found
 
 
 def in_parts(items: list[tuple[str, str, int]], limit_bytes: int) -> list[list[tuple[str, str, int]]]:
@@ -452,6 +455,9 @@ def ranks_from_file(
         ranks = {str(name): float(rank) for name, rank in values.items()}
     except (OSError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
         raise RankFileError(f"{path}: not a file of ranks ({error})") from None
+    for name, rank in ranks.items():
+        if not 0 < rank < math.inf:
+            raise RankFileError(f"{path}: {name} has rank {rank}, a positive number is needed")
     names = {group.name for group in groups}
     if strangers := ranks.keys() - names:
         raise RankFileError(f"{path}: {min(strangers)} is no group of the model (--groups must be the same)")

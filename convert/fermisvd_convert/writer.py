@@ -67,6 +67,14 @@ def balanced(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     return a * scale, b / scale[:, None]
 
 
+def copied_files(folder: Path) -> Iterator[Path]:
+    """The files of a dense model's folder that its compressed checkpoint has too, as they are."""
+    for path in folder.iterdir():
+        skipped = path.suffix in WEIGHT_SUFFIXES or path.name in OWN_FILES or path.name.endswith(".index.json")
+        if path.is_file() and not skipped and not path.name.startswith("."):
+            yield path
+
+
 def write_checkpoint(
     source: Source,
     folder: Path,
@@ -85,10 +93,8 @@ def write_checkpoint(
     cast_dense: whether the other tensors take it too, or stay as they are.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for path in source.folder.iterdir():
-        skipped = path.suffix in WEIGHT_SUFFIXES or path.name in OWN_FILES or path.name.endswith(".index.json")
-        if path.is_file() and not skipped and not path.name.startswith("."):
-            shutil.copyfile(path, folder / path.name)
+    for path in copied_files(source.folder):
+        shutil.copyfile(path, folder / path.name)
     groups = tuple(config_group(group, rank, form) for group, rank in compressed)
     replaced = {f"{name}.weight" for group, _ in compressed for name in group.members}
     provenance = provenance | {"dense_tensors": [name for name in source.headers if name not in replaced]}

@@ -10,9 +10,10 @@ from fermisvd.budget import BudgetError
 from fermisvd.errors import FermiSVDError
 from fermisvd.format import validate_checkpoint
 from fermisvd_convert import convert as convert_module
-from fermisvd_convert.convert import OutputError, convert
+from fermisvd_convert.convert import convert
 from fermisvd_convert.inspect import inspect_checkpoint
 from fermisvd_convert.source import SourceError
+from fermisvd_convert.writer import OutputError
 
 
 @pytest.fixture(scope="module")
