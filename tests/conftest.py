@@ -79,6 +79,26 @@ def tiny_llama(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def smallest_llama(tmp_path_factory) -> Path:
+    """Two blocks of width 16, converted in well under a second: for tests that convert again and again."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("smallest")
+    config = LlamaConfig(
+        vocab_size=2048,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(DEMO_MODEL).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def family_checkpoints(tmp_path_factory, demo_text):
     """(family, form) -> (dense source, compressed checkpoint) of tests/models/families.py."""
     import families

@@ -1,0 +1,618 @@
+"""Every row of docs/refusals.md: the input is built, and the command line says what the row says, before long work."""
+
+import json
+import re
+import shutil
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from fermisvd_convert.cli import app
+
+REFUSALS = Path(__file__).parents[2] / "docs" / "refusals.md"
+ROWS = dict(re.findall(r"^\| (.+?) \| `(.+)` \|$", REFUSALS.read_text(encoding="utf-8"), re.MULTILINE))
+CASES = {}
+WEIGHTS = "model.safetensors"
+MLP = "model.layers.0.mlp.up_proj.weight"
+# a user of another name for the same model: two layers, or a layer and the head, share one weight
+TIED = """
+from transformers import LlamaForCausalLM
+
+class Tied(LlamaForCausalLM):
+    def __init__(self, config):
+        super().__init__(config)
+        {tie}
+"""
+
+
+@dataclass
+class Case:
+    """A conversion that would succeed; a case spoils it."""
+
+    folder: Path
+    patch: pytest.MonkeyPatch
+    options: dict = field(default_factory=dict)
+    flags: list = field(default_factory=list)
+
+    def __post_init__(self):
+        self.model, self.out, self.work = (self.folder / name for name in ("model", "out", "work"))
+        self.text = self.folder / "text.txt"
+        self.options = {
+            "--remove": 0.3,
+            "--calibration": self.text,
+            "--samples": 8,
+            "--gradient-samples": 8,
+            "--sequence-length": 32,
+            "--steps": 2,
+            "--heal-steps": 0,
+            "--device": "cpu",
+            "--work": self.work,
+        }
+
+    def set(self, **options):
+        """Options by their names; None leaves one out."""
+        self.options |= {f"--{name.replace('_', '-')}": value for name, value in options.items()}
+
+    def uniform(self):
+        self.set(ranks="uniform", steps=None, gradient_samples=None)
+
+    def config(self, **entries):
+        path = self.model / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+    def tensors(self, change):
+        tensors = load_file(self.model / WEIGHTS)
+        change(tensors)
+        save_file(tensors, self.model / WEIGHTS, metadata={"format": "pt"})
+
+    def arguments(self):
+        given = [str(part) for pair in self.options.items() if pair[1] is not None for part in pair]
+        return ["convert", str(self.model), str(self.out), *given, *self.flags]
+
+
+def refused(row):
+    """Registers what builds the input of that row."""
+
+    def register(build):
+        CASES[row] = build
+        return build
+
+    return register
+
+
+@pytest.fixture
+def case(tiny_llama, tmp_path, monkeypatch):
+    made = Case(tmp_path, monkeypatch)
+    shutil.copytree(tiny_llama, made.model)
+    made.text.write_text("".join(f"def f{i}(x):\n    return x * {i}\n\n" for i in range(300)))
+    return made
+
+
+def run(case) -> tuple[int, str]:
+    """Exit code, and the message with the case's paths by their names."""
+    result = CliRunner().invoke(app, case.arguments(), env={"COLUMNS": "10000", "TERM": "dumb"})
+    assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
+    message = result.output.replace("│", " ")
+    for name in ("model", "out", "work", "text"):
+        message = re.sub(rf"{re.escape(str(getattr(case, name)))}(?![\w-])", name.upper(), message)
+    return result.exit_code, message.replace(str(case.folder), "FOLDER")
+
+
+def files(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_every_row_has_a_case():
+    assert ROWS.keys() == CASES.keys()
+
+
+def test_the_case_that_is_not_spoilt_converts(case):
+    code, output = run(case)
+    assert code == 0, output
+    assert (case.out / WEIGHTS).is_file()
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_refused(case, row):
+    CASES[row](case)
+    before = files(case.folder)
+    code, output = run(case)
+    assert code == 2, output
+    expected = ".*".join(re.escape(part) for part in ROWS[row].split("…"))
+    lines = [line for line in output.splitlines() if re.search(expected, line)]
+    assert len(lines) == 1, output
+    assert "Traceback" not in output
+    left = files(case.folder)
+    assert before.items() <= left.items(), "a file was changed"
+    new = {path.relative_to(case.folder).parts for path in left.keys() - before.keys()}
+    assert all(parts[0] == "work" and not parts[-1].endswith(".safetensors") for parts in new), f"long work: {new}"
+
+
+# MODEL
+
+
+@refused("a folder that is not there")
+def _(case):
+    shutil.rmtree(case.model)
+
+
+@refused("a hub id that is not there, or no hub")
+def _(case):
+    case.model = Path("nobody/nothing")
+
+
+@refused("no hub id at all")
+def _(case):
+    case.model = Path("not a hub id")
+
+
+@refused("a folder without config.json")
+def _(case):
+    (case.model / "config.json").unlink()
+
+
+@refused("config.json cut off")
+def _(case):
+    path = case.model / "config.json"
+    path.write_text(path.read_text()[:50])
+
+
+@refused("config.json is no object")
+def _(case):
+    (case.model / "config.json").write_text("[1, 2]")
+
+
+@refused("config.json with a value of the wrong type")
+def _(case):
+    case.config(hidden_size="wide")
+
+
+@refused("a model_type that transformers does not know")
+def _(case):
+    case.config(model_type="unheard_of")
+
+
+@refused("an encoder")
+def _(case):
+    from transformers import BertConfig, BertForMaskedLM
+
+    config = BertConfig(
+        vocab_size=2048, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64
+    )
+    BertForMaskedLM(config).save_pretrained(case.model)
+
+
+@refused("an encoder-decoder")
+def _(case):
+    case.config(model_type="t5", architectures=["T5ForConditionalGeneration"])
+
+
+@refused("a classifier")
+def _(case):
+    case.config(architectures=["LlamaForSequenceClassification"])
+
+
+@refused("no decoder blocks")
+def _(case):
+    case.config(num_hidden_layers=0)
+    case.tensors(lambda tensors: [tensors.pop(name) for name in list(tensors) if "layers" in name])
+
+
+@refused("pickled weights only")
+def _(case):
+    (case.model / WEIGHTS).rename(case.model / "pytorch_model.bin")
+
+
+@refused("quantised by others")
+def _(case):
+    case.config(quantization_config={"quant_method": "awq", "bits": 4})
+
+
+@refused("quantised weights without a word in config.json")
+def _(case):
+    case.tensors(lambda t: t.update({name: t[name].to(torch.float8_e4m3fn) for name in t if "proj.weight" in name}))
+
+
+@refused("compressed already")
+def _(case):
+    case.config(quantization_config={"quant_method": "fermisvd", "format_version": 1, "groups": []})
+
+
+def tie(case, statement, dropped):
+    (case.model / "modeling_tied.py").write_text(TIED.format(tie=statement))
+    case.config(architectures=["Tied"], auto_map={"AutoModelForCausalLM": "modeling_tied.Tied"})
+    case.tensors(lambda tensors: tensors.pop(dropped))
+    case.flags.append("--trust-remote-code")
+
+
+@refused("two compressed layers with one weight")
+def _(case):
+    tie(
+        case, "self.model.layers[1].mlp.up_proj.weight = self.model.layers[0].mlp.up_proj.weight", MLP.replace("0", "1")
+    )
+
+
+@refused("the head tied to a compressed layer")
+def _(case):
+    case.config(vocab_size=136)
+    case.tensors(lambda t: t.update({"model.embed_tokens.weight": t["model.embed_tokens.weight"][:136].clone()}))
+    tie(case, "self.lm_head.weight = self.model.layers[1].mlp.up_proj.weight", "lm_head.weight")
+
+
+@refused("code of its own, without the flag")
+def _(case):
+    tie(case, "pass", "model.norm.weight")
+    case.flags.clear()
+
+
+@refused("code of its own that fails")
+def _(case):
+    tie(case, "raise RuntimeError('out of order')", "model.norm.weight")
+
+
+@refused("a safetensors file cut off")
+def _(case):
+    path = case.model / WEIGHTS
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@refused("a safetensors file that is none")
+def _(case):
+    (case.model / WEIGHTS).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+
+
+def shards(case):
+    """The weights in two files and their index."""
+    tensors = load_file(case.model / WEIGHTS)
+    (case.model / WEIGHTS).unlink()
+    names, weight_map = sorted(tensors), {}
+    for number, part in ((1, names[::2]), (2, names[1::2])):
+        file = f"model-0000{number}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in part}, case.model / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    return weight_map
+
+
+def write_index(case, weight_map):
+    index = {"metadata": {}, "weight_map": weight_map}
+    (case.model / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
+
+
+@refused("a shard that the index names is missing")
+def _(case):
+    write_index(case, shards(case))
+    (case.model / "model-00002-of-00002.safetensors").unlink()
+
+
+@refused("a shard that the index does not name")
+def _(case):
+    weight_map = shards(case)
+    write_index(case, {name: file for name, file in weight_map.items() if file.startswith("model-00001")})
+
+
+@refused("a tensor that the index puts into the wrong shard")
+def _(case):
+    write_index(case, shards(case) | {MLP: "model-00001-of-00002.safetensors"})
+
+
+@refused("an index cut off")
+def _(case):
+    shards(case)
+    (case.model / f"{WEIGHTS}.index.json").write_text('{"metadata": {}, "weight_map": {')
+
+
+@refused("a tensor missing")
+def _(case):
+    case.tensors(lambda tensors: tensors.pop(MLP))
+
+
+@refused("a tensor of another shape")
+def _(case):
+    case.tensors(lambda tensors: tensors.update({MLP: tensors[MLP][:100].clone()}))
+
+
+def spoil(case, value):
+    case.tensors(lambda tensors: tensors[MLP][3].fill_(value))
+
+
+CASES["NaN in a weight"] = partial(spoil, value=float("nan"))
+CASES["infinity in a weight"] = partial(spoil, value=float("-inf"))
+
+
+@refused("a weight too large for --dtype")
+def _(case):
+    spoil(case, 1e6)
+    case.set(dtype="float16")
+
+
+@refused("no tokenizer")
+def _(case):
+    for path in case.model.glob("tokenizer*"):
+        path.unlink()
+
+
+@refused("a broken tokenizer")
+def _(case):
+    (case.model / "tokenizer.json").write_text('{"version": "1.0", "model":')
+
+
+@refused("the tokenizer of another model")
+def _(case):
+    case.config(vocab_size=100)
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    case.tensors(lambda tensors: tensors.update({name: tensors[name][:100].clone() for name in names}))
+
+
+# calibration text
+
+
+@refused("no such text")
+def _(case):
+    case.text.unlink()
+
+
+@refused("an empty text")
+def _(case):
+    case.text.write_text("")
+
+
+@refused("a text shorter than one window")
+def _(case):
+    case.text.write_text("def f(x):\n    return x\n")
+
+
+@refused("a text of one window")
+def _(case):
+    case.text.write_text("def f(x):\n    return x + 1\n" * 5)
+
+
+@refused("one window to calibrate on, and healing or refit asked for")
+def _(case):
+    case.set(samples=1, gradient_samples=1, heal_steps=2)
+
+
+@refused("a text that is not UTF-8")
+def _(case):
+    case.text.write_bytes("# só texto\n".encode() * 2000 + "# só texto\n".encode("latin-1") * 2000)
+
+
+@refused("a .jsonl file that is not UTF-8")
+def _(case):
+    case.text = case.text.with_suffix(".jsonl")
+    case.text.write_bytes((b'{"text": "so"' + b" " * 100 + b"}\n") * 100 + b'{"text": "s\xf3"}\n')
+    case.set(calibration=case.text)
+
+
+def rows(case, line):
+    case.text = case.text.with_suffix(".jsonl")
+    case.text.write_text('{"text": "def f(x): return x"}\n' * 3 + line + "\n")
+    case.set(calibration=case.text)
+
+
+CASES["a .jsonl row that is no JSON"] = partial(rows, line='{"text": "def')
+CASES["a .jsonl row without text"] = partial(rows, line='{"n": 1}')
+CASES["half a surrogate pair in a .jsonl row"] = partial(rows, line='{"text": "\\ud83d"}')
+CASES["messages, but no chat template"] = partial(rows, line='{"messages": [{"role": "user", "content": "hello"}]}')
+
+
+@refused("messages that the chat template refuses")
+def _(case):
+    (case.model / "chat_template.jinja").write_text("{{ raise_exception('roles must alternate') }}")
+    rows(case, '{"messages": [{"role": "user", "content": "hello"}]}')
+
+
+@refused("a weight of a text that is not positive")
+def _(case):
+    case.set(calibration=f"{case.text}@0")
+
+
+# options
+
+CASES["--remove 0"] = partial(Case.set, remove=0)
+CASES["--remove 1"] = partial(Case.set, remove=1)
+CASES["--remove nan"] = partial(Case.set, remove="nan")
+CASES["--remove of less than one parameter"] = partial(Case.set, remove=1e-12)
+CASES["--remove of more than --align allows"] = partial(Case.set, remove=0.9, align=32)
+CASES["--remove of more than --minimum-rank allows"] = partial(Case.set, remove=0.5, minimum_rank=80)
+CASES["--sequence-length beyond the context"] = partial(Case.set, sequence_length=129)
+CASES["--sequence-length 1"] = partial(Case.set, sequence_length=1)
+CASES["--samples 0"] = partial(Case.set, samples=0)
+CASES["--temperature nan"] = partial(Case.set, temperature="nan")
+CASES["--plateau inf"] = partial(Case.set, plateau="inf")
+CASES["--penalty-growth beyond numbers"] = partial(Case.set, constraint="penalty", penalty_growth=10, steps=1000)
+CASES["--penalty-growth without the penalty"] = partial(Case.set, penalty_growth=1.1)
+CASES["--align 0"] = partial(Case.set, align=0)
+CASES["--form of another name"] = partial(Case.set, form="qr")
+CASES["--revision of a folder"] = partial(Case.set, revision="main")
+
+
+@refused("an option of FermiGrad with --ranks uniform")
+def _(case):
+    case.uniform()
+    case.set(steps=2)
+
+
+@refused("an option of FermiGrad with a file of ranks")
+def _(case):
+    case.uniform()
+    (case.folder / "ranks.json").write_text("{}")
+    case.set(ranks=case.folder / "ranks.json", count="svd")
+
+
+@refused("--ranks that are neither a rule nor a file")
+def _(case):
+    case.uniform()
+    case.set(ranks="greedy")
+
+
+def ranks(case, content):
+    case.uniform()
+    path = case.folder / "ranks.json"
+    path.write_text(content)
+    case.set(ranks=path)
+
+
+CASES["a file of ranks that is none"] = partial(ranks, content="{")
+CASES["ranks of another model"] = partial(ranks, content='{"x": 3}')
+CASES["a rank that is no number"] = partial(ranks, content='{"model.layers.0.self_attn.q_proj": NaN}')
+
+
+@refused("no GPU for --device cuda")
+def _(case):
+    case.patch.setattr(torch.cuda, "is_available", lambda: False)
+    case.set(device="cuda")
+
+
+# OUT and the work directory
+
+
+@refused("OUT exists")
+def _(case):
+    case.out.mkdir()
+
+
+@refused("OUT is a checkpoint of others, with --overwrite")
+def _(case):
+    shutil.copytree(case.model, case.out)
+    case.flags.append("--overwrite")
+
+
+@refused("OUT inside MODEL")
+def _(case):
+    case.out = case.model / "small"
+
+
+@refused("MODEL inside OUT")
+def _(case):
+    case.out = case.folder
+    case.flags.append("--overwrite")
+
+
+@refused("the work directory inside OUT")
+def _(case):
+    case.set(work=case.out / "work")
+
+
+@refused("the work directory inside MODEL")
+def _(case):
+    case.set(work=case.model / "work")
+
+
+@refused("OUT below a file")
+def _(case):
+    case.out = case.text / "out"
+
+
+@refused("the work directory is a file")
+def _(case):
+    case.work.write_text("")
+
+
+def little_space(case, path, free):
+    """A disk of its own below the path, with so many bytes free, plenty elsewhere."""
+    usage = shutil.disk_usage(case.folder)
+    enough = usage._replace(free=10**15)
+    path.mkdir()
+    from fermisvd_convert import space
+
+    case.patch.setattr(space.shutil, "disk_usage", lambda p: usage._replace(free=free) if Path(p) == path else enough)
+    device = space.device_of
+    case.patch.setattr(space, "device_of", lambda p: -1 if Path(p) == path else device(p))
+
+
+@refused("no space for OUT")
+def _(case):
+    case.out = case.folder / "disk" / "out"
+    little_space(case, case.out.parent, 1_000_000)
+
+
+@refused("no space for the work directory")
+def _(case):
+    little_space(case, case.work, 2_000_000)
+
+
+@refused("no space for both")
+def _(case):
+    usage = shutil.disk_usage(case.folder)
+    case.patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=3_000_000))
+
+
+# found while calibrating
+
+
+@refused("activations beyond all numbers")
+def _(case):
+    """Every weight is finite, but not the product of gate and up."""
+    case.tensors(lambda t: [t[f"model.layers.1.mlp.{name}_proj.weight"].mul_(1e25) for name in ("gate", "up")])
+
+
+def test_every_shard_is_read_one_tensor_at_a_time(tiny_llama, monkeypatch):
+    """The check of the values never holds more than one of the model's tensors."""
+    import gc
+    import weakref
+
+    from fermisvd_convert.source import Source, open_source
+
+    alive, most, read = weakref.WeakSet(), [], Source.tensor
+
+    def counted(self, name):
+        gc.collect()
+        tensor = read(self, name)
+        alive.add(tensor)
+        most.append(len(alive))
+        return tensor
+
+    monkeypatch.setattr(Source, "tensor", counted)
+    source = open_source(str(tiny_llama))
+    source.check_values()
+    assert len(most) == len(source.headers) and max(most) <= 2  # the one before is let go as the next is bound
+
+
+def test_what_is_counted_is_what_is_written(case):
+    """Estimates against the files of a conversion with every stage: never less, and not much more."""
+    from fermisvd_convert import convert as convert_module
+
+    counted = {}
+    case.patch.setattr(convert_module, "check_space", counted.update)
+    case.set(heal_steps=1)
+    case.flags.append("--refit")
+    assert run(case)[0] == 0
+    margin = 2 * 2**20  # "other files" and "other stages" are rounded up by a MiB each
+    for folder in (case.out, case.work):
+        written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        estimate = sum(counted[folder].values())
+        assert written <= estimate <= 1.5 * written + margin, (folder.name, written, counted[folder])
+    again = {}
+    case.patch.setattr(convert_module, "check_space", again.update)
+    shutil.rmtree(case.out)
+    assert run(case)[0] == 0
+    there = again[case.work]
+    assert (
+        there["input Gram matrices"] == there["output Gram matrices"] == 0
+        and there["factors"] < counted[case.work]["factors"]
+    )
+
+
+def test_first_bad_byte_counts_from_the_files_beginning(tmp_path):
+    """Reference: Python's decoder on the whole file."""
+    from fermisvd_convert.text import first_bad_byte
+
+    path = tmp_path / "text"
+    for good, bad in (
+        ("é" * 700_000, b"\xe9"),
+        ("a", b"\xc3"),
+        ("é" * 524_287 + "a", "é".encode()[:1] + b"x"),
+        ("", b"\xff"),
+    ):
+        data = good.encode() + bad
+        path.write_bytes(data)
+        with pytest.raises(UnicodeDecodeError) as error:
+            data.decode()
+        assert first_bad_byte(path) == error.value.start
+    path.write_text("é" * 700_000)
+    assert first_bad_byte(path) is None
