@@ -3,18 +3,25 @@
 `input` whitening weighs an error by the inputs it meets, svd(W S) with C = S S^T (the paper's). `kfac` also weighs it
 by what the loss makes of it, svd(L^T W S) with G = L L^T, the covariance of the loss gradient at the layer's output
 (DESIGN, Whitening).
+
+What is summed, factorised and decomposed is float64; only the factors' products may be narrower (`_product_type`). Of
+C, which may be by far the largest matrix, no second one is made where it is not the side that is decomposed.
 """
 
 from dataclasses import dataclass
 
 import torch
 
+SLICE = 1024  # columns of C, or rows of W, that are multiplied at a time
+SMALLEST_RIDGE = 1e-9  # of mean(diag C): what `kfac` adds at least before it factorises C
+NEGLIGIBLE = 1e-15  # eigenvalues of a square root below this share of the largest are rounding
+
 
 @dataclass(frozen=True)
 class Factors:
     """W = a b, ordered: a[:, :r] b[:r] is the best rank-r fit, with squared error sum_{j>=r} sigma_j^2.
 
-    a: (m x k); b: (k x n); sigma: (k,) descending; k = min(m, n). float64.
+    a: (m x k); b: (k x n); float64, or float32 if W was no wider. sigma: (k,) descending, float64. k = min(m, n).
     """
 
     a: torch.Tensor
@@ -43,12 +50,17 @@ def data_aware_svd(weight: torch.Tensor, gram: torch.Tensor, damping: float = 0.
     weight: W, (m x n); gram: C, (n x n), may be singular; damping: added to the diagonal of C, relative to its mean.
     Only U and sigma are needed, so C is never factorised: U is the eigenbasis of W C W^T when m <= n, else that of
     R C R^T carried back by Q, W = Q R (DESIGN, Data-aware SVD). Dead channels and fewer tokens than channels are fine.
+    Neither argument is changed.
     """
-    weight, gram = weight.double(), damped(gram, damping)
-    basis, core = (None, weight) if weight.shape[0] <= weight.shape[1] else torch.linalg.qr(weight)
-    sigma, u = _descending_eigenbasis(core @ gram @ core.T)
-    u = u if basis is None else basis @ u
-    return Factors(u, u.T @ weight, sigma)
+    product = _product_type(weight)
+    ridge = damping * _mean_diagonal(gram)
+    if weight.shape[0] <= weight.shape[1]:
+        sigma, u = _descending_eigenbasis(_input_response(weight, gram, ridge))
+        u = u.to(product)
+        return Factors(u, u.T @ weight.to(product), sigma)
+    q, r = torch.linalg.qr(weight.double())
+    sigma, u = _descending_eigenbasis(_input_response(r, gram, ridge))
+    return Factors(q.to(product) @ u.to(product), (u.T @ r).to(product), sigma)
 
 
 def kfac_svd(
@@ -56,42 +68,71 @@ def kfac_svd(
 ) -> Factors:
     """`kfac` whitening: svd(L^T W S), A = L^{-T} U_r, B = U_r^T L^T W, which equals A = W S V_r, B = V_r^T S^{-1}.
 
-    The first is used when m <= n, the second when m > n: only the smaller side is factorised, by an eigendecomposition
-    of the damped matrix. output_damping: added to the diagonal of G, relative to its mean; damping: the same for C.
-    A group whose gradients or inputs vanish is decomposed by `input` whitening.
+    The first is used when m <= n, the second when m > n: only the smaller side is factorised, by a Cholesky
+    decomposition of the damped matrix. output_damping: added to the diagonal of G, relative to its mean; damping: the
+    same for C. A group whose gradients or inputs vanish is decomposed by `input` whitening. No argument is changed.
     """
     if output.mean == 0 or not gram.any():
         return data_aware_svd(weight, gram, damping)
-    weight, ridge = weight.double(), output_damping * output.mean
+    product, output_ridge = _product_type(weight), output_damping * output.mean
     if weight.shape[0] <= weight.shape[1]:
-        left, left_inverse = _root(output.matrix.double() + ridge * _eye(output.matrix))
-        whitened = left.T @ weight
-        sigma, u = _descending_eigenbasis(whitened @ damped(gram, damping) @ whitened.T)
-        return Factors(left_inverse.T @ u, u.T @ whitened, sigma)
-    right, right_inverse = _root(damped(gram, max(damping, 1e-9)))
-    response = output.matrix.double() + ridge * (weight.T @ weight)
-    sigma, v = _descending_eigenbasis(right.T @ response @ right)
-    return Factors(weight @ right @ v, v.T @ right_inverse, sigma)
+        left = _root(output.matrix, output_ridge)
+        sigma, u = _descending_eigenbasis(left.T @ _input_response(weight, gram, damping * _mean_diagonal(gram)) @ left)
+        a = torch.linalg.solve_triangular(left.T, u, upper=True)
+        return Factors(a.to(product), (left @ u).T.to(product) @ weight.to(product), sigma)
+    right = _root(gram, max(damping, SMALLEST_RIDGE) * _mean_diagonal(gram))
+    sigma, v = _descending_eigenbasis(right.T @ _output_response(weight, output, output_ridge) @ right)
+    b = torch.linalg.solve_triangular(right.T, v, upper=True).T
+    return Factors(weight.to(product) @ (right @ v).to(product), b.to(product), sigma)
 
 
-def damped(gram: torch.Tensor, damping: float) -> torch.Tensor:
-    """C with `damping` times its mean diagonal added to the diagonal, float64."""
-    gram = gram.double()
-    return gram + damping * gram.diagonal().mean() * _eye(gram) if damping else gram
+def _product_type(weight: torch.Tensor) -> torch.dtype:
+    """float32 does for the factors of a W that is no wider (docs/scale.md), but not where torch is allowed to round
+    what it multiplies in float32 (TF32)."""
+    narrow = weight.dtype != torch.float64 and torch.get_float32_matmul_precision() == "highest"
+    return torch.float32 if narrow else torch.float64
 
 
-def _eye(matrix: torch.Tensor) -> torch.Tensor:
-    return torch.eye(len(matrix), dtype=torch.float64, device=matrix.device)
+def _input_response(weight: torch.Tensor, gram: torch.Tensor, ridge: float) -> torch.Tensor:
+    """W (C + ridge I) W^T, (m x m), float64. Besides W in float64 only SLICE columns of W C are held."""
+    weight = weight.double()
+    total = weight.new_zeros(len(weight), len(weight))
+    for part, columns in zip(weight.split(SLICE, dim=1), gram.split(SLICE, dim=1), strict=True):
+        total.addmm_((weight @ columns.double()).add_(part, alpha=ridge), part.T)
+    return total
+
+
+def _output_response(weight: torch.Tensor, output: OutputGram, ridge: float) -> torch.Tensor:
+    """W^T (G + ridge I) W, (n x n), float64, of a W with more rows than columns. Only SLICE rows are made wider."""
+    total = output.matrix.to(torch.float64, copy=True)
+    for part in weight.split(SLICE):
+        part = part.double()
+        total.addmm_(part.T, part, alpha=ridge)
+    return total
+
+
+def _mean_diagonal(matrix: torch.Tensor) -> float:
+    return matrix.diagonal().double().mean().item()
 
 
 def _descending_eigenbasis(squared: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Square roots of the eigenvalues, descending, and the eigenvectors."""
-    eigenvalues, vectors = torch.linalg.eigh((squared + squared.T) / 2)
+    """Square roots of the eigenvalues, descending, and the eigenvectors. Only the lower triangle is read."""
+    eigenvalues, vectors = torch.linalg.eigh(squared)
     return eigenvalues.flip(0).clamp(min=0).sqrt(), vectors.flip(1)
 
 
-def _root(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Symmetric square root of a positive definite matrix, and its inverse."""
-    eigenvalues, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
-    roots = eigenvalues.clamp(min=1e-15 * eigenvalues[-1].item()).sqrt()
-    return (vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T
+def _root(matrix: torch.Tensor, ridge: float) -> torch.Tensor:
+    """Lower triangular L with L L^T = M + ridge I, float64: Cholesky's.
+
+    Any square root gives the same factors, and this one costs a thirtieth of an eigendecomposition. A matrix that is
+    singular all the same (no ridge) has its eigenvalues lifted to what is not rounding, and its root made triangular.
+    """
+    damped = matrix.to(torch.float64, copy=True)
+    damped.diagonal().add_(ridge)
+    root, failed = torch.linalg.cholesky_ex(damped)
+    pivots = root.diagonal().square()
+    if not failed and pivots.min() > NEGLIGIBLE * pivots.max():
+        return root
+    eigenvalues, vectors = torch.linalg.eigh(damped)
+    vectors *= eigenvalues.clamp(min=NEGLIGIBLE * eigenvalues[-1].item()).sqrt()
+    return torch.linalg.qr(vectors.T, mode="r")[1].T

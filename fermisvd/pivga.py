@@ -32,6 +32,8 @@ class PivGaError(FermiSVDError):
 
 LARGEST_INTERPOLATION = 1.01  # measured, docs/decisions.md
 MOST_EXCHANGES = 1000
+BLOCK = 64  # columns or rows between two matrix products
+DEPENDENT = 1e-10  # share of the largest squared column that counts as nothing: below it squares are rounding
 
 
 def choose_skeleton(a: torch.Tensor, b: torch.Tensor, largest: float = LARGEST_INTERPOLATION) -> torch.Tensor:
@@ -42,26 +44,54 @@ def choose_skeleton(a: torch.Tensor, b: torch.Tensor, largest: float = LARGEST_I
     multiplies the skeleton's volume by that entry, so it ends. A product of rank below r has no exchanges.
     """
     rank = len(b)
-    reduced = (torch.linalg.qr(a.double(), mode="r")[1] @ b.double()).cpu().numpy()
-    found = scipy.linalg.qr(reduced, mode="r", pivoting=True)
-    triangle, pivots = found[0][:rank], found[-1]
-    diagonal = np.abs(np.diag(triangle))
-    if rank < len(pivots) and diagonal.min() > 1e-9 * diagonal.max():  # else D is not unique
-        d = scipy.linalg.solve_triangular(triangle[:, :rank], triangle[:, rank:])
+    reduced = torch.linalg.qr(a.double(), mode="r")[1] @ b.double()
+    found = pivoted_cholesky(reduced.T @ reduced, rank)
+    if found is None:
+        factor, pivots = scipy.linalg.qr(reduced.cpu().numpy(), mode="r", pivoting=True)
+        found = tuple(torch.from_numpy(part).to(b.device) for part in (factor[:rank], pivots.astype(np.int64)))
+    triangle, order = found
+    diagonal = triangle.diagonal().abs()
+    if rank < len(order) and diagonal.min() > 1e-9 * diagonal.max():  # else D is not unique
+        d = torch.linalg.solve_triangular(triangle[:, :rank], triangle[:, rank:], upper=True)
         for _ in range(MOST_EXCHANGES):
-            i, j = np.unravel_index(abs(d).argmax(), d.shape)
+            i, j = divmod(int(d.abs().argmax()), d.shape[1])
             if abs(d[i, j]) <= largest:
                 break
             exchange(d, i, j)
-            pivots[[i, rank + j]] = pivots[[rank + j, i]]
-    order = np.concatenate([np.sort(pivots[:rank]), np.sort(pivots[rank:])])
-    return torch.from_numpy(order).to(torch.int32)
+            order[[i, rank + j]] = order[[rank + j, i]]
+    return torch.cat([order[:rank].sort().values, order[rank:].sort().values]).to(torch.int32)
 
 
-def exchange(d: np.ndarray, i: int, j: int) -> None:
+def pivoted_cholesky(gram: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """R (rank x n) and the order (n,) of M's columns in which M = Q R, from M^T M (n x n), which is overwritten.
+
+    They are those of pivoted QR: the next column is the one with most left outside the span of those before. QR reads
+    all columns left at every step; this reads one, does the rest by matrix products, and runs on any device. But
+    squares have half of the digits: None where a column has less than DEPENDENT of the largest left.
+    """
+    factor, left = gram.new_zeros(rank, len(gram)), gram.diagonal().clone()
+    enough, pivots = DEPENDENT * left.max().item(), []
+    for start in range(0, rank, BLOCK):
+        for row in range(start, min(start + BLOCK, rank)):
+            pivot = int(left.argmax())
+            most = left[pivot].item()
+            if not most > enough:
+                return None
+            factor[row] = (gram[pivot] - factor[start:row, pivot] @ factor[start:row]) / most**0.5
+            left -= factor[row].square()
+            left[pivot] = -torch.inf
+            pivots.append(pivot)
+        block = factor[start : start + BLOCK]
+        gram.addmm_(block.T, block, alpha=-1)
+    order = torch.tensor(pivots, device=gram.device)
+    order = torch.cat([order, torch.isfinite(left).nonzero().flatten()])
+    return factor[:, order], order
+
+
+def exchange(d: torch.Tensor, i: int, j: int) -> None:
     """D (r x q), in place, after skeleton column i and other column j have changed places: a Gauss-Jordan step."""
-    pivot, column, row = d[i, j], d[:, j].copy(), d[i] / d[i, j]
-    d -= np.outer(column, row)
+    pivot, column, row = d[i, j].clone(), d[:, j].clone(), d[i] / d[i, j]
+    d.addr_(column, row, alpha=-1)
     d[i], d[:, j] = row, -column / pivot
     d[i, j] = 1.0 / pivot
 
@@ -69,17 +99,24 @@ def exchange(d: np.ndarray, i: int, j: int) -> None:
 def round_with_error_feedback(d: torch.Tensor, skeleton: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """D rounded to `dtype` row by row, each row's error carried into the rows not yet rounded.
 
-    d: (r x q) float64; skeleton: C (m x r). Greedily minimises |C (D_rounded - D)|_F: with C^T C = R^T R the error is
-    |R (D_rounded - D)|_F, and rounding rows from the last up, row i can still absorb what rows below it left behind.
+    d: (r x q) float64; skeleton: C (m x r), or any matrix with the same C^T C. Greedily minimises
+    |C (D_rounded - D)|_F: with C^T C = R^T R the error is |R (D_rounded - D)|_F, and rounding rows from the last up,
+    row i can still absorb what rows below it left behind. What a block of rows absorbs from those below it is one
+    product.
     """
     r_factor = torch.linalg.qr(skeleton.double(), mode="r")[1]
     diagonal = r_factor.diagonal()
-    negligible = 1e-12 * diagonal.abs().max()  # a skeleton column that the others span can absorb nothing
+    # a skeleton column that the others span can absorb nothing
+    scale = torch.where(diagonal.abs() > 1e-12 * diagonal.abs().max(), 1 / diagonal, 0.0)
+    r_factor = r_factor * scale[:, None]
     rounded, error = torch.empty_like(d), torch.zeros_like(d)
-    for i in range(len(d) - 1, -1, -1):
-        carried = (r_factor[i, i + 1 :] @ error[i + 1 :]) / diagonal[i] if diagonal[i].abs() > negligible else 0.0
-        rounded[i] = (d[i] - carried).to(dtype).double()
-        error[i] = rounded[i] - d[i]
+    for stop in range(len(d), 0, -BLOCK):
+        start = max(stop - BLOCK, 0)
+        carried = r_factor[start:stop, stop:] @ error[stop:]
+        for i in range(stop - 1, start - 1, -1):
+            wanted = d[i] - carried[i - start] - r_factor[i, i + 1 : stop] @ error[i + 1 : stop]
+            rounded[i] = wanted.to(dtype).double()
+            error[i] = rounded[i] - d[i]
     return rounded
 
 
@@ -107,7 +144,7 @@ def fix_gauge(
     skeleton = (a @ b[:, skeleton_columns]).to(dtype)
     refuse_overflow(skeleton, dtype)
     if dtype == torch.float64:
-        interpolation = _solve(b[:, skeleton_columns], b[:, rest])
+        interpolation = least_squares(b[:, skeleton_columns], b[:, rest])[0]
     else:
         interpolation = round_interpolation(skeleton, a @ b[:, rest], dtype)
     refuse_overflow(interpolation, dtype)
@@ -116,9 +153,8 @@ def fix_gauge(
 
 def round_interpolation(skeleton: torch.Tensor, rest: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """D (r x q) in `dtype`, with C D near `rest`. skeleton: C (m x r), as stored; rest: (m x q) float64."""
-    if dtype == torch.float64:
-        return _solve(skeleton, rest)
-    return round_with_error_feedback(_solve(skeleton.double(), rest), skeleton, dtype).to(dtype)
+    solution, metric = least_squares(skeleton.double(), rest)
+    return solution if dtype == torch.float64 else round_with_error_feedback(solution, metric, dtype).to(dtype)
 
 
 def refuse_overflow(tensor: torch.Tensor, dtype: torch.dtype) -> None:
@@ -127,10 +163,20 @@ def refuse_overflow(tensor: torch.Tensor, dtype: torch.dtype) -> None:
         raise PivGaError(f"the factors overflow {dtype}; choose a wider storage type")
 
 
-def _solve(matrix: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Least-squares solution in float64, on the CPU: LAPACK's gelsy copes with dependent columns (dead channels)."""
-    solution = torch.linalg.lstsq(matrix.cpu(), right.cpu(), driver="gelsy").solution
-    return solution.to(matrix.device)
+def least_squares(matrix: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """X with M X nearest to `right`, and R with R^T R = M^T M. matrix: M (m x r), m >= r; right: (m x q); float64.
+
+    Householder QR where M lies. Dependent columns (dead channels) need LAPACK's gelsy; scipy's, since torch's is given
+    uninitialised pivots and then stops at the first dependent column, or not (pytorch issue 187411).
+    """
+    reflectors, scales = torch.geqrf(matrix)
+    triangle = reflectors[: matrix.shape[1]].triu()
+    diagonal = triangle.diagonal().abs()
+    if diagonal.min() > 1e-12 * diagonal.max():
+        projected = torch.ormqr(reflectors, scales, right, transpose=True)[: len(triangle)]
+        return torch.linalg.solve_triangular(triangle, projected, upper=True), triangle
+    solution = scipy.linalg.lstsq(matrix.cpu().numpy(), right.cpu().numpy(), lapack_driver="gelsy")[0]
+    return torch.from_numpy(solution).to(matrix.device), triangle
 
 
 def dense_product(form: PivGa) -> torch.Tensor:

@@ -212,10 +212,10 @@ class Decomposition:
         return lambda group: self.factors(group).truncated(ranks[group])
 
     def fit(self, group: LinearGroup, change: torch.Tensor | None, gram: torch.Tensor) -> Factors:
-        """Factors, float64, of W, or of W M where `change` is M (n x n), for inputs with this Gram matrix (n x n)."""
-        weight = dense = group_weight(self.source, group).to(gram.device).double()
+        """Factors of W, or of W M where `change` is M (n x n), for inputs with this Gram matrix (n x n)."""
+        weight = dense = group_weight(self.source, group).to(gram.device)  # as stored: made wider where it must be
         if change is not None:
-            weight = dense @ change
+            weight = dense.double() @ change
         if self.statistics.outputs is None:
             return data_aware_svd(weight, gram, DAMPING)
         outputs = []

@@ -1,9 +1,13 @@
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from fermisvd import decomposition
 from fermisvd.decomposition import OutputGram, data_aware_svd, kfac_svd
 
 SHAPES = [(12, 30), (30, 12), (16, 16), (1, 9), (9, 1)]
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
 def make_problem(m: int, n: int, tokens: int = 200):
@@ -167,3 +171,129 @@ def test_kfac_with_singular_matrices(shape, case):
     factors = kfac_svd(w, x @ x.T, OutputGram(matrix, covariance.diagonal().mean().item()), 1e-6)
     assert factors.a.isfinite().all() and factors.b.isfinite().all() and factors.sigma.isfinite().all()
     torch.testing.assert_close(factors.a @ factors.b, w, rtol=0, atol=1e-6 * w.abs().max().item())
+
+
+def whitened_loss(w, gram, covariance, a, b):
+    """tr(G E C E^T), E = W - A B, densely in float64."""
+    error = w.double() - a.double() @ b.double()
+    return (covariance @ error @ gram @ error.T).trace().item()
+
+
+def least_loss(w, gram, covariance, rank):
+    """The least that rank r can reach: discarded squares of torch.linalg.svd(L^T W S), roots by eigendecomposition."""
+
+    def root(matrix):
+        values, vectors = torch.linalg.eigh(matrix)
+        return vectors * values.clamp(min=0).sqrt()
+
+    sigma = torch.linalg.svdvals(root(covariance).T @ w.double() @ root(gram))
+    return (sigma[rank:] ** 2).sum().item()
+
+
+def massive_problem(m: int, n: int):
+    """Inputs as language models have them: variances over three decades, but of two channels 10^6 times the largest."""
+    w, x, covariance, output = make_kfac_problem(m, n, spread=1.0, tokens=4 * n)
+    x = torch.logspace(0, -1.5, n, dtype=torch.float64)[:, None] * x
+    x[[1, n // 2]] *= 1e3
+    return w, x @ x.T, covariance, output
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("whitening", ["input", "kfac"])
+@pytest.mark.parametrize("shape", [(60, 90), (90, 60), (64, 64)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_no_product_of_its_rank_loses_less(device, whitening, shape, dtype):
+    """Also in float32, and with activations a thousand times the others."""
+    w, gram, covariance, output = massive_problem(*shape)
+    w = w.to(dtype)
+    if whitening == "input":
+        covariance = torch.eye(shape[0], dtype=torch.float64)
+        factors = data_aware_svd(w.to(device), gram.to(device))
+    else:
+        if shape[0] > shape[1]:
+            output = OutputGram(w.double().T @ covariance @ w.double(), output.mean)
+        output = OutputGram(output.matrix.to(device), output.mean)
+        factors = kfac_svd(w.to(device), gram.to(device), output, output_damping=0.0)
+        if shape[0] > shape[1]:  # the loss that it minimises has the ridge that it takes to factorise C
+            gram.diagonal().add_(decomposition.SMALLEST_RIDGE * gram.diagonal().mean())
+    assert factors.a.dtype == factors.b.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    for rank in (15, 30, 45):
+        loss = whitened_loss(w, gram, covariance, *(f.cpu() for f in factors.truncated(rank)))
+        least = least_loss(w, gram, covariance, rank)
+        assert loss == pytest.approx(least, rel=1e-6 if dtype == torch.float64 else 1e-3)
+        assert (factors.sigma[rank:] ** 2).sum().item() == pytest.approx(least, rel=1e-5)
+
+
+@pytest.mark.parametrize("whitening", ["input", "kfac"])
+@pytest.mark.parametrize("shape", [(20, 90), (90, 20)])
+def test_slices_change_nothing(shape, whitening, monkeypatch):
+    w, x, _, output = make_kfac_problem(*shape)
+
+    def products():
+        gram = x @ x.T
+        factors = data_aware_svd(w, gram, 1e-3) if whitening == "input" else kfac_svd(w, gram, output, 1e-3)
+        return [a @ b for a, b in map(factors.truncated, (5, 10, 20))]
+
+    whole = products()
+    monkeypatch.setattr(decomposition, "SLICE", 32)  # does not divide 90
+    torch.testing.assert_close(products(), whole)
+
+
+class LargestStorage(TorchDispatchMode):
+    """Bytes of the largest tensor that torch operations make."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        known = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in known:
+                self.bytes = max(self.bytes, tensor.untyped_storage().nbytes())
+        return result
+
+
+@pytest.mark.parametrize("whitening", ["input", "kfac"])
+def test_no_second_matrix_as_large_as_the_gram_matrix(whitening, monkeypatch):
+    monkeypatch.setattr(decomposition, "SLICE", 64)
+    w, x, _, output = make_kfac_problem(32, 256)
+    gram = x @ x.T
+    with LargestStorage() as made:
+        data_aware_svd(w, gram, 1e-6) if whitening == "input" else kfac_svd(w, gram, output, 1e-6)
+    assert 0 < made.bytes <= w.nbytes
+
+
+@pytest.mark.parametrize("shape", [(12, 30), (30, 12)])
+def test_arguments_are_not_changed(shape):
+    w, x, _, output = make_kfac_problem(*shape)
+    gram = x @ x.T
+    before = [t.clone() for t in (w, gram, output.matrix)]
+    data_aware_svd(w, gram, 0.1)
+    kfac_svd(w, gram, output, 0.1)
+    for now, then in zip((w, gram, output.matrix), before, strict=True):
+        assert torch.equal(now, then)
+
+
+@pytest.mark.parametrize("case", ["definite", "singular", "indefinite by rounding"])
+def test_root(case):
+    rows = torch.randn(20, 20 if case == "definite" else 7, dtype=torch.float64)
+    matrix = rows @ rows.T
+    if case == "indefinite by rounding":
+        matrix -= 1e-14 * torch.eye(20, dtype=torch.float64)
+    root = decomposition._root(matrix, 0.0)
+    assert torch.equal(root, root.tril())
+    torch.testing.assert_close(root @ root.T, matrix, rtol=0, atol=1e-12)
+    ridge = 3.0 * torch.eye(20, dtype=torch.float64)
+    root = decomposition._root(matrix, 3.0)
+    torch.testing.assert_close(root @ root.T, matrix + ridge)
+
+
+def test_factors_are_not_multiplied_in_tf32():
+    w, x = make_problem(12, 30)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        assert data_aware_svd(w.float(), x @ x.T).b.dtype == torch.float64
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert data_aware_svd(w.float(), x @ x.T).b.dtype == torch.float32

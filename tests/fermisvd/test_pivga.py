@@ -1,11 +1,21 @@
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fermisvd.decomposition import data_aware_svd
-from fermisvd.pivga import PivGaError, choose_skeleton, dense_product, exchange, fix_gauge, round_with_error_feedback
+from fermisvd.pivga import (
+    PivGaError,
+    choose_skeleton,
+    dense_product,
+    exchange,
+    fix_gauge,
+    least_squares,
+    pivoted_cholesky,
+    round_with_error_feedback,
+)
 
 SIDES = ["columns", "rows"]
 
@@ -70,6 +80,28 @@ def test_no_entry_of_the_interpolation_exceeds_the_bound(largest):
     assert abs(interpolation(choose_skeleton(a, b, largest))).max() <= largest + 1e-9
 
 
+@pytest.mark.parametrize("shape", [(30, 90), (150, 300), (64, 200), (40, 40)])
+def test_pivoted_cholesky_is_pivoted_qr(shape):
+    """Reference: LAPACK's geqp3. More rows than one block, and just one."""
+    rank, n = shape
+    columns = torch.randn(rank, n, dtype=torch.float64) * torch.logspace(0, -2, rank, dtype=torch.float64)[:, None]
+    found = pivoted_cholesky(columns.T @ columns, rank)
+    assert found is not None
+    factor, pivots = scipy.linalg.qr(columns.numpy(), mode="r", pivoting=True)
+    assert found[1][:rank].tolist() == pivots[:rank].tolist()
+    expected = torch.from_numpy(factor)[:, torch.from_numpy(pivots.astype(np.int64)).argsort()].abs()
+    torch.testing.assert_close(found[0][:, found[1].argsort()].abs(), expected, rtol=1e-6, atol=1e-9)
+
+
+def test_pivoted_cholesky_stops_where_squares_say_nothing():
+    columns = torch.randn(10, 20, dtype=torch.float64)
+    columns[9] *= 1e-7
+    assert pivoted_cholesky(columns.T @ columns, 9) is not None
+    assert pivoted_cholesky(columns.T @ columns, 10) is None
+    a = torch.randn(30, 10, dtype=torch.float64)
+    assert (dense_product(fix_gauge(a, columns, "columns")) - a @ columns).abs().max() < 1e-9
+
+
 @settings(deadline=None)
 @given(st.integers(2, 8), st.integers(2, 9), st.data())
 def test_exchange_is_the_interpolation_of_the_exchanged_columns(r, q, data):
@@ -77,7 +109,7 @@ def test_exchange_is_the_interpolation_of_the_exchanged_columns(r, q, data):
     i, j = data.draw(st.integers(0, r - 1)), data.draw(st.integers(0, q - 1))
     columns = np.random.default_rng(r * 10 + q).standard_normal((r, r + q))
     d = np.linalg.solve(columns[:, :r], columns[:, r:])
-    exchange(d, i, j)
+    exchange(torch.from_numpy(d), i, j)
     columns[:, [i, r + j]] = columns[:, [r + j, i]]
     np.testing.assert_allclose(d, np.linalg.solve(columns[:, :r], columns[:, r:]), rtol=1e-6, atol=1e-7)
 
@@ -90,7 +122,7 @@ def test_skeleton_does_not_depend_on_the_gauge_of_the_factors():
 
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("case", ["repeated", "zero channels", "all zero"])
+@pytest.mark.parametrize("case", ["repeated", "zero channels", "zero channels between", "all zero"])
 def test_product_of_lower_rank_is_kept(side, dtype, case):
     """Dead channels and padded heads give products whose rank is below r."""
     a, b = random_factors(20, 30, 7)
@@ -98,6 +130,8 @@ def test_product_of_lower_rank_is_kept(side, dtype, case):
         b[3], a[:, 5] = b[2], a[:, 4]
     elif case == "zero channels":
         b[:, 5:], a[5:] = 0, 0
+    elif case == "zero channels between":
+        b[:, :26:2], b[:, 1:20:2], a[:16:2], a[1:12:2] = 0, 0, 0, 0
     else:
         b.zero_()
     gauge, product = fix_gauge(a, b, side, dtype), a @ b
@@ -147,3 +181,34 @@ def test_error_feedback_lands_on_the_types_grid():
     d = torch.randn(6, 5, dtype=torch.float64)
     rounded = round_with_error_feedback(d, torch.randn(9, 6, dtype=torch.float64), torch.bfloat16)
     assert torch.equal(rounded, rounded.bfloat16().double())
+
+
+def test_error_feedback_row_by_row():
+    """Reference: the same greedy rounding with a sum for every row, over more rows than a block has."""
+    generator = torch.Generator().manual_seed(0)
+    skeleton = torch.randn(300, 150, dtype=torch.float64, generator=generator)
+    d = torch.randn(150, 20, dtype=torch.float64, generator=generator)
+    r_factor = torch.linalg.qr(skeleton, mode="r")[1]
+    expected = d.clone()
+    for i in reversed(range(150)):
+        carried = sum(r_factor[i, j] * (expected[j] - d[j]) for j in range(i + 1, 150)) / r_factor[i, i]
+        expected[i] = (d[i] - carried).bfloat16().double()
+    found = round_with_error_feedback(d, skeleton, torch.bfloat16)
+    assert (found != expected).double().mean() < 1e-3  # sums in another order: a tie may fall the other way
+    assert torch.equal(found, round_with_error_feedback(d, r_factor, torch.bfloat16))
+
+
+@pytest.mark.parametrize("case", ["independent", "a zero column", "repeated columns"])
+def test_least_squares(case):
+    """Reference: numpy's, by SVD. Of dependent columns any solution will do: the residual is compared."""
+    matrix, right = torch.randn(40, 12, dtype=torch.float64), torch.randn(40, 5, dtype=torch.float64)
+    if case == "a zero column":
+        matrix[:, 3] = 0
+    elif case == "repeated columns":
+        matrix[:, 3] = matrix[:, 7]
+    solution, metric = least_squares(matrix, right)
+    expected = torch.from_numpy(np.linalg.lstsq(matrix.numpy(), right.numpy(), rcond=None)[0])
+    torch.testing.assert_close(matrix @ solution, matrix @ expected)
+    torch.testing.assert_close(metric.T @ metric, matrix.T @ matrix)
+    if case == "independent":
+        torch.testing.assert_close(solution, expected)
