@@ -47,8 +47,9 @@ def choose_skeleton(a: torch.Tensor, b: torch.Tensor, largest: float = LARGEST_I
     reduced = torch.linalg.qr(a.double(), mode="r")[1] @ b.double()
     found = pivoted_cholesky(reduced.T @ reduced, rank)
     if found is None:
-        factor, pivots = scipy.linalg.qr(reduced.cpu().numpy(), mode="r", pivoting=True)
-        found = tuple(torch.from_numpy(part).to(b.device) for part in (factor[:rank], pivots.astype(np.int64)))
+        made = scipy.linalg.qr(reduced.cpu().numpy(), mode="r", pivoting=True)
+        factor, pivots = torch.from_numpy(made[0][:rank]), torch.from_numpy(made[-1].astype(np.int64))
+        found = factor.to(b.device), pivots.to(b.device)
     triangle, order = found
     diagonal = triangle.diagonal().abs()
     if rank < len(order) and diagonal.min() > 1e-9 * diagonal.max():  # else D is not unique
@@ -175,7 +176,9 @@ def least_squares(matrix: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tens
     if diagonal.min() > 1e-12 * diagonal.max():
         projected = torch.ormqr(reflectors, scales, right, transpose=True)[: len(triangle)]
         return torch.linalg.solve_triangular(triangle, projected, upper=True), triangle
-    solution = scipy.linalg.lstsq(matrix.cpu().numpy(), right.cpu().numpy(), lapack_driver="gelsy")[0]
+    found = scipy.linalg.lstsq(matrix.cpu().numpy(), right.cpu().numpy(), lapack_driver="gelsy")
+    assert found is not None
+    solution = found[0]
     return torch.from_numpy(solution).to(matrix.device), triangle
 
 
