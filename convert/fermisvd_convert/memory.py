@@ -82,7 +82,7 @@ def limits(size: Sizes, max_memory: int | None) -> Limits:
     if max_memory is None:
         return Limits(size.block + size.gram, max(HIDDEN_BYTES, size.block))
     rest = max_memory - size.outside - size.block - 2 * size.activations
-    hidden = max(0, min(HIDDEN_BYTES, size.block, rest // 4))
+    hidden = max(0, min(max(HIDDEN_BYTES, size.block), rest // 4))
     return Limits(max(size.gram, min(size.block + size.gram, rest - hidden)), hidden)
 
 
