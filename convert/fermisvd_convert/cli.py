@@ -1,4 +1,4 @@
-"""The command line: `fermisvd convert`, `heal`, `evaluate`, `inspect`."""
+"""The command line: `fermisvd convert`, `heal`, `evaluate`, `inspect`, `report`."""
 
 import json
 import os
@@ -55,6 +55,11 @@ class Device(StrEnum):
     auto = "auto"
     cpu = "cpu"
     cuda = "cuda"
+
+
+class Figures(StrEnum):
+    svg = "svg"
+    png = "png"
 
 
 @contextmanager
@@ -310,6 +315,20 @@ def inspect(
         return
     print_groups(summary["groups"], Console())
     print(f"{summary['tensors']} tensors, {summary['bytes'] / 1e6:,.2f} MB")
+
+
+@app.command()
+def report(
+    outs: Annotated[list[Path], typer.Argument(metavar="OUT...", help="Folders of compressed checkpoints.")],
+    to: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the figures go; made if need be.")] = Path("report"),
+    figures: Annotated[Figures, typer.Option("--format", help="Kind of file.")] = Figures.svg,
+) -> None:
+    """Draw ranks, kept energy, FermiGrad's trace and spectra; with several OUTs, also quality against size."""
+    with _clear_errors():
+        from fermisvd_convert.figures import draw_figures
+
+        for path in draw_figures(outs, to, figures.value):
+            print(path)
 
 
 if __name__ == "__main__":

@@ -18,10 +18,11 @@ from fermisvd.fermigrad import Constraint, FermiGradSettings
 from fermisvd.healing import HealingSettings
 from fermisvd.hf import load_model
 from fermisvd_convert import stages
+from fermisvd_convert.card import write_card
 from fermisvd_convert.checks import check_options, check_out
 from fermisvd_convert.evaluate import evaluate_by_blocks
 from fermisvd_convert.memory import Limits, check_memory, limits, memory_of, model_sizes, needs
-from fermisvd_convert.report import group_rows, model_card, totals
+from fermisvd_convert.report import calibration_name, group_rows, totals
 from fermisvd_convert.source import open_source, open_streamed, resolve_device, window_length
 from fermisvd_convert.space import check_space, out_bytes, work_bytes
 from fermisvd_convert.stages import GroupsRule, Whitening
@@ -195,7 +196,9 @@ def convert(
                 )
         else:
             factors_of = decomposition.truncated(dict(compressed))
-        rows = group_rows(linear, chosen, form)
+        if distributed.rank():
+            return distributed.from_first({})  # the first process writes
+        rows = group_rows(linear, chosen, form, decomposition.sigma)
         report = {
             "model": Path(model).name if Path(model).is_dir() else model,
             "revision": revision,
@@ -203,11 +206,11 @@ def convert(
             "settings": {
                 "remove": remove,
                 "form": form,
-                "ranks": ranks,
+                "ranks": Path(ranks).name,
                 "groups": groups,
                 "whitening": whitening,
                 "refit": refit,
-                "calibration": [Path(c).name for c in calibration],
+                "calibration": [calibration_name(c) for c in calibration],
                 "samples": len(windows),
                 "gradient_samples": len(gradient_windows),
                 "sequence_length": length,
@@ -232,8 +235,6 @@ def convert(
             "trace": {"groups": traced, "steps": trace},
             "choices": choices,
         }
-        if distributed.rank():
-            return distributed.from_first(report)  # the first process writes
         with distributed.alone(), unfinished(out) as partial:
 
             def load_student():
@@ -272,7 +273,7 @@ def convert(
             }
             report["bytes"] = {"before": weight_bytes(source.folder), "after": weight_bytes(partial)}
             (partial / "fermisvd.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-            (partial / "README.md").write_text(model_card(report, out), encoding="utf-8")
+            write_card(report, partial, source.folder)
             # apart, so that the same settings give the same files, however long it took
             (partial / "timing.json").write_text(json.dumps(seconds, indent=1) + "\n", encoding="utf-8")
             move_into_place(partial, out)

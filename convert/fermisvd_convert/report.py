@@ -1,30 +1,70 @@
-"""What a conversion did: the closing table, fermisvd.json and the model card."""
+"""What a conversion did: the groups' records in fermisvd.json, and the closing table."""
 
 import re
+from collections.abc import Callable, Sequence
 from itertools import takewhile
 from pathlib import Path
 
+import numpy as np
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from fermisvd.budget import Form, group_parameters, stays_dense
 from fermisvd.groups import LinearGroup
+from fermisvd_convert.text import weighted_source
+
+SPECTRUM_POINTS = 64
 
 
-def group_rows(groups: list[LinearGroup], ranks: list[int], form: Form) -> list[dict]:
-    """One record a group: members, form as stored, side, rank, full_rank, parameters before and after."""
-    return [
-        {
-            "members": list(group.members),
-            "form": "dense" if stays_dense(group, rank, form) else form,
-            "side": group.side,
-            "rank": rank,
-            "full_rank": group.full_rank,
-            "parameters_before": group.dense_parameters,
-            "parameters_after": int(group_parameters(group, rank, form)),
-        }
-        for group, rank in zip(groups, ranks, strict=True)
-    ]
+def group_rows(
+    groups: Sequence[LinearGroup], ranks: Sequence[int], form: Form, sigma_of: Callable[[LinearGroup], torch.Tensor]
+) -> list[dict]:
+    """One record a group: members, form as stored, side, rank, full_rank, parameters before and after, kept_energy,
+    spectrum.
+
+    sigma_of: gives a group's singular values, (k,) descending.
+    """
+    rows = []
+    for group, rank in zip(groups, ranks, strict=True):
+        dense, sigma = stays_dense(group, rank, form), sigma_of(group).double().numpy()
+        rows.append(
+            {
+                "members": list(group.members),
+                "form": "dense" if dense else form,
+                "side": group.side,
+                "rank": rank,
+                "full_rank": group.full_rank,
+                "parameters_before": group.dense_parameters,
+                "parameters_after": int(group_parameters(group, rank, form)),
+                "kept_energy": 1.0 if dense else kept_energy(sigma, rank),
+                "spectrum": decimated(sigma),
+            }
+        )
+    return rows
+
+
+def kept_energy(sigma: np.ndarray, rank: int) -> float:
+    """sum_{j<r} sigma_j^2 / sum_j sigma_j^2; 1 where there is none to lose. sigma: (k,)."""
+    squared = sigma**2
+    return float(squared[:rank].sum() / squared.sum()) if squared.any() else 1.0
+
+
+def decimated(sigma: np.ndarray) -> dict:
+    """At most SPECTRUM_POINTS singular values, to five digits, and their indices: {"index": [...], "sigma": [...]}.
+
+    sigma: (k,). Half of the indices are evenly spaced and half geometrically, as a spectrum falls fastest at its head.
+    """
+    last, half = len(sigma) - 1, SPECTRUM_POINTS // 2
+    spread = np.concatenate([np.linspace(0, last, half), np.geomspace(1, last + 1, half) - 1])
+    index = np.unique(spread.round().astype(int))
+    return {"index": index.tolist(), "sigma": [float(f"{value:.5g}") for value in sigma[index]]}
+
+
+def calibration_name(source: str) -> str:
+    """A calibration source as the report names it: a data set of the hub by its id, a file or folder by its last name,
+    for where it lay says nothing elsewhere."""
+    return Path(source).name if Path(weighted_source(source)[0]).exists() else source
 
 
 def totals(rows: list[dict]) -> dict:
@@ -95,37 +135,3 @@ def print_report(report: dict, console: Console) -> None:
     )
     size = report["bytes"]
     console.print(f"weights: {size['before'] / 1e6:,.2f} MB before, {size['after'] / 1e6:,.2f} MB after")
-
-
-def model_card(report: dict, out: Path) -> str:
-    """README.md of the checkpoint."""
-    base, settings = report["model"], report["settings"]
-    perplexity, total = report["perplexity"], report["totals"]
-    front = [] if Path(base).exists() else [f"base_model: {base}"]
-    return "\n".join(
-        [
-            "---",
-            *front,
-            "library_name: transformers",
-            "tags: [fermisvd, low-rank, compression]",
-            "---",
-            f"# {Path(base).name}, {total['removed']:.1%} of its linear parameters removed",
-            "",
-            f"Compressed by FermiSVD {report['versions']['fermisvd']} (arXiv 2512.03062): "
-            f"{settings['form']} form, {settings['ranks']} ranks, {settings['groups']} groups, "
-            f"{settings['whitening']} whitening, {settings['heal_steps']} steps of distillation.",
-            "",
-            "| | before | after |",
-            "|---|---|---|",
-            f"| compressible parameters | {total['parameters_before']:,} | {total['parameters_after']:,} |",
-            f"| held-back calibration perplexity | {perplexity['before']:.4f} | {perplexity['after']:.4f} |",
-            "",
-            "Serve: `pip install 'fermisvd[vllm]'`, then `vllm serve PATH_OR_ID`.",
-            "",
-            "Load: `import fermisvd`, then `AutoModelForCausalLM.from_pretrained(PATH_OR_ID)`.",
-            "",
-            "Every group's rank is in `fermisvd.json`.",
-            *[f"\n{line[0].upper()}{line[1:]}." for line in left_dense_lines(report["left_dense"])],
-            "",
-        ]
-    )

@@ -207,6 +207,10 @@ class Decomposition:
         factors = self.factors(group)
         return factors.a, factors.b
 
+    def sigma(self, group: LinearGroup) -> torch.Tensor:
+        """Singular values of a group's whitened W, (k,) descending, float64."""
+        return self.factors(group).sigma
+
     def truncated(self, ranks: dict[LinearGroup, int]) -> FactorsOf:
         """What gives A (m x r) and B (r x n) of a group at its rank."""
         return lambda group: self.factors(group).truncated(ranks[group])

@@ -1,0 +1,115 @@
+"""The model card: README.md of a checkpoint, and the ranks figure in it."""
+
+import logging
+import re
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+from yaml import YAMLError
+
+from fermisvd_convert.figures import MatplotlibMissing, draw_ranks, save, style
+from fermisvd_convert.record import Record
+from fermisvd_convert.report import left_dense_lines
+from fermisvd_convert.text import weighted_source
+
+logger = logging.getLogger("fermisvd")
+
+FIGURE = "ranks.png"  # the hub shows a png everywhere, an svg not
+PAPER = "[arXiv 2512.03062](https://arxiv.org/abs/2512.03062)"
+
+
+def write_card(report: dict, folder: Path, base: Path) -> None:
+    """Write README.md of the checkpoint in `folder`, and its ranks figure where matplotlib is installed.
+
+    report: as fermisvd.json holds it; base: the dense model's folder, whose card says under which license it is.
+    """
+    try:
+        with style():
+            save(draw_ranks(Record.model_validate(report)), folder / FIGURE)
+        figure = [f"![rank and kept energy of every group]({FIGURE})", ""]
+    except MatplotlibMissing as error:
+        logger.warning("the model card has no ranks figure: %s", error)
+        figure = []
+    front = metadata(report, base).to_yaml()
+    body = "\n".join(body_lines(report, base, figure))
+    (folder / "README.md").write_text(f"---\n{front}\n---\n\n{body}", encoding="utf-8")
+
+
+def metadata(report: dict, base: Path) -> ModelCardData:
+    """What the hub reads of a card. What a slash is in was of the hub: folders and files are named without theirs."""
+    sources = [weighted_source(name)[0].partition(":")[0] for name in report["settings"]["calibration"]]
+    return ModelCardData(
+        base_model=report["model"] if "/" in report["model"] else None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["fermisvd", "low-rank", "compression"],
+        datasets=[name for name in sources if "/" in name] or None,
+        **carried_over(base / "README.md"),
+    )
+
+
+def carried_over(card: Path) -> dict:
+    """License and language of the base model's card, which hold for a compressed one as well."""
+    if not card.is_file():
+        return {}
+    try:
+        data = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
+    except (ValueError, TypeError, YAMLError) as error:
+        reason = " ".join(str(error).split())
+        logger.warning("%s: metadata not readable, so the new card names no license: %s", card, reason)
+        return {}
+    return {key: data[key] for key in ("license", "license_name", "license_link", "language") if key in data}
+
+
+def body_lines(report: dict, base: Path, figure: list[str]) -> list[str]:
+    """The card below its metadata."""
+    name, settings, total = report["model"], report["settings"], report["totals"]
+    perplexity, size = report["perplexity"], report["bytes"]
+    link = f"[{name}](https://huggingface.co/{name})" if "/" in name else name
+    # a hub model's folder is snapshots/COMMIT
+    revision = base.name if base.parent.name == "snapshots" else report["revision"]
+    ranks = {"fermigrad": "FermiGrad"}.get(settings["ranks"], settings["ranks"])
+    return [
+        f"# {Path(name).name}, {total['removed']:.1%} of its linear parameters removed",
+        "",
+        f"{link}{f' (revision `{revision}`)' if revision else ''}, compressed by FermiSVD "
+        f"{report['versions']['fermisvd']}: data-aware SVD of its linear layers with {ranks} ranks ({PAPER}), "
+        f"{settings['form']} form, {settings['groups']} groups, {settings['whitening']} whitening, "
+        f"{settings['heal_steps']} steps of distillation.",
+        "",
+        "| | before | after |",
+        "|---|---|---|",
+        f"| parameters of the compressible layers | {total['parameters_before']:,} | {total['parameters_after']:,} |",
+        f"| weights | {size['before'] / 1e6:,.2f} MB | {size['after'] / 1e6:,.2f} MB |",
+        f"| perplexity on {perplexity['tokens']:,} held-back tokens of the calibration text "
+        f"| {perplexity['before']:.4f} | {perplexity['after']:.4f} |",
+        "",
+        *figure,
+        "## Serve",
+        "",
+        "```",
+        'pip install "fermisvd[vllm]"',
+        "vllm serve .",
+        "```",
+        "",
+        "## Load",
+        "",
+        "```python",
+        "import fermisvd  # pip install fermisvd; registers the format with transformers",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'model = AutoModelForCausalLM.from_pretrained(".")',
+        'tokenizer = AutoTokenizer.from_pretrained(".")',
+        "```",
+        "",
+        "Every group's rank and all settings are in `fermisvd.json`.",
+        *[f"\n{line[0].upper()}{line[1:]}." for line in left_dense_lines(report["left_dense"])],
+        "",
+    ]
+
+
+def name_repository(folder: Path, repository: str) -> None:
+    """Make the commands in a checkpoint's card name a repository of the hub; until then they name the folder itself."""
+    card = folder / "README.md"
+    text = re.sub(r"(?m)^vllm serve \S+", f"vllm serve {repository}", card.read_text(encoding="utf-8"))
+    card.write_text(re.sub(r'from_pretrained\("[^"]*"\)', f'from_pretrained("{repository}")', text), encoding="utf-8")
