@@ -1,4 +1,4 @@
-"""The command line: `fermisvd convert`, `heal`, `evaluate`, `inspect`, `report`."""
+"""The command line: `fermisvd convert`, `heal`, `evaluate`, `inspect`, `report`, `push`."""
 
 import json
 import os
@@ -173,15 +173,25 @@ def convert(
         bool, typer.Option("--trust-remote-code", help="Run code that the model brings.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
+    push_to: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="Upload OUT to this model repository of the hub.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make the repository of --push-to a private one.")] = False,
 ) -> None:
     """Compress MODEL into OUT, a checkpoint that `vllm serve OUT` serves."""
     if more_calibration and not calibration:
         raise typer.BadParameter(f"unexpected argument {more_calibration[0]!r}")
+    if private and push_to is None:
+        raise typer.BadParameter("--private is about the repository of --push-to, which is not given")
     _check_use(context, "ranks", "fermigrad", FERMIGRAD_OPTIONS)
     _check_use(context, "constraint", Constraint.penalty, ("penalty_growth",))
     if int(os.environ.get("RANK", 0)):  # of torchrun's processes the first shows how far they are
         os.environ["TQDM_DISABLE"] = "1"
     with _clear_errors():
+        from fermisvd_convert import hub
+
+        if push_to is not None:
+            hub.check_repository(push_to, private)
         from fermisvd_convert.convert import convert as run
         from fermisvd_convert.memory import parse_bytes
         from fermisvd_convert.report import print_report
@@ -221,6 +231,8 @@ def convert(
         )
         if not int(os.environ.get("RANK", 0)):
             print_report(report, Console())
+            if push_to is not None:
+                print(f"pushed to {hub.push(out, push_to, private)}")
 
 
 @app.command()
@@ -329,6 +341,19 @@ def report(
 
         for path in draw_figures(outs, to, figures.value):
             print(path)
+
+
+@app.command()
+def push(
+    out: Annotated[Path, typer.Argument(help="Folder of a compressed checkpoint.")],
+    repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Model repository of the hub.")],
+    private: Annotated[bool, typer.Option("--private", help="If the repository is made: a private one.")] = False,
+) -> None:
+    """Upload OUT to the hub, also where the upload of --push-to failed."""
+    with _clear_errors():
+        from fermisvd_convert import hub
+
+        print(f"pushed to {hub.push(out, repository, private)}")
 
 
 if __name__ == "__main__":
