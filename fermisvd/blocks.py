@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -19,6 +20,10 @@ from fermisvd.streaming import present
 
 class BlocksError(FermiSVDError):
     """The model is no plain row of decoder blocks."""
+
+
+class HiddenStatesError(FermiSVDError):
+    """No room for hidden states."""
 
 
 class DecoderBlocks:
@@ -102,7 +107,10 @@ class DecoderBlocks:
 
 
 class HiddenStates:
-    """Hidden states by (place, batch number): in memory up to `room` bytes, beyond that in files of `folder`."""
+    """Hidden states by (place, batch number): in memory up to `room` bytes, beyond that in files of `folder`.
+
+    Raises HiddenStatesError where these cannot be written.
+    """
 
     def __init__(self, folder: Path, room: int):
         self.folder, self.room = folder, room
@@ -115,8 +123,11 @@ class HiddenStates:
             self.room -= hidden.nbytes
             self._memory[place, batch] = hidden
         else:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            save_file({"hidden": hidden.contiguous().cpu()}, self._file(place, batch))
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                save_file({"hidden": hidden.contiguous().cpu()}, self._file(place, batch))
+            except (OSError, SafetensorError) as error:
+                raise HiddenStatesError(f"{self.folder}: hidden states cannot be written ({error})") from None
 
     def get(self, place: str, batch: int, device: torch.device) -> torch.Tensor:
         kept = self._memory.get((place, batch))

@@ -9,8 +9,14 @@ from typing import TypeVar
 import torch
 from torch import distributed
 
+from fermisvd.errors import FermiSVDError
+
 T = TypeVar("T")
 PATIENCE = timedelta(days=2)  # what one process does alone, the others wait for
+
+
+class ProcessError(FermiSVDError):
+    """Another process has ended, or this one has no device."""
 
 
 @contextmanager
@@ -23,6 +29,8 @@ def processes(device: str) -> Iterator[str]:
         yield device
         return
     if device == "cuda":
+        if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+            raise ProcessError(f"{torch.cuda.device_count()} GPUs for more processes; give --nproc-per-node so many")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     distributed.init_process_group("cpu:gloo,cuda:nccl" if "cuda" in device else "gloo", timeout=PATIENCE)
@@ -73,11 +81,12 @@ def from_first(value: T) -> T:
     if world() == 1:
         return value
     box = [value]
-    distributed.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    try:
+        distributed.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    except RuntimeError as error:
+        raise ProcessError(f"process {rank()}: another process has ended, see its message ({error})") from None
     return box[0]
 
 
 def wait_for_all() -> None:
-    if world() > 1:
-        from_first(None)
-        sum_over_processes(torch.zeros(1, device="cpu"))
+    sum_over_processes(torch.zeros(1))

@@ -190,7 +190,8 @@ def convert(
     with _clear_errors():
         from fermisvd_convert import hub
 
-        if push_to is not None:
+        first = not int(os.environ.get("RANK", 0))
+        if push_to is not None and first:
             hub.check_repository(push_to, private)
         from fermisvd_convert.convert import convert as run
         from fermisvd_convert.memory import parse_bytes

@@ -21,7 +21,7 @@ from fermisvd_convert import stages
 from fermisvd_convert.card import write_card
 from fermisvd_convert.checks import check_options, check_out
 from fermisvd_convert.evaluate import evaluate_by_blocks
-from fermisvd_convert.memory import Limits, check_memory, limits, memory_of, model_sizes, needs
+from fermisvd_convert.memory import Limits, check_memory, gated_bytes, limits, memory_of, model_sizes, needs
 from fermisvd_convert.report import calibration_name, group_rows, totals
 from fermisvd_convert.source import open_source, open_streamed, resolve_device, window_length
 from fermisvd_convert.space import check_space, out_bytes, work_bytes
@@ -29,6 +29,7 @@ from fermisvd_convert.stages import GroupsRule, Whitening
 from fermisvd_convert.text import DEFAULT_DATASET, TextError, calibration_text, check_vocabulary
 from fermisvd_convert.workspace import Workspace, settings_key
 from fermisvd_convert.writer import (
+    claimed,
     move_into_place,
     replace_tensors,
     storage_type,
@@ -104,16 +105,18 @@ def convert(
             f"one calibration window of {length} tokens leaves none to train on; give more text or --samples, or pass "
             "--heal-steps 0 --no-refit"
         )
-    source.check_values(None if dtype == "auto" else storage)
-    key = source.key
+    with _timed(seconds, "check"):
+        source.check_values(None if dtype == "auto" else storage)
+        key = source.key
 
-    with distributed.processes(device) as device, workspace.locked():
+    with distributed.processes(device) as device, claimed(out), workspace.locked():
+        check_out(out, model, workspace.folder, overwrite)  # with what was put back
 
         def load():
             return source.load(device)
 
         def stream():
-            return source.stream(device)
+            return source.stream(device, bounded=max_memory is not None)
 
         with _timed(seconds, "calibrate"):
             linear, others = stages.structure(workspace, key, groups, stream)
@@ -123,8 +126,12 @@ def convert(
             fitted = stages.ranks_from_file(Path(ranks), linear, groups)[0] if filed else linear
             check_budget(fitted, kept_parameters(fitted, remove), form, align, minimum_rank)
             size = model_sizes(source.headers, linear, source.vocabulary, batch_size, length)
-            required = needs(size, form, ranks, groups, refit, heal_steps, remove)
-            check_memory(required, max_memory)
+            room = memory_of(device, max_memory)
+            shard = distributed.from_first(distributed.world() > 1 and gated_bytes(size) > room)
+            parts = distributed.world() if shard else 1
+            required = needs(size, form, ranks, groups, refit, heal_steps, remove, parts)
+            if max_memory is not None or device.startswith("cuda"):
+                check_memory(required, room)
             limit = limits(size, max_memory)
             statistics = stages.statistics_of(key, windows, whitening, batch_size, seed)
             decomposition = stages.Decomposition(workspace, source, statistics, device)
@@ -163,8 +170,6 @@ def convert(
                 plateau=plateau,
                 seed=seed,
             )
-            most = required.get("FermiGrad", (0,))[0]
-            shard = distributed.world() > 1 and most > memory_of(device, max_memory)
             linear, ideal, trace = stages.ideal_ranks(
                 ranks,
                 linear,
@@ -276,7 +281,7 @@ def convert(
             write_card(report, partial, source.folder)
             # apart, so that the same settings give the same files, however long it took
             (partial / "timing.json").write_text(json.dumps(seconds, indent=1) + "\n", encoding="utf-8")
-            move_into_place(partial, out)
+            move_into_place(partial, out, overwrite)
         return distributed.from_first(report | {"seconds": seconds})
 
 

@@ -1,5 +1,6 @@
 """Perplexity, and how far a model is from a reference."""
 
+import logging
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -13,6 +14,8 @@ from fermisvd.blocks import BlocksError, DecoderBlocks, HiddenStates, device_of,
 from fermisvd.losses import kl_divergence
 from fermisvd_convert.source import SourceError, load_dense_or_compressed, load_tokenizer, resolve_device, window_length
 from fermisvd_convert.text import check_vocabulary, windows_of
+
+logger = logging.getLogger("fermisvd")
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,8 @@ def evaluate_by_blocks(
     try:
         blocks = DecoderBlocks(model)
         blocks.first(windows[:batch_size].to(device_of(model)))
-    except BlocksError:
+    except BlocksError as error:
+        logger.warning("%s; the model is run whole", error)
         return evaluate(model, windows, None, batch_size, label)
     batches = windows.split(batch_size)
     return _measure(batches, logits_by_blocks(blocks, batches, hidden), repeat(None), label)

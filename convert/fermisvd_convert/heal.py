@@ -24,7 +24,7 @@ from fermisvd_convert.source import (
     window_length,
 )
 from fermisvd_convert.text import TextError, calibration_text, check_vocabulary
-from fermisvd_convert.writer import OutputError, move_into_place, replace_tensors, unfinished
+from fermisvd_convert.writer import OutputError, claimed, move_into_place, replace_tensors, unfinished
 
 
 def heal_checkpoint(
@@ -78,7 +78,7 @@ def heal_checkpoint(
         held = -(-len(chosen.windows) // 8)
         outcome = heal(dense, student, chosen.windows[held:], chosen.windows[:held], settings, show)
     seconds = round(time.perf_counter() - begin, 2)
-    with unfinished(healed) as partial:
+    with claimed(healed), unfinished(healed) as partial:
         shutil.copytree(checkpoint, partial, dirs_exist_ok=True)
         stored = read_headers(checkpoint)[next(iter(trained_factors(student)))]  # all factors have one type
         replace_tensors(partial, rounded_factors(student, TORCH_TYPES[stored.dtype]))
@@ -101,7 +101,7 @@ def heal_checkpoint(
         note = f"\nHealed: {steps} steps of distillation from {record['teacher']}, held-back perplexity "
         note += f"{before.perplexity:.4f} before and {after.perplexity:.4f} after (healing.json).\n"
         card.write_text((card.read_text(encoding="utf-8") if card.exists() else "") + note, encoding="utf-8")
-        move_into_place(partial, healed)
+        move_into_place(partial, healed, overwrite=False)
     return record
 
 

@@ -23,15 +23,17 @@ FLOAT = 4
 
 
 class MemoryLimitError(FermiSVDError):
-    """A step needs more than --max-memory."""
+    """A step needs more than --max-memory, or than the device has."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """gram_bytes: of the matrices that calibration gathers in one pass; hidden_bytes: of hidden states in memory."""
+    """gram_bytes: of the matrices that calibration gathers in one pass; hidden_bytes: of hidden states in memory;
+    bounded: whether more than is needed must not be taken, where a model is no plain row of blocks."""
 
     gram_bytes: int
     hidden_bytes: int
+    bounded: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,13 +85,22 @@ def limits(size: Sizes, max_memory: int | None) -> Limits:
         return Limits(size.block + size.gram, max(HIDDEN_BYTES, size.block))
     rest = max_memory - size.outside - size.block - 2 * size.activations
     hidden = max(0, min(max(HIDDEN_BYTES, size.block), rest // 4))
-    return Limits(max(size.gram, min(size.block + size.gram, rest - hidden)), hidden)
+    return Limits(max(size.gram, min(size.block + size.gram, rest - hidden)), hidden, bounded=True)
 
 
-def needs(size: Sizes, form: Form, ranks: str, groups: str, refit: bool, heal_steps: int, remove: float) -> dict:
-    """Step -> (bytes, what to do without it), of the steps that this conversion takes."""
-    model = size.blocks + size.outside
-    gated = size.factors + size.outside + 3 * size.logits + 2 * size.activations
+def gated_bytes(size: Sizes, parts: int = 1) -> int:
+    """What FermiGrad takes on each device. parts: devices that the factors are divided among (FSDP2, which gathers a
+    block at a time and the next one)."""
+    block = size.factors * size.block // max(size.blocks, 1)
+    factors = size.factors if parts == 1 else size.factors // parts + 2 * block
+    return factors + size.outside + 3 * size.logits + 2 * size.activations
+
+
+def needs(
+    size: Sizes, form: Form, ranks: str, groups: str, refit: bool, heal_steps: int, remove: float, parts: int = 1
+) -> dict[str, tuple[int, str]]:
+    """Step -> (bytes, what to do without it), of the steps that this conversion takes. parts: as `gated_bytes`."""
+    model, gated = size.blocks + size.outside, gated_bytes(size)
     found = {
         "calibration": (
             size.outside + size.block + size.gram + max(2 * size.activations, 3 * size.logits),
@@ -98,7 +109,7 @@ def needs(size: Sizes, form: Form, ranks: str, groups: str, refit: bool, heal_st
         "decomposition": (2 * size.gram + 6 * size.layer, "no smaller"),
     }
     if ranks == "fermigrad":
-        found["FermiGrad"] = (gated, "--ranks uniform or a file of ranks, or several processes")
+        found["FermiGrad"] = (gated_bytes(size, parts), "--ranks uniform or a file of ranks, or more processes")
         if form == "svd":
             found["the choice of dense groups"] = (gated, "--ranks uniform or a file of ranks")
     if groups == "auto" and ranks in ("uniform", "fermigrad"):
@@ -111,13 +122,13 @@ def needs(size: Sizes, form: Form, ranks: str, groups: str, refit: bool, heal_st
     return found
 
 
-def check_memory(required: dict, max_memory: int | None) -> None:
-    """Raises MemoryLimitError naming the first step that --max-memory is too little for."""
+def check_memory(required: dict[str, tuple[int, str]], room: int) -> None:
+    """Raises MemoryLimitError naming the first step that takes more than `room` bytes."""
     for step, (need, instead) in required.items():
-        if max_memory is not None and need > max_memory:
+        if need > room:
             raise MemoryLimitError(
-                f"--max-memory {max_memory / 2**30:.2f} GiB: {step} takes about {need / 2**30:.2f} GiB; give more, or: "
-                f"{instead}"
+                f"{step} takes about {need / 2**30:.2f} GiB, there are {room / 2**30:.2f} (--max-memory, or what the "
+                f"device has); give more, or: {instead}"
             )
 
 
@@ -127,7 +138,8 @@ def memory_of(device: str, max_memory: int | None) -> int:
         return max_memory
     if device.startswith("cuda"):
         return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's, on this machine
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // processes
 
 
 def give_back() -> None:

@@ -107,9 +107,10 @@ class Source:
         """The model in float32, ready for forward passes. Raises SourceError if transformers cannot load it."""
         return load_dense_or_compressed(self.folder, device, self.trust_remote_code)
 
-    def stream(self, device: str) -> nn.Module:
-        """As `load`, with one decoder block in memory at a time where the files allow."""
-        return open_streamed(self.folder, device, self.trust_remote_code)
+    def stream(self, device: str, bounded: bool = False) -> nn.Module:
+        """As `load`, with one decoder block in memory at a time where the files allow. Raises SourceError if they do
+        not and the memory is `bounded`."""
+        return open_streamed(self.folder, device, self.trust_remote_code, bounded)
 
     def tokenizer(self):
         """Raises SourceError if the folder has none."""
@@ -126,12 +127,17 @@ def load_dense_or_compressed(model: str | Path, device: str, trust_remote_code: 
         raise SourceError(f"{model}: transformers cannot load it: {str(error).strip().splitlines()[0]}") from None
 
 
-def open_streamed(folder: Path, device: str, trust_remote_code: bool = False) -> nn.Module:
+def open_streamed(folder: Path, device: str, trust_remote_code: bool = False, bounded: bool = False) -> nn.Module:
     """A causal language model in float32 that reads a decoder block's weights when it is called; whole, and said so,
     where transformers changes tensors on loading. Raises SourceError if transformers cannot load it."""
     try:
         return stream_model(folder, device, trust_remote_code)
     except StreamingError as error:
+        if bounded:
+            raise SourceError(
+                f"{error}: transformers makes it of others; not without holding the model whole, which "
+                "--max-memory does not allow"
+            ) from None
         logger.warning("%s: transformers makes it of others; the model is held whole", error)
         return load_dense_or_compressed(folder, device, trust_remote_code)
     except FermiSVDError:

@@ -92,7 +92,7 @@ def statistics_of(key: str, windows: torch.Tensor, whitening: Whitening, batch_s
     """Where `calibrate` keeps the matrices of a model, by its key, on these windows."""
     text = windows_key(windows)
     outputs = f"outputs-{settings_key(key, text, seed, batch_size)}" if whitening == "kfac" else None
-    return Statistics(f"gram-{settings_key(key, text)}", outputs)
+    return Statistics(f"gram-{settings_key(key, text, batch_size)}", outputs)
 
 
 def calibrate(
@@ -115,7 +115,9 @@ def calibrate(
         for group in groups:
             for name, rows in zip(group.members, group.member_rows, strict=True):
                 wanted.append((found.outputs, name, min(rows, group.columns)))
-    missing = [item for item in dict.fromkeys(wanted) if not workspace.has_tensors(*item[:2])]
+    missing = []
+    if distributed.rank() == 0:
+        missing = [item for item in dict.fromkeys(wanted) if not workspace.has_tensors(*item[:2])]
     missing = distributed.from_first(missing)
     if not missing:
         return
@@ -140,6 +142,8 @@ def calibrate(
         blocks = DecoderBlocks(model)
         blocks.first(batches[0].to(device_of(model)))
     except BlocksError as error:
+        if limits.bounded:
+            raise BlocksError(f"{error}; it is run whole, which --max-memory does not allow") from None
         logger.warning("%s; the model is run whole", error)
         passes = in_parts(missing, max(limits.gram_bytes, sum(p.nbytes for p in model.parameters())))
         for number, items in enumerate(passes, 1):
@@ -298,7 +302,9 @@ def settle(
         return {"mu": ranks, "records": records}
 
     partition = [group.members for group in groups]
-    key = settings_key(decomposition.stage, partition, mus, remove, align, minimum_rank, windows_key(aside), CANDIDATES)
+    key = settings_key(
+        decomposition.stage, partition, mus, remove, align, minimum_rank, windows_key(aside), batch_size, CANDIDATES
+    )
     found = decomposition.workspace.json(f"jump-{key}", run)
     return found["mu"], found["records"]
 
@@ -354,7 +360,7 @@ def join(
         return {"groups": [{**asdict(group), "rank": rank} for group, rank in chosen], "records": records}
 
     key = settings_key(decomposition.stage, [[g.members, r] for g, r in zip(groups, ranks, strict=True)], form, align)
-    found = decomposition.workspace.json(f"groups-{settings_key(key, windows_key(aside))}", run)
+    found = decomposition.workspace.json(f"groups-{settings_key(key, windows_key(aside), batch_size)}", run)
     fewer = [linear_group(entry) for entry in found["groups"]]
     chosen = [entry["rank"] for entry in found["groups"]]
     # joined groups may leave a step unspent

@@ -1,7 +1,8 @@
 """The work directory: every stage's result in a file named by the hash of all that it depends on.
 
 Other settings give another name, so that an unchanged stage is found and skipped. `manifest.jsonl` has a line for each
-finished artefact with its hash: what is not in it, or is not what it says, is made again.
+finished artefact with its hash (each further process has a manifest of its own): what is not in it, or is not what it
+says, is made again.
 """
 
 import hashlib
@@ -23,9 +24,10 @@ from fermisvd import distributed
 from fermisvd.blocks import HiddenStates
 from fermisvd.errors import FermiSVDError
 
-MANIFEST = "manifest.jsonl"
-PARTIAL = ".partial"
-PROGRESS_SECONDS = 60
+MANIFEST = "manifest"
+PARTIAL = ".fermisvd-partial"
+METHOD = 1  # raised when the same settings no longer give the same result
+PROGRESS, PROGRESS_SECONDS = ".progress.json", 60
 
 
 class WorkspaceError(FermiSVDError):
@@ -34,7 +36,7 @@ class WorkspaceError(FermiSVDError):
 
 def settings_key(*parts: Any) -> str:
     """Short hash of JSON-able settings."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([METHOD, *parts], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def file_hash(path: Path) -> str:
@@ -78,7 +80,7 @@ class Workspace:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._manifest: dict[str, dict] = {}
+        self._manifest: dict[str, dict[str, int]] = {}  # artefact -> its hashes, bytes of each
         self._checked: set[str] = set()
         self.read_manifest()
 
@@ -94,8 +96,10 @@ class Workspace:
         except OSError as error:
             raise WorkspaceError(f"{self.folder}: cannot be made ({error}); choose another --work") from None
         with only_one(self.folder / ".lock", self.folder):
-            for left in self.folder.rglob(f".*{PARTIAL}"):
+            for left in [*self.folder.glob(f".*{PARTIAL}"), *self.folder.glob(f"*/.*{PARTIAL}")]:
                 left.unlink()
+            for left in self.folder.glob("hidden-*"):
+                shutil.rmtree(left)
             self.read_manifest()  # another may just have finished
             self.together()
             yield
@@ -118,16 +122,13 @@ class Workspace:
 
     def read_manifest(self) -> None:
         """Learn what other processes have finished. A line that a kill cut off is none."""
-        try:
-            lines = (self.folder / MANIFEST).read_text(encoding="utf-8", errors="replace").splitlines()
-        except OSError:
-            lines = []
-        for line in lines:
-            try:
-                entry = json.loads(line)
-                self._manifest[entry["artefact"]] = entry
-            except (ValueError, KeyError, TypeError):
-                continue
+        for file in self.folder.glob(f"{MANIFEST}*.jsonl"):
+            for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+                try:
+                    entry = json.loads(line)
+                    self._manifest.setdefault(entry["artefact"], {})[entry["sha256"]] = entry["bytes"]
+                except (ValueError, KeyError, TypeError):
+                    continue
 
     def json(
         self,
@@ -150,12 +151,13 @@ class Workspace:
                 value = value if together else make()
             text = json.dumps(value, indent=1)
             self._keep(artefact, lambda p: p.write_text(text, encoding="utf-8"))
+            (self.folder / f"{name}{PROGRESS}").unlink(missing_ok=True)
             value = json.loads(text)  # keys become strings: the same the first time and later
         return distributed.from_first(value)
 
     def progress(self, name: str) -> tuple[Any, Callable[[Any], None]]:
         """How far an unfinished stage has come, or None; and what keeps it, once a minute, by process 0."""
-        artefact, kept = f"{name}.progress.json", time.monotonic()
+        artefact, kept = f"{name}{PROGRESS}", time.monotonic()
         found = None
         if distributed.rank() == 0 and self._intact(artefact):
             found = json.loads((self.folder / artefact).read_text(encoding="utf-8"))
@@ -193,29 +195,29 @@ class Workspace:
         write_whole(path, write)
         entry = {
             "artefact": artefact,
-            "settings": artefact.partition("/")[0].removesuffix(".json").rpartition("-")[2],
+            "settings": artefact.partition("/")[0].removesuffix(".json").removesuffix(".progress").rpartition("-")[2],
             "sha256": file_hash(path),
             "bytes": path.stat().st_size,
         }
+        manifest = self.folder / f"{MANIFEST}{distributed.rank() or ''}.jsonl"  # each process its own
         try:
-            with (self.folder / MANIFEST).open("ab") as file:
-                # in one write, so that processes do not mix theirs; first a new line, if a kill cut off the last
-                file.write(b"\n" + json.dumps(entry).encode() + b"\n")
+            with manifest.open("ab") as file:
+                file.write(b"\n" + json.dumps(entry).encode() + b"\n")  # first a new line, if a kill cut off the last
         except OSError as error:
-            raise WorkspaceError(f"{self.folder / MANIFEST}: cannot be written ({error})") from None
-        self._manifest[artefact] = entry
+            raise WorkspaceError(f"{manifest}: cannot be written ({error}); finished stages are kept") from None
+        self._manifest.setdefault(artefact, {})[entry["sha256"]] = entry["bytes"]
         self._checked.add(artefact)
 
     def _intact(self, artefact: str) -> bool:
         """Whether the artefact is what the manifest says; its bytes are read once a run."""
-        entry, path = self._manifest.get(artefact), self.folder / artefact
+        known, path = self._manifest.get(artefact, {}), self.folder / artefact
         try:
-            if entry is None or path.stat().st_size != entry["bytes"]:
+            if path.stat().st_size not in known.values():
                 return False
             if artefact not in self._checked:
-                if file_hash(path) != entry["sha256"]:
+                if file_hash(path) not in known:
                     return False
                 self._checked.add(artefact)
             return True
-        except (OSError, KeyError):
+        except OSError:
             return False

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
+from fermisvd import distributed
 from fermisvd.budget import Form
 from fermisvd.errors import FermiSVDError
 from fermisvd.format import (
@@ -32,7 +33,6 @@ from fermisvd_convert.workspace import only_one
 
 SHARD_BYTES = 4 * 2**30
 SMALL_SHARD = 2**26  # a shard is a decoder block's size, but not less: a shard is held in memory
-LOCK = ".lock"
 OWN_FILES = {"README.md", "config.json", INDEX_NAME}
 
 
@@ -165,36 +165,60 @@ def replace_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 @contextmanager
-def unfinished(out: Path) -> Iterator[Path]:
-    """An empty folder beside OUT, for one process, to be moved there by `move_into_place`; gone afterwards.
+def claimed(out: Path) -> Iterator[None]:
+    """OUT for this conversion alone. What a killed one left beside it is removed, a checkpoint that it had moved away
+    put back.
 
-    What a killed conversion left there is removed, and a checkpoint that it had moved away put back.
-    Raises WorkspaceError if another conversion is writing OUT, OutputError if there is no space or no permission.
+    Raises WorkspaceError if another conversion has claimed OUT, OutputError if there can be no folder.
     """
-    partial, old = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
+    if distributed.rank():
+        yield
+        return
+    lock, (partial, old) = out.parent / ".fermisvd" / f"{out.name}.lock", beside(out)
     try:
-        partial.mkdir(parents=True, exist_ok=True)
-        with only_one(partial / LOCK, out):
-            for left in partial.iterdir():
-                if left.name != LOCK:
-                    shutil.rmtree(left) if left.is_dir() else left.unlink()
-            if old.exists():
-                shutil.rmtree(old) if out.exists() else old.rename(out)
-            try:
-                yield partial
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
+        lock.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{out}: cannot be written ({error})") from None
+    with only_one(lock, out):
+        shutil.rmtree(partial, ignore_errors=True)
+        if old.exists():
+            shutil.rmtree(old) if out.exists() else old.rename(out)
+        yield
+
+
+def beside(out: Path) -> tuple[Path, Path]:
+    """Where OUT is made, and where an earlier one is put while it is replaced."""
+    return out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
+
+
+@contextmanager
+def unfinished(out: Path) -> Iterator[Path]:
+    """An empty folder, to be moved to a claimed OUT by `move_into_place`; gone afterwards.
+
+    Raises OutputError if there is no space or no permission.
+    """
+    partial, _ = beside(out)
+    try:
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         raise OutputError(
             f"{out}: cannot be written ({error}); it is left as it was, finished stages are kept"
         ) from None
 
 
-def move_into_place(partial: Path, out: Path) -> None:
-    """Rename a finished folder to its name, an earlier one of that name out of the way first."""
-    old = out.with_name(f".{out.name}.old")
-    (partial / LOCK).unlink(missing_ok=True)
+def move_into_place(partial: Path, out: Path, overwrite: bool) -> None:
+    """Rename a finished folder to its name, an earlier one of that name out of the way first.
+
+    Raises OutputError if there is one that is not to be overwritten.
+    """
+    _, old = beside(out)
     if out.exists():
+        if not overwrite:
+            raise OutputError(f"{out}: was made by another while the conversion ran; choose another OUT")
         out.rename(old)
     try:
         partial.rename(out)

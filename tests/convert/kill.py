@@ -43,18 +43,19 @@ def make_model(folder: Path) -> Path:
     return folder
 
 
-def command(model: Path, folder: Path, more: str = "") -> list[str]:
-    options = ["--calibration", str(model / "text.txt"), "--work", str(folder / "work"), "--refit", *more.split()]
-    return [
-        sys.executable,
-        "-m",
-        "fermisvd_convert",
-        "convert",
-        str(model),
-        str(folder / "out"),
-        *SETTINGS.split(),
-        *options,
-    ]
+# hidden states go to files, and FermiGrad keeps its state at every step: both take a minute in a large model only
+PROGRAM = """
+from fermisvd_convert import memory, workspace
+memory.HIDDEN_BYTES = workspace.PROGRESS_SECONDS = 0
+from fermisvd_convert.cli import app
+app()
+"""
+
+
+def command(model: Path, folder: Path, form: str, more: str = "") -> list[str]:
+    options = ["--calibration", str(model / "text.txt"), "--work", str(folder / "work"), "--refit", "--form", form]
+    run = [sys.executable, "-c", PROGRAM, "convert", str(model), str(folder / "out")]
+    return [*run, *SETTINGS.split(), *options, *more.split()]
 
 
 def written(out: Path) -> dict[str, bytes]:
@@ -66,8 +67,6 @@ def last_stage(folder: Path) -> str:
     """Kind of the artefact that was finished last before the kill."""
     manifest = folder / "work" / "manifest.jsonl"
     lines = [line for line in manifest.read_text().splitlines() if line] if manifest.exists() else []
-    if (folder / "out").exists():
-        return "all"
     for line in reversed(lines):
         try:
             return json.loads(line)["artefact"].partition("-")[0]
@@ -76,42 +75,63 @@ def last_stage(folder: Path) -> str:
     return "nothing"
 
 
-def kill_and_resume(model: Path, folder: Path, delay: float) -> str:
-    """The stage behind which the conversion was killed, `delay` seconds after its first artefact or its start."""
-    process = subprocess.Popen(command(model, folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def begun(model: Path, folder: Path, form: str, more: str = "") -> subprocess.Popen:
+    """A conversion that has come as far as its work directory: imports are of no interest."""
+    process = subprocess.Popen(command(model, folder, form, more), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     while process.poll() is None and not (folder / "work").exists():
-        time.sleep(0.01)  # imports are of no interest
+        time.sleep(0.01)
+    return process
+
+
+def kill_and_resume(model: Path, folder: Path, form: str, delay: float, expected: dict, earlier: Path | None) -> str:
+    """The stage behind which a conversion was killed, after `delay` seconds; "" if it had ended by then.
+
+    earlier: a checkpoint that is OUT before, to be overwritten.
+    """
+    if earlier is not None:
+        shutil.copytree(earlier, folder / "out")
+    process = begun(model, folder, form, "--overwrite")
     time.sleep(delay)
+    if process.poll() is not None:
+        return ""
     process.send_signal(signal.SIGKILL)
     process.wait()
     stage = last_stage(folder)
-    assert not (folder / "out").exists() or stage == "all"
-    subprocess.run([*command(model, folder), "--overwrite"], check=True, capture_output=True, text=True)
+    if (folder / "out").exists():  # whole, at any moment
+        found = written(folder / "out")
+        assert found == expected or (earlier is not None and found == written(earlier)), f"OUT is neither, {stage}"
+    subprocess.run(command(model, folder, form, "--overwrite"), check=True, capture_output=True, text=True)
     return stage
 
 
 def survive(kills: int, seed: int, scratch: Path) -> Counter:
-    """How often a conversion was killed behind each stage. Raises AssertionError if a file differs afterwards."""
+    """How often a conversion was killed behind each stage; both forms in turn, every third time with an earlier OUT.
+
+    Raises AssertionError if a file differs from an undisturbed run's, or something is left beside OUT.
+    """
     model, draw = make_model(scratch / "model"), random.Random(seed)
-    begin = time.monotonic()
-    process = subprocess.Popen(command(model, scratch / "plain"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not (scratch / "plain" / "work").exists():
-        time.sleep(0.01)
-    begin = time.monotonic()
-    assert process.wait() == 0
-    seconds, expected, stages = time.monotonic() - begin, written(scratch / "plain" / "out"), Counter()
-    for number in range(kills):
-        folder = scratch / str(number)
-        stage = kill_and_resume(model, folder, draw.uniform(0, seconds))
-        found = written(folder / "out")
-        assert found.keys() == expected.keys(), (number, stage)
-        different = [name for name, content in found.items() if content != expected[name]]
-        assert not different, f"kill {number} behind {stage}: {different} differ"
-        left = [path.name for path in folder.iterdir() if path.name not in ("out", "work")]
-        assert not left, left
-        stages[stage] += 1
+    seconds, expected, stages = {}, {}, Counter()
+    for form in FORMS:
+        process, begin = begun(model, scratch / form, form), time.monotonic()
+        assert process.wait() == 0, process.stderr and process.stderr.read()
+        seconds[form], expected[form] = time.monotonic() - begin, written(scratch / form / "out")
+    while sum(stages.values()) < kills:
+        number = sum(stages.values())
+        form, folder = FORMS[number % 2], scratch / str(number)
+        other = scratch / FORMS[1 - number % 2] / "out" if number % 3 == 2 else None
+        folder.mkdir()
+        delay = draw.uniform(0, seconds[form])
+        stage = kill_and_resume(model, folder, form, delay, expected[form], other)
+        if stage:
+            found = written(folder / "out")
+            assert found.keys() == expected[form].keys(), (number, stage)
+            different = [name for name, content in found.items() if content != expected[form][name]]
+            assert not different, f"kill {number} behind {stage}: {different} differ"
+            left = {path.name for path in folder.iterdir()} - {"out", "work", ".fermisvd"}
+            assert not left, left
+            stages[stage] += 1
+            print(f"{number + 1} of {kills}: {form} killed behind {stage}, same output", flush=True)
         shutil.rmtree(folder)
-        print(f"{number + 1} of {kills}: killed behind {stage}, same output", flush=True)
     return stages
 
 

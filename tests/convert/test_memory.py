@@ -4,7 +4,16 @@ from dataclasses import replace
 import pytest
 
 from fermisvd_convert.convert import convert
-from fermisvd_convert.memory import HIDDEN_BYTES, MemoryLimitError, Sizes, check_memory, limits, needs, parse_bytes
+from fermisvd_convert.memory import (
+    HIDDEN_BYTES,
+    MemoryLimitError,
+    Sizes,
+    check_memory,
+    gated_bytes,
+    limits,
+    needs,
+    parse_bytes,
+)
 
 GIB = 2**30
 LLAMA_8B = Sizes(
@@ -33,7 +42,16 @@ def test_by_default_the_limits_do_not_know_the_number_of_blocks():
 def test_less_memory_gathers_fewer_matrices_but_one_at_least():
     sizes = [limits(LLAMA_8B, gib * GIB) for gib in (8, 9, 10, 100)]
     assert [s.gram_bytes for s in sizes] == sorted(s.gram_bytes for s in sizes)
-    assert sizes[0].gram_bytes == LLAMA_8B.gram and sizes[-1] == limits(LLAMA_8B, None)
+    assert sizes[0].gram_bytes == LLAMA_8B.gram and sizes[-1] == replace(limits(LLAMA_8B, None), bounded=True)
+
+
+def test_devices_share_fermigrad():
+    assert gated_bytes(LLAMA_8B) > LLAMA_8B.factors
+    assert gated_bytes(LLAMA_8B, 8) < gated_bytes(LLAMA_8B, 4) < gated_bytes(LLAMA_8B) < 60 * GIB
+    steps = {"form": "pivga", "ranks": "fermigrad", "groups": "joint", "refit": False, "heal_steps": 0, "remove": 0.3}
+    check_memory(needs(LLAMA_8B, **steps, parts=4), 24 * GIB)
+    with pytest.raises(MemoryLimitError, match="FermiGrad"):
+        check_memory(needs(LLAMA_8B, **steps), 24 * GIB)
 
 
 def test_steps_that_hold_whole_models_are_refused_by_name():
@@ -46,9 +64,8 @@ def test_steps_that_hold_whole_models_are_refused_by_name():
             "heal_steps": 128,
             "remove": 0.3,
         }
-        check_memory(needs(LLAMA_8B, **(steps | changes)), None if gib is None else gib * GIB)
+        check_memory(needs(LLAMA_8B, **(steps | changes)), gib * GIB)
 
-    check(None)
     check(200)
     with pytest.raises(MemoryLimitError, match=r"FermiGrad takes about 4.*--ranks uniform"):
         check(24)

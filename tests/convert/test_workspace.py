@@ -44,7 +44,7 @@ def test_json_is_made_once_and_again_if_changed(tmp_path, damage):
 def test_artefact_that_the_manifest_does_not_know_is_not_used(tmp_path):
     Workspace(tmp_path).save_tensors("s", "a", {"t": torch.ones(2)})
     Workspace(tmp_path).json("b", lambda: 1)
-    (tmp_path / MANIFEST).unlink()
+    (tmp_path / f"{MANIFEST}.jsonl").unlink()
     found = Workspace(tmp_path)
     assert not found.has_tensors("s", "a")
     assert found.json("b", lambda: 2) == 2
@@ -67,10 +67,10 @@ def test_tensors_round_trip_and_damage_is_seen(tmp_path):
 def test_manifest_has_hash_and_settings_and_survives_a_cut_line(tmp_path):
     workspace = Workspace(tmp_path)
     workspace.save_tensors("gram-0123", "a", {"t": torch.ones(2)})
-    with (tmp_path / MANIFEST).open("ab") as file:
+    with (tmp_path / f"{MANIFEST}.jsonl").open("ab") as file:
         file.write(b'{"artefact": "gram-01')  # killed while it wrote
     workspace.json("ranks-4567", lambda: {"x": 1})
-    lines = (tmp_path / MANIFEST).read_text().splitlines()
+    lines = (tmp_path / f"{MANIFEST}.jsonl").read_text().splitlines()
     entries = {entry["artefact"]: entry for line in lines if line.endswith("}") for entry in [json.loads(line)]}
     assert {name: entry["settings"] for name, entry in entries.items()} == {
         "gram-0123/a.safetensors": "0123",
@@ -96,9 +96,13 @@ def test_second_converter_is_refused_and_a_dead_one_forgotten(tmp_path):
         other.kill()
         other.wait()
     (tmp_path / "s").mkdir()
-    (tmp_path / "s" / ".half.safetensors.partial").write_text("left by a kill")
+    (tmp_path / "s" / ".half.safetensors.fermisvd-partial").write_text("left by a kill")
+    (tmp_path / "hidden-1").mkdir()
+    (tmp_path / "hidden-1" / "before 0 0.safetensors").write_text("left by a kill")
+    (tmp_path / "s" / ".mine.partial").write_text("of another program")
     with Workspace(tmp_path).locked():
-        assert not list((tmp_path / "s").iterdir())
+        assert [path.name for path in (tmp_path / "s").iterdir()] == [".mine.partial"]
+        assert not (tmp_path / "hidden-1").exists()
 
 
 @contextmanager
