@@ -147,6 +147,8 @@ def _jsonl(tokenizer, path: Path) -> Iterator[str]:
 
 
 def _dataset(tokenizer, source: str) -> Iterator[str]:
+    if (source.startswith((".", "/", "~")) or source.count("/") > 1) and not Path(source).exists():
+        raise TextError(f"{source}: no such file")  # at once: the hub's client asks again and again
     try:
         import datasets  # pyright: ignore[reportMissingImports]  (an extra)
     except ImportError:

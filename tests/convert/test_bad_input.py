@@ -356,6 +356,12 @@ def _(case):
     case.text.unlink()
 
 
+@refused("a data set that is not there, or no hub")
+def _(case):
+    pytest.importorskip("datasets")
+    case.set(calibration="nobody/nothing")
+
+
 @refused("an empty text")
 def _(case):
     case.text.write_text("")
@@ -553,7 +559,6 @@ def _(case):
 
 def test_every_shard_is_read_one_tensor_at_a_time(tiny_llama, monkeypatch):
     """The check of the values never holds more than one of the model's tensors."""
-    import gc
     import weakref
 
     from fermisvd_convert.source import Source, open_source
@@ -561,7 +566,6 @@ def test_every_shard_is_read_one_tensor_at_a_time(tiny_llama, monkeypatch):
     alive, most, read = weakref.WeakSet(), [], Source.tensor
 
     def counted(self, name):
-        gc.collect()
         tensor = read(self, name)
         alive.add(tensor)
         most.append(len(alive))
