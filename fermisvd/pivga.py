@@ -46,11 +46,7 @@ def choose_skeleton(a: torch.Tensor, b: torch.Tensor, largest: float = LARGEST_I
     rank = len(b)
     reduced = torch.linalg.qr(a.double(), mode="r")[1] @ b.double()
     found = pivoted_cholesky(reduced.T @ reduced, rank)
-    if found is None:
-        made = scipy.linalg.qr(reduced.cpu().numpy(), mode="r", pivoting=True)
-        factor, pivots = torch.from_numpy(made[0][:rank]), torch.from_numpy(made[-1].astype(np.int64))
-        found = factor.to(b.device), pivots.to(b.device)
-    triangle, order = found
+    triangle, order = pivoted_qr(reduced) if found is None else found
     diagonal = triangle.diagonal().abs()
     if rank < len(order) and diagonal.min() > 1e-9 * diagonal.max():  # else D is not unique
         d = torch.linalg.solve_triangular(triangle[:, :rank], triangle[:, rank:], upper=True)
@@ -87,6 +83,13 @@ def pivoted_cholesky(gram: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch
     order = torch.tensor(pivots, device=gram.device)
     order = torch.cat([order, torch.isfinite(left).nonzero().flatten()])
     return factor[:, order], order
+
+
+def pivoted_qr(columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """R (r x n) and the order (n,) of M's columns in which M (r x n) = Q R, by LAPACK's geqp3 on the CPU."""
+    found = scipy.linalg.qr(columns.cpu().numpy(), mode="r", pivoting=True)
+    triangle, order = torch.from_numpy(found[0]), torch.from_numpy(found[-1].astype(np.int64))
+    return triangle.to(columns.device), order.to(columns.device)
 
 
 def exchange(d: torch.Tensor, i: int, j: int) -> None:
@@ -176,10 +179,9 @@ def least_squares(matrix: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tens
     if diagonal.min() > 1e-12 * diagonal.max():
         projected = torch.ormqr(reflectors, scales, right, transpose=True)[: len(triangle)]
         return torch.linalg.solve_triangular(triangle, projected, upper=True), triangle
-    found = scipy.linalg.lstsq(matrix.cpu().numpy(), right.cpu().numpy(), lapack_driver="gelsy")
-    assert found is not None
-    solution = found[0]
-    return torch.from_numpy(solution).to(matrix.device), triangle
+    solution = scipy.linalg.lstsq(matrix.cpu().numpy(), right.cpu().numpy(), lapack_driver="gelsy")
+    assert solution is not None
+    return torch.from_numpy(solution[0]).to(matrix.device), triangle
 
 
 def dense_product(form: PivGa) -> torch.Tensor:
