@@ -15,6 +15,7 @@ from fermisvd.errors import FermiSVDError
 
 DEFAULT_DATASET = "Salesforce/wikitext:wikitext-2-raw-v1"
 HELD_BACK_WINDOWS = 32
+TEXT_SUFFIXES = {".txt", ".jsonl"}  # of files, not of data sets
 
 
 class TextError(FermiSVDError):
@@ -147,7 +148,8 @@ def _jsonl(tokenizer, path: Path) -> Iterator[str]:
 
 
 def _dataset(tokenizer, source: str) -> Iterator[str]:
-    if (source.startswith((".", "/", "~")) or source.count("/") > 1) and not Path(source).exists():
+    is_path = source.startswith((".", "/", "~")) or source.count("/") > 1 or Path(source).suffix in TEXT_SUFFIXES
+    if is_path and not Path(source).exists():
         raise TextError(f"{source}: no such file")  # at once: the hub's client asks again and again
     try:
         import datasets  # pyright: ignore[reportMissingImports]  (an extra)

@@ -358,7 +358,12 @@ def _(case):
 
 @refused("a data set that is not there, or no hub")
 def _(case):
-    pytest.importorskip("datasets")
+    datasets = pytest.importorskip("datasets")
+
+    def no_hub(*args, **kwargs):  # the client itself tries for half a minute, see test_text.py
+        raise ConnectionError("no hub")
+
+    case.patch.setattr(datasets, "load_dataset", no_hub)
     case.set(calibration="nobody/nothing")
 
 
