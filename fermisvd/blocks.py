@@ -23,7 +23,7 @@ class BlocksError(FermiSVDError):
 
 
 class HiddenStatesError(FermiSVDError):
-    """No room for hidden states."""
+    """Hidden states are not finite, or there is no room for them."""
 
 
 class DecoderBlocks:
@@ -172,17 +172,20 @@ def sweep(
     blocks: DecoderBlocks, batches: Sequence[tuple[int, torch.Tensor]], hidden: HiddenStates, keep: bool = False
 ) -> None:
     """Forward through all blocks, one at a time: leaves the states behind the last as "last" and, with `keep`, those
-    before block i as "before i". batches: numbered."""
+    before block i as "before i". batches: numbered. Raises HiddenStatesError naming a block whose output is not finite.
+    """
     device = device_of(blocks.model)
     for number, batch in batches:
         hidden.put("last", number, blocks.first(batch.to(device)))
     for index in range(len(blocks.blocks)):
         with blocks.present(index):
             for number, _ in batches:
-                states = hidden.get("last", number, device)
+                states = blocks.run(index, hidden.get("last", number, device))
+                if not states.isfinite().all():
+                    raise HiddenStatesError(f"the output of {blocks.prefix}.{index} holds NaN or infinite values")
                 if keep:
                     hidden.move("last", f"before {index}", number)
-                hidden.put("last", number, blocks.run(index, states))
+                hidden.put("last", number, states)
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -220,7 +220,9 @@ def _of_this_process(batches: Iterable[torch.Tensor]) -> list[tuple[int, torch.T
 
 def drawn_gradient(logits: torch.Tensor, seed: int, number: int) -> torch.Tensor:
     """Gradient of -log p(y) at the logits (windows, length, vocabulary), y drawn from them; the draw depends on the
-    batch's number alone, whichever process has it."""
+    batch's number alone, whichever process has it. Raises CalibrationError if they are not finite."""
+    if not logits.isfinite().all():
+        raise CalibrationError("the model's logits hold NaN or infinite values during calibration")
     draw = torch.Generator(logits.device).manual_seed(seed * 2**20 + number)
     gradient = logits.detach().float().softmax(-1)
     drawn = torch.multinomial(gradient.flatten(0, -2), 1, generator=draw).view(*logits.shape[:-1], 1)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from fermisvd.blocks import DecoderBlocks, HiddenStates
+from fermisvd.blocks import DecoderBlocks, HiddenStates, HiddenStatesError
 from fermisvd.calibration import CalibrationError, calibration_grams, gram_matrices, grams_by_blocks, group_output_gram
 from fermisvd.decomposition import OutputGram
 from fermisvd.groups import find_groups
@@ -142,3 +142,16 @@ def test_missing_matrices_alone_are_gathered(model, tmp_path, gradients):
     torch.testing.assert_close(found[0][0][source], expected[source], rtol=1e-5, atol=1e-3)
     for name in members:
         torch.testing.assert_close(found[0][1][name].matrix, outputs[name].matrix, rtol=1e-4, atol=1e-8)
+
+
+def test_infinite_activations_on_the_way_back_name_the_block(model, tmp_path):
+    """Tokens decide: the probe that finds the groups may not meet them."""
+    with torch.no_grad():
+        model.model.embed_tokens.weight[7] = float("inf")
+    blocks, member = DecoderBlocks(model), "model.layers.1.self_attn.o_proj"
+    blocks.first(torch.zeros(1, 8, dtype=torch.long))
+    batches = [torch.full((1, 8), 7)]
+    with pytest.raises(HiddenStatesError, match=r"output of model\.layers\.0 holds NaN"):
+        list(grams_by_blocks(blocks, [], [member], batches, HiddenStates(tmp_path, 0)))
+    with pytest.raises(CalibrationError, match="logits hold NaN"):
+        calibration_grams(model, [], [member], batches)
