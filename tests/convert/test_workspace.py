@@ -1,8 +1,6 @@
 import json
-import resource
 import subprocess
 import sys
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -103,31 +101,6 @@ def test_second_converter_is_refused_and_a_dead_one_forgotten(tmp_path):
     with Workspace(tmp_path).locked():
         assert [path.name for path in (tmp_path / "s").iterdir()] == [".mine.partial"]
         assert not (tmp_path / "hidden-1").exists()
-
-
-@contextmanager
-def no_room_for(size: int):
-    """Files cannot grow past so many bytes: what a full disk does to a writer."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-@pytest.mark.parametrize("kind", ["json", "tensors"])
-def test_full_disk_is_one_clear_error_and_keeps_what_is_there(tmp_path, kind):
-    workspace = Workspace(tmp_path)
-    workspace.json("a", lambda: {"x": 1})
-    with no_room_for(10_000), pytest.raises(WorkspaceError, match=r"File too large.*finished stages are kept"):
-        if kind == "json":
-            workspace.json("b", lambda: {"x": "y" * 20_000})
-        else:
-            workspace.save_tensors("s", "b", {"t": torch.ones(5000)})
-    again = Workspace(tmp_path)
-    assert again.json("a", lambda: 1 / 0) == {"x": 1}
-    assert not again.has_tensors("s", "b") and not [p for p in tmp_path.rglob(".*") if p.is_file()]
 
 
 def test_progress_is_kept_once_a_minute_and_found_again(tmp_path, monkeypatch):
