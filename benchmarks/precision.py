@@ -81,10 +81,13 @@ def excess(problem: Problem) -> dict[str, float]:
     best, worst = losses(exact), {}
     for name in STEPS:
         used = damped(summed_narrow, DAMPING) if name == "accumulation" else gram
-        worst[name] = max(
-            now / then - 1 for now, then in zip(losses(factors(weight, used, g, name)), best, strict=True)
-        )
-    return worst
+        found = losses(factors(weight, used, g, name))
+        worst[name] = max(now / then - 1 for now, then in zip(found, best, strict=True))
+    values, vectors = torch.linalg.eigh(summed)
+    whitened = torch.linalg.cholesky(g).T @ weight @ (vectors * values.clamp(min=0).sqrt())
+    squares = torch.linalg.svdvals(whitened).square()
+    undamped = [loss(weight, summed, g, exact[0][:, :r], exact[1][:r]) / squares[r:].sum().item() - 1 for r in ranks]
+    return worst | {"damping": max(undamped)}
 
 
 def summed_products(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

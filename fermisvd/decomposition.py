@@ -78,12 +78,12 @@ def kfac_svd(
     if weight.shape[0] <= weight.shape[1]:
         left = _root(output.matrix, output_ridge)
         sigma, u = _descending_eigenbasis(left.T @ _input_response(weight, gram, damping * _mean_diagonal(gram)) @ left)
-        a = torch.linalg.solve_triangular(left.T, u, upper=True)
-        return Factors(a.to(product), (left @ u).T.to(product) @ weight.to(product), sigma)
+        a = torch.linalg.solve_triangular(left.T, u, upper=True).to(product)
+        return Factors(a, (left @ u).T.to(product) @ weight.to(product), sigma)
     right = _root(gram, max(damping, SMALLEST_RIDGE) * _mean_diagonal(gram))
     sigma, v = _descending_eigenbasis(right.T @ _output_response(weight, output, output_ridge) @ right)
-    b = torch.linalg.solve_triangular(right.T, v, upper=True).T
-    return Factors(weight.to(product) @ (right @ v).to(product), b.to(product), sigma)
+    b = torch.linalg.solve_triangular(right.T, v, upper=True).T.to(product)
+    return Factors(weight.to(product) @ (right @ v).to(product), b, sigma)
 
 
 def _product_type(weight: torch.Tensor) -> torch.dtype:
