@@ -1,8 +1,11 @@
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from fermisvd.format import TensorInfo
+from fermisvd.groups import LinearGroup
 from fermisvd_convert.convert import convert
 from fermisvd_convert.memory import (
     HIDDEN_BYTES,
@@ -43,6 +46,26 @@ def test_less_memory_gathers_fewer_matrices_but_one_at_least():
     sizes = [limits(LLAMA_8B, gib * GIB) for gib in (8, 9, 10, 100)]
     assert [s.gram_bytes for s in sizes] == sorted(s.gram_bytes for s in sizes)
     assert sizes[0].gram_bytes == LLAMA_8B.gram and sizes[-1] == replace(limits(LLAMA_8B, None), bounded=True)
+
+
+def test_command_of_the_docs_converts_an_8b_model_in_24_gib():
+    """docs/scale.md; Llama-3.1-8B's shapes: a batch of 8 windows would not do, its logits alone are 7.8 GiB."""
+    hidden, wide, head, vocabulary = 4096, 14336, 1024, 128256
+    shapes = {"q_proj": hidden, "k_proj": head, "v_proj": head, "o_proj": hidden, "gate_proj": wide, "up_proj": wide}
+    headers, groups = {}, []
+    for block in range(32):
+        for name, rows in [*shapes.items(), ("down_proj", hidden)]:
+            columns, full = wide if name == "down_proj" else hidden, f"model.layers.{block}.{name}"
+            headers[f"{full}.weight"] = TensorInfo(Path("model.safetensors"), "BF16", (rows, columns))
+            groups.append(LinearGroup((full,), (rows,), columns, "columns", full))
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        headers[name] = TensorInfo(Path("model.safetensors"), "BF16", (vocabulary, hidden))
+    steps = {"form": "pivga", "ranks": "uniform", "groups": "joint", "refit": False, "heal_steps": 0, "remove": 0.2}
+    one, eight = (model_sizes(headers, groups, vocabulary, windows, 2048) for windows in (1, 8))
+    assert one.blocks == 4 * 32 * 218_103_808 and one.outside == 4 * 2 * vocabulary * hidden
+    check_memory(needs(one, **steps), 24 * GIB)
+    with pytest.raises(MemoryLimitError, match="calibration"):
+        check_memory(needs(eight, **steps), 24 * GIB)
 
 
 def test_devices_share_fermigrad():
