@@ -14,6 +14,7 @@ from fermisvd_convert.memory import (
     check_memory,
     gated_bytes,
     limits,
+    model_sizes,
     needs,
     parse_bytes,
 )
