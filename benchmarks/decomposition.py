@@ -1,6 +1,6 @@
 """Times of the pieces of a conversion on a grid of sizes, and what Llama-3.1-8B and 70B take by them.
 
-    python benchmarks/decomposition.py                                   # two cores: about N minutes
+    python benchmarks/decomposition.py --widths 1024 2048 4096           # two cores: 8 minutes
     python benchmarks/decomposition.py --device cuda --sizes 1024 2048 4096 8192 --widths 2048 4096
 
 Law: a piece takes its FLOPs (benchmarks/work.py) over the rate of its kind, which grows with its size. Two checks: each
