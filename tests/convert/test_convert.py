@@ -253,7 +253,7 @@ def test_failure_leaves_no_output(tiny_llama, tmp_path, settings, monkeypatch):
     monkeypatch.setattr(convert_module, "load_model", fail)
     with pytest.raises(RuntimeError, match="disk full"):
         convert(str(tiny_llama), tmp_path / "out", 0.3, ranks="uniform", **settings)
-    assert {p.name for p in tmp_path.iterdir()} == {"work"}
+    assert {p.name for p in tmp_path.iterdir()} == {"work", ".fermisvd"}
 
 
 def test_out_is_not_overwritten_unless_asked(tiny_llama, tmp_path, settings):
@@ -268,7 +268,7 @@ def test_out_is_not_overwritten_unless_asked(tiny_llama, tmp_path, settings):
     for remove in (0.3, 0.4):
         convert(str(tiny_llama), out, remove, ranks="uniform", overwrite=True, **settings)
     assert json.loads((out / "fermisvd.json").read_text())["settings"]["remove"] == 0.4
-    assert {p.name for p in tmp_path.iterdir()} == {"work", "out"}
+    assert {p.name for p in tmp_path.iterdir()} == {"work", "out", ".fermisvd"}
 
 
 def test_overwrite_spares_the_source_and_the_work_directory(tiny_llama, tmp_path, settings):
