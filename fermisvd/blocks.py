@@ -117,6 +117,7 @@ class HiddenStates:
         self._memory: dict[tuple[str, int], torch.Tensor] = {}
 
     def put(self, place: str, batch: int, hidden: torch.Tensor) -> None:
+        """Keep (windows, length, hidden) there, in place of what was."""
         hidden = hidden.detach()
         self._drop(place, batch)
         if hidden.nbytes <= self.room:
@@ -130,10 +131,12 @@ class HiddenStates:
                 raise HiddenStatesError(f"{self.folder}: hidden states cannot be written ({error})") from None
 
     def get(self, place: str, batch: int, device: torch.device) -> torch.Tensor:
+        """(windows, length, hidden); those in memory are not copied."""
         kept = self._memory.get((place, batch))
         return kept if kept is not None else load_file(self._file(place, batch))["hidden"].to(device)
 
     def move(self, place: str, other: str, batch: int) -> None:
+        """From a place to another, in place of what was."""
         self._drop(other, batch)
         if (place, batch) in self._memory:
             self._memory[other, batch] = self._memory.pop((place, batch))

@@ -89,4 +89,5 @@ def from_first(value: T) -> T:
 
 
 def wait_for_all() -> None:
+    """Until every process has come here."""
     sum_over_processes(torch.zeros(1))

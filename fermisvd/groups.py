@@ -1,5 +1,6 @@
 """Groups: linear layers of the decoder blocks that read the same input and are decomposed together."""
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -198,6 +199,11 @@ def left_dense(model: nn.Module, groups: Iterable[LinearGroup]) -> dict[str, int
 def parent_of(name: str) -> str:
     """Name of the module that holds this one."""
     return name.rpartition(".")[0]
+
+
+def block_of(name: str) -> str:
+    """Name of the decoder block that holds a module or tensor, model.layers.3; the name itself outside of blocks."""
+    return re.sub(r"(\.\d+)\..*", r"\1", name)
 
 
 def linear_layer(model: nn.Module, name: str) -> nn.Linear:

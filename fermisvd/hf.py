@@ -125,7 +125,7 @@ def _check_against_model(model: nn.Module, config: FermiSVDConfig, folder: Path)
         rows = [linear[name].out_features for name in group.members]
         expected |= expected_tensors(group, rows, linear[group.name].in_features)
     tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
-    loaded = names_after_loading(model, headers)
+    loaded = {parameter for parameter, _ in parameters_of(model, headers).values()}
     for name, shape in expected.items():
         if name not in headers and name not in tied and name not in loaded:
             raise FormatError(f"{folder}: {name}: missing from the checkpoint; {MEND}")
@@ -136,13 +136,18 @@ def _check_against_model(model: nn.Module, config: FermiSVDConfig, folder: Path)
             )
 
 
-def names_after_loading(model: nn.Module, names: Iterable[str]) -> set[str]:
-    """Parameters that transformers fills from tensors of these names: it renames some and stacks experts."""
+def parameters_of(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[str, bool]]:
+    """Tensor name -> the parameter that transformers fills from it, and whether it is taken as it is, be it under
+    another name, or made into another (stacked experts)."""
     conversions = get_model_conversion_mapping(model)
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
     prefix, meta = model.base_model_prefix, model.state_dict()
-    return {rename_source_key(name, renamings, converters, prefix, meta)[0] for name in names}
+    found = {}
+    for name in names:
+        parameter, converter = rename_source_key(name, renamings, converters, prefix, meta)
+        found[name] = parameter, converter is None
+    return found
 
 
 def load_model(path: str | Path, dtype: torch.dtype = torch.float32, **kwargs) -> nn.Module:

@@ -15,12 +15,11 @@ from safetensors import safe_open
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from fermisvd.errors import FermiSVDError
 from fermisvd.format import TensorInfo, read_config, read_headers
 from fermisvd.groups import decoder_blocks
+from fermisvd.hf import parameters_of
 from fermisvd.modules import replace_group
 
 
@@ -62,7 +61,7 @@ class BlockWeights:
 def stream_model(folder: Path, device: str, trust_remote_code: bool = False) -> nn.Module:
     """The model of a folder, dense or compressed, in float32; only what is outside its decoder blocks stays in memory.
 
-    Raises StreamingError if a parameter is not a tensor of the files by the same name and shape.
+    Raises StreamingError if a parameter is not a tensor of the files, in the same shape.
     """
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     compressed = getattr(config, "quantization_config", None)
@@ -74,7 +73,10 @@ def stream_model(folder: Path, device: str, trust_remote_code: bool = False) -> 
         for group in read_config(folder).groups:
             replace_group(model, group)
     model.requires_grad_(False)
-    headers, blocks = renamed(model, read_headers(folder, allow_pickles=True)), decoder_blocks(model)
+    files, blocks = read_headers(folder, allow_pickles=True), decoder_blocks(model)
+    headers = {
+        to: Stored(name, files[name]) for name, (to, as_it_is) in parameters_of(model, files).items() if as_it_is
+    }
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         stored = headers.get(name)
@@ -95,20 +97,6 @@ def stream_model(folder: Path, device: str, trust_remote_code: bool = False) -> 
     if left:
         raise StreamingError(f"{folder}: no tensor {left[0]}")
     return model
-
-
-def renamed(model: nn.Module, headers: dict[str, TensorInfo]) -> dict[str, Stored]:
-    """Parameter -> its tensor, for tensors that transformers takes as they are, be it by another name."""
-    conversions = get_model_conversion_mapping(model)
-    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
-    converters = [c for c in conversions if isinstance(c, WeightConverter)]
-    prefix, meta = model.base_model_prefix, model.state_dict()
-    found = {}
-    for name, info in headers.items():
-        target, converter = rename_source_key(name, renamings, converters, prefix, meta)
-        if converter is None:
-            found[target] = Stored(name, info)
-    return found
 
 
 @contextmanager

@@ -185,12 +185,12 @@ def convert(
         raise typer.BadParameter("--private is about the repository of --push-to, which is not given")
     _check_use(context, "ranks", "fermigrad", FERMIGRAD_OPTIONS)
     _check_use(context, "constraint", Constraint.penalty, ("penalty_growth",))
-    if int(os.environ.get("RANK", 0)):  # of torchrun's processes the first shows how far they are
+    first = not int(os.environ.get("RANK", 0))
+    if not first:  # of torchrun's processes the first shows how far they are
         os.environ["TQDM_DISABLE"] = "1"
     with _clear_errors():
         from fermisvd_convert import hub
 
-        first = not int(os.environ.get("RANK", 0))
         if push_to is not None and first:
             hub.check_repository(push_to, private)
         from fermisvd_convert.convert import convert as run
@@ -230,7 +230,7 @@ def convert(
             overwrite=overwrite,
             max_memory=None if max_memory is None else parse_bytes(max_memory),
         )
-        if not int(os.environ.get("RANK", 0)):
+        if first:
             print_report(report, Console())
             if push_to is not None:
                 print(f"pushed to {hub.push(out, push_to, private)}")

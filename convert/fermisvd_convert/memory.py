@@ -5,9 +5,7 @@ allocator keeps. Steps that hold whole models are refused beforehand where they 
 """
 
 import ctypes
-import math
 import os
-import re
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +14,7 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 from fermisvd.budget import Form
 from fermisvd.errors import FermiSVDError
 from fermisvd.format import TensorInfo
-from fermisvd.groups import LinearGroup
+from fermisvd.groups import LinearGroup, block_of, parent_of
 
 HIDDEN_BYTES = 2**26  # hidden states held in memory at least, unless --max-memory asks for less; or a block's bytes
 FLOAT = 4
@@ -55,25 +53,22 @@ def model_sizes(
     headers: dict[str, TensorInfo], groups: list[LinearGroup], vocabulary: int, windows: int, length: int
 ) -> Sizes:
     """windows: of a batch; length: of a window."""
-    prefix = re.split(r"\.\d+\.", groups[0].name, maxsplit=1)[0]  # of the list of decoder blocks
+    blocks, outside = parent_of(block_of(groups[0].name)), 0
     by_block: dict[str, int] = {}
-    outside = 0
     for name, info in headers.items():
-        size = FLOAT * math.prod(info.shape)
-        if name.startswith(f"{prefix}."):
-            number = name.removeprefix(f"{prefix}.").partition(".")[0]
-            by_block[number] = by_block.get(number, 0) + size
+        if parent_of(block := block_of(name)) == blocks:
+            by_block[block] = by_block.get(block, 0) + FLOAT * info.numel
         else:
-            outside += size
-    tokens, blocks = windows * length, max(len(by_block), 1)
+            outside += FLOAT * info.numel
+    tokens = windows * length
     return Sizes(
         blocks=sum(by_block.values()),
-        block=max(by_block.values(), default=0),
+        block=max(by_block.values()),
         outside=outside,
         gram=max(8 * group.columns**2 for group in groups),
         layer=max(FLOAT * group.dense_parameters for group in groups),
         factors=sum(FLOAT * group.full_rank * (group.rows + group.columns) for group in groups),
-        activations=FLOAT * tokens * sum(g.rows + g.columns for g in groups) // blocks,
+        activations=FLOAT * tokens * sum(g.rows + g.columns for g in groups) // len(by_block),
         logits=FLOAT * tokens * vocabulary,
     )
 
@@ -106,7 +101,7 @@ def needs(
             size.outside + size.block + size.gram + max(2 * size.activations, 3 * size.logits),
             "--batch-size or --sequence-length smaller",
         ),
-        "decomposition": (2 * size.gram + 6 * size.layer, "no smaller"),
+        "decomposition": (2 * size.gram + 6 * size.layer, "--groups separate, for smaller matrices"),
     }
     if ranks == "fermigrad":
         found["FermiGrad"] = (gated_bytes(size, parts), "--ranks uniform or a file of ranks, or more processes")

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from fermisvd.errors import FermiSVDError
 from fermisvd.format import COPY, TensorInfo, read_headers
 from fermisvd.groups import LinearGroup, StructureError, check_unshared
-from fermisvd.hf import load_model, names_after_loading
+from fermisvd.hf import load_model, parameters_of
 from fermisvd.streaming import StreamingError, stream_model
 
 logger = logging.getLogger("fermisvd")
@@ -222,7 +222,7 @@ def _empty_model(folder: Path, config: dict, trust_remote_code: bool) -> tuple[n
 
 def _check_tensors(model: nn.Module, headers: Mapping[str, TensorInfo], folder: Path) -> None:
     """Raises SourceError if a weight of the model is not in the files, or in another shape."""
-    loaded = names_after_loading(model, headers)
+    loaded = {parameter for parameter, _ in parameters_of(model, headers).values()}
     ties = (getattr(model, "all_tied_weights_keys", None) or {}).items()
     for name, parameter in model.named_parameters():
         copies = {name} | {a for a, b in ties if b == name} | {b for a, b in ties if a == name}

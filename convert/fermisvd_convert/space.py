@@ -1,6 +1,5 @@
 """Space on disk: what a conversion will write is counted before its long work, and refused where it does not fit."""
 
-import re
 import shutil
 from collections.abc import Mapping, Sequence
 from itertools import combinations
@@ -11,7 +10,7 @@ from rich.filesize import decimal
 
 from fermisvd.budget import Form, kept_parameters
 from fermisvd.errors import FermiSVDError
-from fermisvd.groups import LinearGroup
+from fermisvd.groups import LinearGroup, block_of
 from fermisvd.partition import fused_layers, joined
 from fermisvd_convert.memory import Limits
 from fermisvd_convert.source import TORCH_TYPES, Source
@@ -110,11 +109,6 @@ def work_bytes(
     if states > sum(later.values()):
         later = {"hidden states": states}
     return grams | later | {"other stages": SMALL_FILES}
-
-
-def block_of(name: str) -> str:
-    """Name of the decoder block that holds a layer."""
-    return re.sub(r"(\.\d+)\..*", r"\1", name)
 
 
 def written(folder: Path) -> int:

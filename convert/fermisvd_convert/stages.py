@@ -37,7 +37,7 @@ from fermisvd.refit import DAMPING as REFIT_DAMPING
 from fermisvd.refit import MIXTURES, refit
 from fermisvd_convert.memory import Limits, give_back
 from fermisvd_convert.source import Source
-from fermisvd_convert.workspace import Workspace, settings_key
+from fermisvd_convert.workspace import Workspace, file_hash, settings_key
 
 logger = logging.getLogger("fermisvd")
 
@@ -155,7 +155,7 @@ def calibrate(
             for part in tqdm(parts, desc="calibrate", unit="block", leave=False):
                 keep(*part)
                 give_back()
-    workspace.together()
+    workspace.wait_for_all()
 
 
 def in_parts(items: list[tuple[str, str, int]], limit_bytes: int) -> list[list[tuple[str, str, int]]]:
@@ -194,7 +194,7 @@ class Decomposition:
         for group in tqdm(distributed.share(groups), desc="decompose", leave=False):
             self.factors(group)
             give_back()
-        self.workspace.together()
+        self.workspace.wait_for_all()
 
     def factors(self, group: LinearGroup) -> Factors:
         """A (m x k), B (k x n), float32, and sigma (k,) of W = A B."""
@@ -424,12 +424,9 @@ def heal_factors(
 
     key: of the dense model; windows: to train on; aside: windows that say whether it helped.
     """
-    digest = hashlib.sha256()
-    for file in sorted(checkpoint.glob("*.safetensors")):
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    factors = [file_hash(file) for file in sorted(checkpoint.glob("*.safetensors"))]
     texts = [windows_key(windows), windows_key(aside)]
-    stage = f"healed-{settings_key(key, digest.hexdigest(), texts, asdict(settings))}"
+    stage = f"healed-{settings_key(key, factors, texts, asdict(settings))}"
 
     def run() -> dict:
         teacher, student = load(), load_student()

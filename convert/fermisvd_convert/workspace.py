@@ -88,7 +88,7 @@ class Workspace:
     def locked(self) -> Iterator[None]:
         """For one converter at a time; what a killed one left half-written is removed. Raises WorkspaceError."""
         if distributed.rank():
-            self.together()  # what the first has found
+            self.wait_for_all()  # what the first has found
             yield
             return
         try:
@@ -101,7 +101,7 @@ class Workspace:
             for left in self.folder.glob("hidden-*"):
                 shutil.rmtree(left)
             self.read_manifest()  # another may just have finished
-            self.together()
+            self.wait_for_all()
             yield
 
     @contextmanager
@@ -114,7 +114,7 @@ class Workspace:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def together(self) -> None:
+    def wait_for_all(self) -> None:
         """Wait for the other processes, and learn what they have finished."""
         distributed.wait_for_all()
         if distributed.world() > 1:
