@@ -18,10 +18,10 @@ ROOT = Path(__file__).parent.parent
 TOKENIZER = ROOT / "tests" / "models" / "stdlib-2m"
 FORMS = ("dense", "svd", "pivga")
 SHAPES = {
-    # hidden 2048, 8 layers: weights dominate on a CPU
+    # half of Llama-3.2-1B's blocks, its widths: weights dominate on a CPU
     "wide": {
         "hidden_size": 2048,
-        "intermediate_size": 5632,
+        "intermediate_size": 8192,
         "num_hidden_layers": 8,
         "num_attention_heads": 16,
         "num_key_value_heads": 4,
