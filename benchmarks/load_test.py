@@ -323,7 +323,9 @@ def figure(records: dict[str, dict]) -> None:
                 axis.axhline(promised, color=f"C{number}", linestyle="--", linewidth=1)
         axis.axhline(1, color="black", linewidth=1)
         axis.set(title=name.removeprefix("load-"), ylabel="tokens/s over dense")
-        axis.tick_params(axis="x", rotation=30)
+        axis.tick_params(axis="x", rotation=35)
+        for label in axis.get_xticklabels():
+            label.set(ha="right", rotation_mode="anchor")
         axis.legend()
     panels.tight_layout()
     panels.savefig(ROOT / "docs" / "load.svg", metadata={"Date": None})
