@@ -23,7 +23,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import ExitStack, redirect_stdout
+from collections.abc import Iterable
+from contextlib import ExitStack, redirect_stdout, suppress
 from pathlib import Path
 
 import psutil
@@ -118,22 +119,27 @@ def ask(server: Server, folder: Path, options: list[str], seed: int, scratch: Pa
     return {name: found[name] for name in FIGURES}
 
 
-def keep_apart(server: Server) -> None:
-    """Where the worker is a process of its own, as on a CPU, the engine core spins while it waits for it, and where
-    cores are few it took the turns of server and client for seconds: it comes last from here on, and they all keep off
-    the worker's cores."""
-    own = psutil.Process()
-    started = psutil.Process(server.process.pid)
-    processes = [own, started, *started.children(recursive=True)]
+def keep_apart(servers: Iterable[Server]) -> bool:
+    """Where workers are processes of their own, as on a CPU, the engine core spins while it waits for them, and where
+    cores are few it took the turns of server and client for seconds: it comes last from here on, and all but the
+    workers keep off the workers' cores. Returns whether there were such workers, and cores beside theirs."""
+    if sys.platform != "linux":
+        return False
+    started = [psutil.Process(server.process.pid) for server in servers]
+    processes = [psutil.Process(), *started, *(child for process in started for child in process.children(True))]
     workers = [process for process in processes if process.name().startswith("VLLM::Worker")]
-    free = set(range(os.cpu_count() or 1)).difference(*(os.sched_getaffinity(worker.pid) for worker in workers))
-    if not workers or not free:
-        return
+    allowed = os.sched_getaffinity(0)
+    pinned = [os.sched_getaffinity(thread.id) for worker in workers for thread in worker.threads()]
+    free = allowed.difference(*(cores for cores in pinned if cores < allowed))
+    if not free or free == allowed:
+        return False
     for process in processes:
         for thread in process.threads() if process not in workers else ():
-            os.sched_setaffinity(thread.id, free)
-            if process.name().startswith("VLLM::EngineCor"):
-                os.setpriority(os.PRIO_PROCESS, thread.id, 19)
+            with suppress(ProcessLookupError):  # ended meanwhile
+                os.sched_setaffinity(thread.id, free)
+                if process.name().startswith("VLLM::EngineCor"):
+                    os.setpriority(os.PRIO_PROCESS, thread.id, 19)
+    return True
 
 
 def number_in(log: Path, pattern: re.Pattern) -> int | None:
@@ -166,7 +172,7 @@ def measure(arguments: argparse.Namespace) -> None:
     record["versions"] |= vllm_versions()
     # its default of 5 s is shorter than the client's: connections were reset while a run was under way
     os.environ.setdefault("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "600")
-    record["environment"] = {k: v for k, v in os.environ.items() if k.startswith("VLLM_CPU")}
+    record["environment"] = {k: v for k, v in os.environ.items() if k.startswith(("VLLM_CPU", "VLLM_HTTP"))}
     name, serve_options = arguments.model[0], shlex.split(arguments.serve)
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -196,8 +202,7 @@ def measure(arguments: argparse.Namespace) -> None:
             about[form]["kv_cache_tokens"] = number_in(log, KV_TOKENS)
             about[form] |= weight_memory(folders[form], log, about[form])
             print(form, about[form], flush=True)
-        for form in FORMS:  # all up: a process hands on its cores to those it starts
-            keep_apart(servers[form])
+        record["kept_apart"] = keep_apart(servers.values())  # all are up: those started later would inherit the cores
         todo = cases(arguments.concurrent, arguments.prefill, arguments.requests, arguments.decode_only)
         title = f"load-{name}" if len(arguments.model) == 3 else f"load-{name}-{arguments.remove}"
         record |= {"models": about, "runs": runs}
