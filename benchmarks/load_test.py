@@ -126,19 +126,21 @@ def keep_apart(servers: Iterable[Server]) -> bool:
     if sys.platform != "linux":
         return False
     started = [psutil.Process(server.process.pid) for server in servers]
-    processes = [psutil.Process(), *started, *(child for process in started for child in process.children(True))]
+    processes = [psutil.Process(), *started, *(child for one in started for child in one.children(recursive=True))]
     workers = [process for process in processes if process.name().startswith("VLLM::Worker")]
     allowed = os.sched_getaffinity(0)
     pinned = [os.sched_getaffinity(thread.id) for worker in workers for thread in worker.threads()]
     free = allowed.difference(*(cores for cores in pinned if cores < allowed))
     if not free or free == allowed:
         return False
-    for process in processes:
-        for thread in process.threads() if process not in workers else ():
-            with suppress(ProcessLookupError):  # ended meanwhile
-                os.sched_setaffinity(thread.id, free)
-                if process.name().startswith("VLLM::EngineCor"):
-                    os.setpriority(os.PRIO_PROCESS, thread.id, 19)
+    others = {
+        thread.id: process.name() for process in processes if process not in workers for thread in process.threads()
+    }
+    for thread, name in others.items():
+        with suppress(ProcessLookupError):  # ended meanwhile
+            os.sched_setaffinity(thread, free)
+            if name.startswith("VLLM::EngineCor"):
+                os.setpriority(os.PRIO_PROCESS, thread, 19)
     return True
 
 
@@ -256,10 +258,10 @@ def median_of(runs: list[dict], form: str, figure: str) -> float:
     return statistics.median(run[figure] for run in runs if run["form"] == form)
 
 
-def ratio_to_dense(runs: list[dict], form: str, figure: str) -> float:
-    """Median over repetitions of form / dense in the same one."""
+def ratio(runs: list[dict], form: str, other: str, figure: str) -> float:
+    """Median over repetitions of form / other in the same one."""
     of = {(run["form"], run["repeat"]): run[figure] for run in runs}
-    return statistics.median(of[form, repeat] / of["dense", repeat] for f, repeat in of if f == "dense")
+    return statistics.median(of[form, repeat] / of[other, repeat] for f, repeat in of if f == other)
 
 
 def by_parameters(record: dict, form: str) -> float | None:
@@ -269,17 +271,21 @@ def by_parameters(record: dict, form: str) -> float | None:
 
 
 def table(record: dict) -> str:
-    """Markdown: a row a case and form."""
+    """Markdown: a row a case and form. Reached: of what parameters promise, by svd over dense, by pivga over svd."""
     lines = [
-        "| case | form | tokens/s | ratio to dense | by parameters | first token ms (p99) | further ms (p99) |",
-        "|---|---|---|---|---|---|---|",
+        "| case | form | tokens/s | over dense | by parameters | reached | first token ms (p99) | further ms (p99) |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for case, runs in record["runs"].items():
-        for form in FORMS:
-            cells, figure, promised = [case, form, "", "", ""], speed_of(case), by_parameters(record, form)
+        for before, form in zip((None, *FORMS), FORMS, strict=False):
+            cells, figure, promised = [case, form, "", "", "", ""], speed_of(case), by_parameters(record, form)
             if figure:
-                cells[2:4] = f"{median_of(runs, form, figure):.1f}", f"{ratio_to_dense(runs, form, figure):.2f}"
-                cells[4] = f"{promised:.2f}" if promised else ""
+                cells[2:4] = f"{median_of(runs, form, figure):.1f}", f"{ratio(runs, form, 'dense', figure):.2f}"
+            if figure and promised:
+                cells[4] = f"{promised:.2f}"
+                if before:
+                    reached = ratio(runs, form, before, figure) * by_parameters(record, before) / promised
+                    cells[5] = f"{reached:.3f}"
             if FIGURES[2] in runs[0]:
                 first, first99, step, step99 = (median_of(runs, form, figure) for figure in FIGURES[2:6])
                 cells += [f"{first:.0f} ({first99:.0f})", f"{step:.1f} ({step99:.1f})"]
@@ -322,7 +328,7 @@ def figure(records: dict[str, dict]) -> None:
     for axis, (name, record) in zip(axes[0], records.items(), strict=True):
         names = [case for case in record["runs"] if speed_of(case)]
         for number, form in enumerate(FORMS[1:], 1):
-            ratios = [ratio_to_dense(record["runs"][case], form, speed_of(case)) for case in names]
+            ratios = [ratio(record["runs"][case], form, "dense", speed_of(case)) for case in names]
             axis.plot(names, ratios, f"C{number}o-", label=form)
             if promised := by_parameters(record, form):
                 axis.axhline(promised, color=f"C{number}", linestyle="--", linewidth=1)
@@ -358,6 +364,9 @@ if __name__ == "__main__":
         shape = len(arguments.model) == 1 and arguments.model[0] in SHAPES
         if not shape and len(arguments.model) != 3:
             parser.error(f"give one of {', '.join(SHAPES)}, or three folders")
+        for folder in () if shape else arguments.model:
+            if not Path(folder, "config.json").is_file():
+                parser.error(f"{folder}: no config.json there")
         if "tensor-parallel" in arguments.serve:
             parser.error("what a server holds is checked for one rank only: no tensor parallelism here")
         measure(arguments)
