@@ -2,6 +2,7 @@
 
 import logging
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import repeat
@@ -28,8 +29,9 @@ logger = logging.getLogger("fermisvd")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """perplexity: exp of the mean negative log-likelihood; tokens: predicted ones; kl: mean KL(reference || model) in
-    nats; top1_agreement: fraction of tokens where both put the same one first."""
+    """perplexity: exp of the mean negative log-likelihood, infinite where that is beyond all numbers; tokens: predicted
+    ones; kl: mean KL(reference || model) in nats; top1_agreement: fraction of tokens where both put the same one first.
+    """
 
     perplexity: float
     tokens: int
@@ -90,8 +92,12 @@ def _measure(
             kl += kl_divergence(wanted, given).item() * batch[:, 1:].numel()
             agreement += (wanted.argmax(-1) == given.argmax(-1)).sum().item()
     tokens = sum(batch[:, 1:].numel() for batch in batches)
+    mean = loss / tokens
     return Evaluation(
-        math.exp(loss / tokens), tokens, kl / tokens if compared else None, agreement / tokens if compared else None
+        math.exp(mean) if mean < math.log(sys.float_info.max) else math.inf,
+        tokens,
+        kl / tokens if compared else None,
+        agreement / tokens if compared else None,
     )
 
 
