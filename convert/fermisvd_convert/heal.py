@@ -13,6 +13,7 @@ from fermisvd.format import read_config, read_headers, validate_checkpoint
 from fermisvd.healing import HealingSettings, heal, rounded_factors, trained_factors
 from fermisvd.hf import load_model
 from fermisvd_convert.evaluate import evaluate
+from fermisvd_convert.report import calibration_name
 from fermisvd_convert.source import (
     TORCH_TYPES,
     Source,
@@ -36,6 +37,8 @@ def heal_checkpoint(
     steps: int = 200,
     samples: int = 1024,
     sequence_length: int | None = None,
+    bos: bool = True,
+    skip_bad_rows: bool = False,
     batch_size: int = 8,
     learning_rate: float = 0.1,
     device: str = "auto",
@@ -45,8 +48,8 @@ def heal_checkpoint(
     """Write `healed`, a copy of `checkpoint` with trained factors; returns the record that `healed`/healing.json holds.
 
     teacher: the dense model, None for the base model that the checkpoint names; text: as --calibration of convert;
-    samples: windows to train on, over and over; learning_rate: as in HealingSettings. `healed` appears whole
-    or not at all. Raises FermiSVDError for bad input, naming it.
+    bos, skip_bad_rows: as of text.windows_of; samples: windows to train on, over and over; learning_rate: as in
+    HealingSettings. `healed` appears whole or not at all. Raises FermiSVDError for bad input, naming it.
     """
     checkpoint, healed = Path(checkpoint), Path(healed).resolve()
     if healed.exists():
@@ -60,7 +63,7 @@ def heal_checkpoint(
     student, dense = load_dense_or_compressed(checkpoint, device, trust_remote_code), source.load(device)
     length = window_length(sequence_length, getattr(student.config, "max_position_embeddings", None))
     tokenizer = load_tokenizer(checkpoint, trust_remote_code)
-    chosen = calibration_text(tokenizer, text, samples, length)
+    chosen = calibration_text(tokenizer, text, samples, length, bos=bos, skip_bad_rows=skip_bad_rows)
     check_vocabulary(chosen.windows, source.vocabulary, checkpoint)
     if len(chosen.windows) < 2:
         raise TextError(
@@ -87,6 +90,8 @@ def heal_checkpoint(
         record = {
             "teacher": source.folder.name if Path(source.name).is_dir() else source.name,
             "text": [Path(source).name for source in text],
+            "training_text": chosen.record([calibration_name(source) for source in text]),
+            "bos": chosen.bos,
             "steps": steps,
             "windows": len(chosen.windows),
             "learning_rate": learning_rate,
