@@ -176,8 +176,9 @@ def _content(content: object, number: int) -> list[str]:
     texts = []
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
-        text = part if isinstance(part, str) else part.get(TEXT_PARTS[kind]) if kind in TEXT_PARTS else part
-        if text is None:  # Parquet has a null for each field of other parts
+        known = isinstance(kind, str) and kind in TEXT_PARTS
+        text = part.get(TEXT_PARTS[kind]) if known else part
+        if known and text is None:  # Parquet has a null for each field of other parts
             continue
         if not isinstance(text, str):
             raise RowError(f"message {number}: a part of type {kind}, only texts are read")
@@ -281,7 +282,8 @@ def _list(value: object, name: str, alone: bool = False) -> list:
     """A list, or the JSON of one; alone: of a single object too."""
     if isinstance(value, str):
         try:
-            value = json.loads(value) if value.strip() else []
+            value = json.loads(value) if value.strip() else None
+            value = [] if value is None else value
         except (ValueError, RecursionError) as error:
             raise RowError(f"{name}: a string that is no JSON ({error})") from None
     if alone and isinstance(value, dict):

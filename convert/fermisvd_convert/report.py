@@ -138,7 +138,8 @@ def print_report(report: dict, console: Console) -> None:
     print_groups(report["groups"], console)
     for line in left_dense_lines(report["left_dense"]):
         console.print(line)
-    console.print("\n".join(text_lines(report["calibration_text"])), markup=False, highlight=False)
+    for line in text_lines(report["calibration_text"]):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     before, after = report["perplexity"]["before"], report["perplexity"]["after"]
     console.print(
         f"perplexity on {report['perplexity']['tokens']:,} held-back tokens: {before:.4f} before, {after:.4f} after"
