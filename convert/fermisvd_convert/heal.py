@@ -79,7 +79,8 @@ def heal_checkpoint(
             bar.set_postfix(kl=f"{record['kl']:.4f}")
 
         held = -(-len(chosen.windows) // 8)
-        outcome = heal(dense, student, chosen.windows[held:], chosen.windows[:held], settings, show)
+        # the last decide whether it helped: the first may be those that the checkpoint was calibrated on
+        outcome = heal(dense, student, chosen.windows[:-held], chosen.windows[-held:], settings, show)
     seconds = round(time.perf_counter() - begin, 2)
     with claimed(healed), unfinished(healed) as partial:
         shutil.copytree(checkpoint, partial, dirs_exist_ok=True)
