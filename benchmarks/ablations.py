@@ -65,7 +65,9 @@ def main() -> None:
         if arguments.model not in found:
             parser.error(f"no model {arguments.model} here; there are {', '.join(found)}")
         model = found[arguments.model]
-        windows = windows_of(load_tokenizer(model["path"]), str(model["evaluation"]), 256, EVALUATION_WINDOWS)
+        windows = windows_of(
+            load_tokenizer(model["path"]), str(model["evaluation"]), 256, EVALUATION_WINDOWS, bos=False
+        )
         for name in arguments.names:
             print(f"\n| {name}, {arguments.model}, {arguments.remove:.0%} | perplexity | seconds |\n|---|---|---|")
             for label, options in ABLATIONS[name].items():

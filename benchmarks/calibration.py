@@ -39,7 +39,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         texts = write_kinds(Path(scratch) / "kinds")
         tokenizer, dense = load_tokenizer(path), load_model(path)
-        windows = {k: windows_of(tokenizer, str(texts[k]["validation"]), 256, WINDOWS) for k in KINDS}
+        windows = {k: windows_of(tokenizer, str(texts[k]["validation"]), 256, WINDOWS, bos=False) for k in KINDS}
         before = {kind: evaluate(dense, windows[kind]).perplexity for kind in KINDS}
         print("| calibrated on | " + " | ".join(KINDS) + " |\n|---" + "|---" * len(KINDS) + "|")
         print("| dense perplexity | " + " | ".join(f"{p:.2f}" for p in before.values()) + " |")

@@ -52,7 +52,7 @@ if __name__ == "__main__":
     parser.add_argument("text", type=Path)
     parser.add_argument("--options", default="")
     arguments = parser.parse_args()
-    options = ["--remove", "0.3", *shlex.split(arguments.options)]
+    options = ["--remove", "0.3", "--no-bos", *shlex.split(arguments.options)]
     command = f"python benchmarks/distributed.py {arguments.model.name} {arguments.text.name}"
     command += f" --options={arguments.options!r}"
     record = new_record(command, {"options": options, "threads a process": 1})

@@ -33,7 +33,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         model = models(Path(scratch))[arguments.model]
         text = [str(path) for path in model["calibration"]]
-        windows = windows_of(load_tokenizer(model["path"]), str(model["evaluation"]), 256, EVALUATION_WINDOWS)
+        windows = windows_of(
+            load_tokenizer(model["path"]), str(model["evaluation"]), 256, EVALUATION_WINDOWS, bos=False
+        )
         dense = load_model(model["path"])
         print("| ranks | " + " | ".join(f"{steps} steps" for steps in STEPS) + " |\n|---" + "|---" * len(STEPS) + "|")
         for ranks in ("uniform", "fermigrad"):
@@ -44,7 +46,7 @@ def main() -> None:
                 healed = out
                 if steps:
                     healed = Path(scratch) / f"{ranks}-{steps}"
-                    settings = {"samples": SAMPLES, "sequence_length": 256, "teacher": str(model["path"])}
+                    settings = {"samples": SAMPLES, "sequence_length": 256, "teacher": str(model["path"]), "bos": False}
                     heal_checkpoint(out, healed, text, steps=steps, **settings)
                 rows[ranks][steps] = evaluate(load_model(healed), windows, dense).as_dict()
             cells = [f"{row['perplexity']:.3f} ({row['kl']:.4f})" for row in rows[ranks].values()]

@@ -131,8 +131,8 @@ def main() -> None:
             if name not in (sys.argv[1:] or [name]):
                 continue
             tokenizer = load_tokenizer(model["path"])
-            calibration = torch.cat([windows_of(tokenizer, str(p), 256, 64) for p in model["calibration"]])
-            windows = windows_of(tokenizer, str(model["evaluation"]), 256, WINDOWS)
+            calibration = torch.cat([windows_of(tokenizer, str(p), 256, 64, bos=False) for p in model["calibration"]])
+            windows = windows_of(tokenizer, str(model["evaluation"]), 256, WINDOWS, bos=False)
             results["kl"][name] = measure(model["path"], calibration, windows)
             for key, value in results["kl"][name].items():
                 print(f"{name}: {key}: {value:.2e}", flush=True)

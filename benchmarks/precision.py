@@ -160,7 +160,7 @@ def main() -> None:
         for name, model in models(Path(scratch)).items():
             tokenizer = load_tokenizer(model["path"])
             texts = [
-                windows_of(tokenizer, str(text), 256, WINDOWS // len(model["calibration"]))
+                windows_of(tokenizer, str(text), 256, WINDOWS // len(model["calibration"]), bos=False)
                 for text in model["calibration"]
             ]
             show(name, measure(real_problems(model["path"], torch.cat(texts))))

@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -131,10 +132,17 @@ def convert(
     calibration: Annotated[
         list[str] | None,
         typer.Option(
-            help="Text or .jsonl files, or data sets (NAME:CONFIG), each with @WEIGHT if need be; several may follow.",
+            help="Files (.txt, .jsonl, .json, .csv, .parquet, also .gz, .zst) or data sets (NAME:CONFIG), each with "
+            "@WEIGHT if need be; several may follow.",
             show_default="WikiText-2",
         ),
     ] = None,
+    bos: Annotated[
+        bool, typer.Option("--bos/--no-bos", help="Begin windows with the BOS token that the tokenizer adds.")
+    ] = True,
+    skip_bad_rows: Annotated[
+        bool, typer.Option("--skip-bad-rows", help="Go on without rows of the text that are refused.")
+    ] = False,
     samples: Annotated[int, typer.Option(min=1, max=LARGEST, help="Calibration windows.")] = 256,
     gradient_samples: Annotated[int, typer.Option(min=1, max=LARGEST, help="Windows FermiGrad trains on.")] = 256,
     sequence_length: Annotated[
@@ -195,6 +203,7 @@ def convert(
     first = not int(os.environ.get("RANK", 0))
     if not first:  # of torchrun's processes the first shows how far they are
         os.environ["TQDM_DISABLE"] = "1"
+        logging.getLogger("fermisvd").setLevel(logging.ERROR)
     with _clear_errors():
         from fermisvd_convert import hub
 
@@ -203,7 +212,7 @@ def convert(
         from fermisvd_convert.convert import convert as run
         from fermisvd_convert.memory import parse_bytes
         from fermisvd_convert.report import print_report
-        from fermisvd_convert.text import DEFAULT_DATASET
+        from fermisvd_convert.rows import DEFAULT_DATASET
 
         report = run(
             model,
@@ -215,6 +224,8 @@ def convert(
             whitening=whitening.value,
             refit=refit,
             calibration=[*(calibration or [DEFAULT_DATASET]), *(more_calibration or [])],
+            bos=bos,
+            skip_bad_rows=skip_bad_rows,
             samples=samples,
             gradient_samples=gradient_samples,
             sequence_length=sequence_length,
@@ -253,6 +264,12 @@ def heal(
         str | None, typer.Option(help="The dense model.", show_default="the hub id that the checkpoint names")
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps of distillation.")] = 200,
+    bos: Annotated[
+        bool, typer.Option("--bos/--no-bos", help="Begin windows with the BOS token that the tokenizer adds.")
+    ] = True,
+    skip_bad_rows: Annotated[
+        bool, typer.Option("--skip-bad-rows", help="Go on without rows of the text that are refused.")
+    ] = False,
     samples: Annotated[int, typer.Option(min=2, help="Windows to train on, over and over.")] = 1024,
     sequence_length: Annotated[
         int | None, typer.Option(help="Tokens a window.", show_default="the model's context, at most 2048")
@@ -275,6 +292,8 @@ def heal(
             [*text, *(more_text or [])],
             teacher=teacher,
             steps=steps,
+            bos=bos,
+            skip_bad_rows=skip_bad_rows,
             samples=samples,
             sequence_length=sequence_length,
             batch_size=batch_size,
@@ -302,6 +321,12 @@ def evaluate(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that the model brings.")
     ] = False,
+    bos: Annotated[
+        bool, typer.Option("--bos/--no-bos", help="Begin windows with the BOS token that the tokenizer adds.")
+    ] = True,
+    skip_bad_rows: Annotated[
+        bool, typer.Option("--skip-bad-rows", help="Go on without rows of the text that are refused.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Perplexity of MODEL over non-overlapping windows of the text, in float32."""
@@ -309,7 +334,16 @@ def evaluate(
         from fermisvd_convert.evaluate import evaluate_files
 
         result = evaluate_files(
-            model, text, reference, sequence_length, windows, batch_size, device.value, trust_remote_code
+            model,
+            text,
+            reference,
+            sequence_length,
+            windows,
+            batch_size,
+            device.value,
+            trust_remote_code,
+            bos,
+            skip_bad_rows,
         )
     if as_json:
         print(json.dumps(result.as_dict()))

@@ -26,10 +26,11 @@ from fermisvd_convert.memory import Limits, check_memory, gated_bytes, limits, m
 from fermisvd_convert.output import claimed, complete, move_into_place, unfinished
 from fermisvd_convert.places import OURS
 from fermisvd_convert.report import calibration_name, group_rows, totals
+from fermisvd_convert.rows import DEFAULT_DATASET
 from fermisvd_convert.source import Source, folder_name, open_source, open_streamed, resolve_device, window_length
 from fermisvd_convert.space import check_space, out_bytes, work_bytes
 from fermisvd_convert.stages import GroupsRule, Whitening
-from fermisvd_convert.text import DEFAULT_DATASET, TextError, calibration_text, check_vocabulary
+from fermisvd_convert.text import TextError, calibration_text, check_vocabulary
 from fermisvd_convert.workspace import Workspace, settings_key
 from fermisvd_convert.writer import copied_files, replace_tensors, storage_type, weight_bytes, write_checkpoint
 
@@ -49,6 +50,8 @@ def convert(
     whitening: Whitening = "kfac",
     refit: bool | None = None,
     calibration: Sequence[str] = (DEFAULT_DATASET,),
+    bos: bool = True,
+    skip_bad_rows: bool = False,
     samples: int = 256,
     gradient_samples: int = 256,
     sequence_length: int | None = None,
@@ -73,7 +76,8 @@ def convert(
 ) -> dict:
     """Compress `model` (folder or hub id) into the new folder `out`; returns the report that `out`/fermisvd.json holds.
 
-    remove: fraction of the parameters of the decoder blocks' linear layers; sequence_length: tokens a window, None for
+    remove: fraction of the parameters of the decoder blocks' linear layers; bos, skip_bad_rows: as of
+    text.windows_of; sequence_length: tokens a window, None for
     the model's context up to 2048; count: form whose parameters FermiGrad counts, None for `form`; heal_steps: of the
     closing distillation on the calibration windows; refit: None for only where there is none; align: step of the ranks,
     None for a power of two near k/64; work: where stages are kept and found again, None for .fermisvd/<model> beside
@@ -89,9 +93,10 @@ def convert(
     source = open_source(model, revision, trust_remote_code)
     storage = storage_type(dtype, source)
     length = window_length(sequence_length, source.context_length())
-    text = calibration_text(source.tokenizer(), calibration, max(samples, gradient_samples), length)
+    wanted = max(samples, gradient_samples)
+    text = calibration_text(source.tokenizer(), calibration, wanted, length, bos=bos, skip_bad_rows=skip_bad_rows)
     windows, gradient_windows = text.windows[:samples], text.windows[:gradient_samples]
-    if len(text.windows) < max(samples, gradient_samples):
+    if len(text.windows) < wanted:
         logger.warning("the text gives %d windows of %d tokens; more were asked for", len(text.windows), length)
     check_vocabulary(text.windows, source.vocabulary, source.folder)
     left_files = left_out_files(source)
@@ -213,6 +218,7 @@ def convert(
                 "whitening": whitening,
                 "refit": refit,
                 "calibration": [calibration_name(c) for c in calibration],
+                "bos": text.bos,
                 "samples": len(windows),
                 "gradient_samples": len(gradient_windows),
                 "sequence_length": length,
@@ -229,6 +235,7 @@ def convert(
                 "dtype": str(storage).removeprefix("torch."),
                 "seed": seed,
             },
+            "calibration_text": text.record([calibration_name(c) for c in calibration]),
             "totals": totals(rows),
             "groups": rows,
             "left_dense": others,

@@ -22,7 +22,7 @@ from fermisvd_convert.source import (
     resolve_device,
     window_length,
 )
-from fermisvd_convert.text import check_vocabulary, windows_of
+from fermisvd_convert.text import check_vocabulary, read_windows
 
 logger = logging.getLogger("fermisvd")
 
@@ -110,8 +110,11 @@ def evaluate_files(
     batch_size: int,
     device: str,
     trust_remote_code: bool = False,
+    bos: bool = True,
+    skip_bad_rows: bool = False,
 ) -> Evaluation:
-    """`fermisvd evaluate`: models by folder or hub id, the text by file, in float32.
+    """`fermisvd evaluate`: models by folder or hub id, the text by file, in float32; bos, skip_bad_rows: as of
+    text.windows_of.
 
     Raises FermiSVDError for an unreadable model or a text shorter than one window.
     """
@@ -125,6 +128,7 @@ def evaluate_files(
         sizes = f"{compared.config.vocab_size} and {loaded.config.vocab_size}"
         raise SourceError(f"--reference {reference}: another vocabulary than {model} ({sizes} tokens)")
     length = window_length(sequence_length, context_length(loaded.config))
-    ids = windows_of(load_tokenizer(folder, trust_remote_code), text, length, windows)
-    check_vocabulary(ids, len(loaded.get_input_embeddings().weight), model)
-    return evaluate(loaded, ids, compared, batch_size)
+    read = read_windows(load_tokenizer(folder, trust_remote_code), text, length, windows, bos, skip_bad_rows)
+    logger.warning("%s: %s", text, read.rows)
+    check_vocabulary(read.ids, len(loaded.get_input_embeddings().weight), model)
+    return evaluate(loaded, read.ids, compared, batch_size)

@@ -16,6 +16,7 @@ from fermisvd.hf import load_model
 from fermisvd_convert.checks import check_place
 from fermisvd_convert.evaluate import evaluate
 from fermisvd_convert.output import OutputError, check_free, claimed, complete, move_into_place, unfinished
+from fermisvd_convert.report import calibration_name
 from fermisvd_convert.source import (
     TORCH_TYPES,
     Source,
@@ -40,6 +41,8 @@ def heal_checkpoint(
     steps: int = 200,
     samples: int = 1024,
     sequence_length: int | None = None,
+    bos: bool = True,
+    skip_bad_rows: bool = False,
     batch_size: int = 8,
     learning_rate: float = 0.1,
     device: str = "auto",
@@ -49,8 +52,8 @@ def heal_checkpoint(
     """Write `healed`, a copy of `checkpoint` with trained factors; returns the record that `healed`/healing.json holds.
 
     teacher: the dense model, None for the base model that the checkpoint names; text: as --calibration of convert;
-    samples: windows to train on, over and over; learning_rate: as in HealingSettings. `healed` appears whole
-    or not at all. Raises FermiSVDError for bad input, naming it.
+    bos, skip_bad_rows: as of text.windows_of; samples: windows to train on, over and over; learning_rate: as in
+    HealingSettings. `healed` appears whole or not at all. Raises FermiSVDError for bad input, naming it.
     """
     checkpoint, healed = Path(checkpoint), Path(healed).resolve()
     check_place(healed, "choose another HEALED")
@@ -63,7 +66,7 @@ def heal_checkpoint(
     student, dense = load_dense_or_compressed(checkpoint, device, trust_remote_code), source.load(device)
     length = window_length(sequence_length, context_length(student.config))
     tokenizer = load_tokenizer(checkpoint, trust_remote_code)
-    chosen = calibration_text(tokenizer, text, samples, length)
+    chosen = calibration_text(tokenizer, text, samples, length, bos=bos, skip_bad_rows=skip_bad_rows)
     check_vocabulary(chosen.windows, source.vocabulary, checkpoint)
     if len(chosen.windows) < 2:
         raise TextError(
@@ -81,7 +84,8 @@ def heal_checkpoint(
                 bar.set_postfix(kl=f"{record['kl']:.4f}")
 
             held = -(-len(chosen.windows) // 8)
-            outcome = heal(dense, student, chosen.windows[held:], chosen.windows[:held], settings, show)
+            # the last decide whether it helped: the first may be those that the checkpoint was calibrated on
+            outcome = heal(dense, student, chosen.windows[:-held], chosen.windows[-held:], settings, show)
         seconds = round(time.perf_counter() - begin, 2)
         with unfinished(healed) as partial:
             shutil.copytree(checkpoint, partial, dirs_exist_ok=True)
@@ -93,6 +97,8 @@ def heal_checkpoint(
                 record = {
                     "teacher": source.title,
                     "text": [Path(source).name for source in text],
+                    "training_text": chosen.record([calibration_name(source) for source in text]),
+                    "bos": chosen.bos,
                     "steps": steps,
                     "windows": len(chosen.windows),
                     "learning_rate": learning_rate,

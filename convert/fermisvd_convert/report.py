@@ -12,7 +12,7 @@ from rich.table import Table
 
 from fermisvd.budget import Form, group_parameters, stays_dense
 from fermisvd.groups import LinearGroup
-from fermisvd_convert.text import weighted_source
+from fermisvd_convert.text import RowCounts, weighted_source
 
 SPECTRUM_POINTS = 64
 
@@ -125,10 +125,21 @@ def left_dense_lines(left_dense: dict[str, int]) -> list[str]:
     return [f"left dense: {kind}, {len(c)} matrices, {sum(c):,} parameters" for kind, c in kinds.items()]
 
 
+def text_lines(text: dict) -> list[str]:
+    """What became of each calibration text's rows, and how the first window that is calibrated on begins."""
+    lines = []
+    for source in text["sources"]:
+        counts = RowCounts(*(source[name] for name in ("used", "skipped", "refused")))
+        lines.append(f"calibration text {source['name']}: {counts}")
+    return [*lines, f"it begins: {text['beginning']!r}"]
+
+
 def print_report(report: dict, console: Console) -> None:
     print_groups(report["groups"], console)
     for line in left_dense_lines(report["left_dense"]):
         console.print(line)
+    for line in text_lines(report["calibration_text"]):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     before, after = report["perplexity"]["before"], report["perplexity"]["after"]
     console.print(
         f"perplexity on {report['perplexity']['tokens']:,} held-back tokens: {before:.4f} before, {after:.4f} after"

@@ -1,59 +1,99 @@
 """Calibration text: files and data sets in, windows of token ids out."""
 
-import codecs
-import json
+import logging
 import math
-import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from jinja2 import TemplateError
+from tqdm import tqdm
 
-from fermisvd.errors import FermiSVDError
+from fermisvd_convert.chats import RowError, row_text
+from fermisvd_convert.rows import TextError, rows_of
 
-DEFAULT_DATASET = "Salesforce/wikitext:wikitext-2-raw-v1"
+logger = logging.getLogger("fermisvd")
+
 HELD_BACK_WINDOWS = 32
-TEXT_SUFFIXES = {".txt", ".jsonl"}  # of files, not of data sets
+MEASURED_WINDOWS = 320  # a tenth of these is held back
+CHARACTERS = 16  # no token is longer on average
+BEGINNING = 200  # characters of the first window that are shown
 
 
-class TextError(FermiSVDError):
-    """A text cannot be read or is too short."""
+@dataclass
+class RowCounts:
+    """Rows of a text: used; skipped, as they are empty; refused. A plain text is one row."""
+
+    used: int = 0
+    skipped: int = 0
+    refused: int = 0
+
+    def __str__(self) -> str:
+        left_out = [f"{n:,} {why}" for n, why in ((self.skipped, "empty"), (self.refused, "refused")) if n]
+        return ", ".join([f"{self.used:,} {'row' if self.used == 1 else 'rows'} used", *left_out])
+
+
+@dataclass(frozen=True)
+class Windows:
+    """ids: (windows, length); bos: whether each begins with the tokenizer's BOS because it adds one."""
+
+    ids: torch.Tensor
+    rows: RowCounts
+    bos: bool
 
 
 @dataclass(frozen=True)
 class CalibrationText:
-    """windows: (samples, length) token ids; held_back: (up to 32, length), never calibrated on."""
+    """windows: (samples, length) token ids; held_back: (up to 32, length), never calibrated on; rows: of each source;
+    beginning: of the first window, as text; bos: as of Windows."""
 
     windows: torch.Tensor
     held_back: torch.Tensor
+    rows: list[tuple[str, RowCounts]]
+    beginning: str
+    bos: bool
+
+    def record(self, names: Sequence[str]) -> dict:
+        """As JSON, the sources under these names."""
+        sources = [{"name": name, **asdict(rows)} for name, (_, rows) in zip(names, self.rows, strict=True)]
+        return {"sources": sources, "beginning": self.beginning}
 
 
-def calibration_text(tokenizer, sources: Sequence[str], samples: int, length: int) -> CalibrationText:
-    """The first `samples` windows of the texts, mixed in proportion to their weights, and the windows after them held
-    back.
+def calibration_text(
+    tokenizer, sources: Sequence[str], samples: int, length: int, *, bos: bool = True, skip_bad_rows: bool = False
+) -> CalibrationText:
+    """Windows of the texts, mixed in proportion to their weights: the first are held back, the next `samples` are
+    calibrated on.
 
     sources: SOURCE or SOURCE@WEIGHT, weight 1 by default: web.txt@3 code.txt gives three windows of web for one of
-    code. A text with no windows to spare gives up a tenth of them. Raises TextError for a text that gives no window,
-    or fewer than two in all.
+    code. Held back is a tenth of the windows that the texts give, up to 32: which ones depends on texts and length
+    alone, so that what is measured on them can be compared. bos, skip_bad_rows: as of windows_of. Raises TextError for
+    a text that gives no window, or fewer than two in all.
     """
-    wanted = samples + HELD_BACK_WINDOWS
+    wanted = max(MEASURED_WINDOWS, samples + HELD_BACK_WINDOWS)
     weighted = [weighted_source(source) for source in sources]
     total = sum(weight for _, weight in weighted)
-    placed = []
+    placed, rows, measured, with_bos = [], [], 0, False
     for name, weight in weighted:
-        own = windows_of(tokenizer, name, length, math.ceil(wanted * weight / total))
-        placed += [((i + 0.5) / weight, window) for i, window in enumerate(own)]  # window i of a text is due here
-    windows = torch.stack([window for _, window in sorted(placed, key=lambda pair: pair[0])][:wanted])
+        own = read_windows(tokenizer, name, length, math.ceil(wanted * weight / total), bos, skip_bad_rows)
+        placed += [((i + 0.5) / weight, window) for i, window in enumerate(own.ids)]  # window i of a text is due here
+        measured += min(len(own.ids), math.ceil(MEASURED_WINDOWS * weight / total))  # whatever `samples` is
+        rows.append((name, own.rows))
+        with_bos = own.bos
+    windows = torch.stack([window for _, window in sorted(placed, key=lambda pair: pair[0])])
     if len(windows) < 2:
         raise TextError(
             f"{', '.join(sources)}: {len(windows)} window of {length} tokens, two are needed; "
             "give more text or a smaller --sequence-length"
         )
-    held_back = min(HELD_BACK_WINDOWS, max(len(windows) - samples, len(windows) // 10, 1))
-    calibration = windows[: min(samples, len(windows) - held_back)]
-    return CalibrationText(calibration, windows[len(calibration) :][:held_back])
+    held_back = min(HELD_BACK_WINDOWS, max(1, measured // 10))
+    calibration = windows[held_back:][:samples]
+    beginning = tokenizer.decode(calibration[0])[:BEGINNING]
+    for name, count in rows:
+        logger.warning("%s: %s", name, count)
+    logger.warning("the calibration text begins: %r", beginning)
+    return CalibrationText(calibration, windows[:held_back], rows, beginning, with_bos)
 
 
 def weighted_source(source: str) -> tuple[str, float]:
@@ -79,109 +119,87 @@ def check_vocabulary(windows: torch.Tensor, vocabulary: int, folder: str | Path)
         )
 
 
-def windows_of(tokenizer, source: str, length: int, limit: int | None = None) -> torch.Tensor:
-    """Non-overlapping windows of a text, (windows, length), no special tokens added, the remainder dropped.
+def windows_of(
+    tokenizer,
+    source: str,
+    length: int,
+    limit: int | None = None,
+    *,
+    bos: bool = True,
+    skip_bad_rows: bool = False,
+) -> torch.Tensor:
+    """Non-overlapping windows of a text, (windows, length), the remainder dropped; rows end with the tokenizer's EOS.
 
-    source: a text file, a .jsonl file, or a data set (folder or hub id, NAME[:CONFIG]); limit: most windows to make.
-    Raises TextError if there is not one whole window.
+    source: a file or a data set (folder or hub id, NAME[:CONFIG]) of the formats of rows.py and the rows of chats.py;
+    limit: most windows to make; bos: begin each with the tokenizer's BOS if it adds one to a text, and the window has
+    none of its own; skip_bad_rows: go on without rows that are refused. Raises TextError for a row that is refused, and
+    if there is not one whole window.
     """
+    return read_windows(tokenizer, source, length, limit, bos, skip_bad_rows).ids
+
+
+def read_windows(
+    tokenizer, source: str, length: int, limit: int | None, bos: bool = True, skip_bad_rows: bool = False
+) -> Windows:
+    """As windows_of, with what became of the rows."""
     needed = None if limit is None else limit * length
-    ids: list[int] = []
-    for document in _documents(tokenizer, source, needed):
-        if ids and tokenizer.eos_token_id is not None:
-            ids.append(tokenizer.eos_token_id)
-        try:
-            document.encode()
-        except UnicodeEncodeError as error:  # JSON can name half of a surrogate pair, which is no character
-            raise TextError(f"{source}: not Unicode text ({error.reason}: {document[error.start]!a})") from None
-        ids += tokenizer(document, add_special_tokens=False)["input_ids"]
-        if needed is not None and len(ids) >= needed:
-            break
-    count = len(ids) // length if limit is None else min(limit, len(ids) // length)
-    if count == 0:
-        raise TextError(f"{source}: {len(ids)} tokens, shorter than one window of {length}")
-    return torch.tensor(ids[: count * length]).view(count, length)
-
-
-def _documents(tokenizer, source: str, needed: int | None) -> Iterator[str]:
-    path = Path(source)
-    if path.is_file():
-        try:
-            if path.suffix == ".jsonl":
-                yield from _jsonl(tokenizer, path)
-            else:
-                with path.open(
-                    encoding="utf-8", newline=""
-                ) as stream:  # no token is longer than 16 characters on average
-                    yield stream.read(-1 if needed is None else min(16 * needed, sys.maxsize))
-        except UnicodeDecodeError as error:  # which counts from where the reader's buffer begins
-            raise TextError(f"{source}: not UTF-8 text ({error.reason} at byte {first_bad_byte(path)})") from None
-    else:
-        yield from _dataset(tokenizer, source)
-
-
-def first_bad_byte(path: Path) -> int | None:
-    """Where a file stops to be UTF-8; None if it does not."""
-    decoder, place = codecs.getincrementaldecoder("utf-8")(), 0
-    with path.open("rb") as stream:
-        while True:
-            chunk = stream.read(2**20)
-            pending, _ = decoder.getstate()  # of a character that the chunk before began
+    counts, ids = RowCounts(), []
+    with (
+        closing(rows_of(source, None if needed is None else CHARACTERS * needed)) as rows,
+        tqdm(total=needed, desc="read text", unit="token", unit_scale=True, leave=False) as bar,
+    ):
+        for where, row in rows:
             try:
-                decoder.decode(chunk, final=not chunk)
-            except UnicodeDecodeError as error:
-                return place - len(pending) + error.start
-            if not chunk:
-                return None
-            place += len(chunk)
+                text = row_text(tokenizer, row)
+                tokens = _tokens(tokenizer, text if needed is None else text[: CHARACTERS * (needed - len(ids))])
+            except RowError as error:
+                if not skip_bad_rows:
+                    raise TextError(f"{where}: {error}") from None
+                counts.refused += 1
+                continue
+            if not tokens:
+                counts.skipped += 1
+                continue
+            if ids and tokenizer.eos_token_id is not None:
+                ids.append(tokenizer.eos_token_id)
+            ids += tokens
+            counts.used += 1
+            bar.update(len(ids) - bar.n)
+            if needed is not None and len(ids) >= needed:
+                break
+    first = added_bos(tokenizer) if bos else None
+    windows = cut(ids, length, limit, first)
+    if not windows:
+        left_out = f" ({counts})" if counts.skipped or counts.refused else ""
+        raise TextError(f"{source}: {len(ids)} tokens, shorter than one window of {length}{left_out}")
+    return Windows(torch.tensor(windows), counts, first is not None)
 
 
-def _jsonl(tokenizer, path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    raise TextError(f"{path}: line {number}: {error}") from None
-                yield _row_text(tokenizer, row, f"{path}: line {number}")
+def cut(ids: list[int], length: int, limit: int | None, bos: int | None) -> list[list[int]]:
+    """Windows of `length` ids one after the other, each with `bos` before it unless it begins with one."""
+    windows, place = [], 0
+    while limit is None or len(windows) < limit:
+        before = [] if bos is None or ids[place : place + 1] == [bos] else [bos]
+        window = before + ids[place : place + length - len(before)]
+        if len(window) < length:
+            break
+        windows.append(window)
+        place += length - len(before)
+    return windows
 
 
-def _dataset(tokenizer, source: str) -> Iterator[str]:
-    is_path = source.startswith((".", "/", "~")) or source.count("/") > 1 or Path(source).suffix in TEXT_SUFFIXES
-    if is_path and not Path(source).exists():
-        raise TextError(f"{source}: no such file")  # at once: the hub's client asks again and again
+def added_bos(tokenizer) -> int | None:
+    """The token that the tokenizer puts before a text when the model is served; None if it puts none."""
+    bare, served = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    bos = tokenizer.bos_token_id
+    return bos if bos is not None and served[:1] == [bos] != bare[:1] else None
+
+
+def _tokens(tokenizer, text: str) -> list[int]:
+    """Without special tokens. Raises RowError for what the tokenizer does not take."""
+    if not text:
+        return []
     try:
-        import datasets  # pyright: ignore[reportMissingImports]  (an extra)
-    except ImportError:
-        raise TextError(f"--calibration {source}: no such file; for data sets, pip install datasets") from None
-    name, _, configuration = source.partition(":")
-    try:
-        rows = datasets.load_dataset(name, configuration or None, split="train", streaming=True)
-        for number, row in enumerate(rows):
-            text = _row_text(tokenizer, row, f"{source}: row {number}")
-            if text.strip():
-                yield text
-    except TextError:
-        raise
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise TextError(
-            f"{source}: neither a file nor a data set that can be loaded ({error.__class__.__name__}: {error})"
-        ) from None
-
-
-def _row_text(tokenizer, row: dict, where: str) -> str:
-    """`messages` through the chat template, else `text`, else all string fields, one a line."""
-    if isinstance(row, dict) and isinstance(row.get("messages"), list):
-        if not tokenizer.chat_template:
-            raise TextError(f"{where}: messages, but the model's tokenizer has no chat template")
-        try:
-            return tokenizer.apply_chat_template(row["messages"], tokenize=False)
-        except (TemplateError, TypeError) as error:
-            raise TextError(f"{where}: the model's chat template does not take its messages ({error})") from None
-    if isinstance(row, dict) and isinstance(row.get("text"), str):
-        return row["text"]
-    strings = [value for value in row.values() if isinstance(value, str)] if isinstance(row, dict) else []
-    if not strings:
-        raise TextError(f"{where}: no text in it")
-    return "\n".join(strings)
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    except Exception as error:  # tokenizers raises bare ones
+        raise RowError(f"the tokenizer does not take it ({error})") from None

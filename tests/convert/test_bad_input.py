@@ -1,8 +1,10 @@
 """Every row of docs/refusals.md: the input is built, and the command line says what the row says, before long work."""
 
+import gzip
 import json
 import re
 import shutil
+import sys
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -454,13 +456,24 @@ def _(case):
 
 @refused("a data set that is not there, or no hub")
 def _(case):
+    no_hub(case)
+    case.set(calibration="nobody/nothing")
+
+
+@refused("the default text, and no hub")
+def _(case):
+    no_hub(case)
+    case.set(calibration=None)
+
+
+def no_hub(case):
     datasets = pytest.importorskip("datasets")
 
-    def no_hub(*args, **kwargs):  # the client itself tries for half a minute, see test_text.py
+    def fail(*args, **kwargs):  # the client itself tries for half a minute, see test_text.py
         raise ConnectionError("no hub")
 
-    case.patch.setattr(datasets, "load_dataset", no_hub)
-    case.set(calibration="nobody/nothing")
+    case.patch.setattr(datasets, "load_dataset", fail)
+    case.patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
 @refused("an empty text")
@@ -495,22 +508,94 @@ def _(case):
     case.set(calibration=case.text)
 
 
-def rows(case, line):
-    case.text = case.text.with_suffix(".jsonl")
-    case.text.write_text('{"text": "def f(x): return x"}\n' * 3 + line + "\n")
+def data(case, suffix, content):
+    case.text = case.folder / f"text{suffix}"
+    case.text.write_bytes(content)
     case.set(calibration=case.text)
 
 
-CASES["a .jsonl row that is no JSON"] = partial(rows, line='{"text": "def')
-CASES["a .jsonl row without text"] = partial(rows, line='{"n": 1}')
-CASES["half a surrogate pair in a .jsonl row"] = partial(rows, line='{"text": "\\ud83d"}')
-CASES["messages, but no chat template"] = partial(rows, line='{"messages": [{"role": "user", "content": "hello"}]}')
+JSON_LINES = b'{"text": "def f(x): return x"}\n' * 3
+CASES["gzip called .jsonl"] = partial(data, suffix=".jsonl", content=gzip.compress(JSON_LINES))
+CASES["an archive"] = partial(data, suffix=".docx", content=b"PK\x03\x04\x14")
+CASES["UTF-16"] = partial(data, suffix=".txt", content="def f(x): return x".encode("utf-16"))
+CASES["binary data"] = partial(data, suffix=".txt", content=b"\x7fE\0LF")
+CASES["a .parquet file that is none"] = partial(data, suffix=".parquet", content=JSON_LINES)
+CASES["a .gz file cut off"] = partial(data, suffix=".jsonl.gz", content=gzip.compress(JSON_LINES)[:-9])
+CASES["a .json file cut off"] = partial(data, suffix=".json", content=b'[{"text": "a"}, {"text": "b"}')
+CASES["a .csv file with an open quote"] = partial(data, suffix=".csv", content=b'text\n"def f(x):\n')
+CASES["a .csv file with two columns of one name"] = partial(data, suffix=".csv", content=b"text,text\na,b\n")
+CASES["a .csv row of another length"] = partial(data, suffix=".csv", content=b"text\na\nb,c\n")
+CASES["a .jsonl file of empty rows"] = partial(data, suffix=".jsonl", content=b'{"text": ""}\n' * 9)
 
 
-@refused("messages that the chat template refuses")
+@refused("Parquet called .txt")
 def _(case):
-    (case.model / "chat_template.jinja").write_text("{{ raise_exception('roles must alternate') }}")
-    rows(case, '{"messages": [{"role": "user", "content": "hello"}]}')
+    pa, parquet = (pytest.importorskip(name) for name in ("pyarrow", "pyarrow.parquet"))
+    parquet.write_table(pa.table({"text": ["def f(x): return x"]}), case.text)
+
+
+@refused("a .zst file cut off")
+def _(case):
+    pa = pytest.importorskip("pyarrow")
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as packed:
+        packed.write(JSON_LINES)
+    data(case, ".jsonl.zst", sink.getvalue().to_pybytes()[:-5])
+
+
+@refused("a library that a format needs is missing")
+def _(case):
+    case.patch.setitem(sys.modules, "pyarrow", None)
+    data(case, ".jsonl.zst", b"")
+
+
+@refused("nothing but bad rows, with --skip-bad-rows")
+def _(case):
+    data(case, ".jsonl", b'{"id": 1}\n' * 9)
+    case.flags.append("--skip-bad-rows")
+
+
+def rows(case, line, template=None):
+    """Three good rows and this one."""
+    data(case, ".jsonl", JSON_LINES + line.encode() + b"\n")
+    if template is not None:
+        (case.model / "chat_template.jinja").write_text(template)
+
+
+def message(content, **more):
+    return json.dumps({"messages": [{"role": "user", "content": content} | more]})
+
+
+HELLO, SHOW = message("hello"), "{% for m in messages %}{{ m.content }}{% endfor %}"
+CASES["a .jsonl row that is no JSON"] = partial(rows, line='{"text": "def')
+CASES["a row of unknown fields"] = partial(rows, line='{"id": "row-4", "question": "1+1?"}')
+CASES["a row whose text is null"] = partial(rows, line='{"id": "row-4", "text": null}')
+CASES["a row whose text is none"] = partial(rows, line='{"text": 4}')
+CASES["a row without names of fields"] = partial(rows, line='["def f(x): return x"]')
+CASES["half a surrogate pair in a .jsonl row"] = partial(rows, line='{"text": "\\ud83d"}')
+CASES["messages, but no chat template"] = partial(rows, line=HELLO)
+CASES["conversations, but no chat template"] = partial(
+    rows, line='{"conversations": [{"from": "human", "value": "hello"}]}'
+)
+CASES["messages that the chat template refuses"] = partial(
+    rows, line=HELLO, template="{{ raise_exception('roles must alternate') }}"
+)
+CASES["a chat template that is broken"] = partial(rows, line=HELLO, template="{{ 1 / 0 }}")
+CASES["messages that are no list"] = partial(rows, line='{"messages": {"role": "user"}}', template=SHOW)
+CASES["messages in a string that is no JSON"] = partial(rows, line='{"messages": "hello"}', template=SHOW)
+CASES["messages that are strings"] = partial(rows, line='{"messages": ["hello"]}', template=SHOW)
+CASES["a message without a role"] = partial(rows, line='{"messages": [{"content": "hello"}]}', template=SHOW)
+CASES["a message whose content is none"] = partial(rows, line=message(4), template=SHOW)
+CASES["a message with an image"] = partial(
+    rows, line=message([{"type": "image_url", "image_url": {"url": "x"}}]), template=SHOW
+)
+CASES["tool calls that are none of functions"] = partial(
+    rows, line=message("", role="assistant", tool_calls=[{"type": "custom"}]), template=SHOW
+)
+CASES["tool calls that are no list"] = partial(rows, line=message("", role="assistant", tool_calls=3), template=SHOW)
+CASES["tools that are no functions"] = partial(
+    rows, line='{"messages": [{"role": "user", "content": "a"}], "tools": [{"type": "x"}]}', template=SHOW
+)
 
 
 @refused("a weight of a text that is not positive")
@@ -722,23 +807,3 @@ def test_what_is_counted_is_what_is_written(case):
         there["input Gram matrices"] == there["output Gram matrices"] == 0
         and there["factors"] < counted[case.work]["factors"]
     )
-
-
-def test_first_bad_byte_counts_from_the_files_beginning(tmp_path):
-    """Reference: Python's decoder on the whole file."""
-    from fermisvd_convert.text import first_bad_byte
-
-    path = tmp_path / "text"
-    for good, bad in (
-        ("é" * 700_000, b"\xe9"),
-        ("a", b"\xc3"),
-        ("é" * 524_287 + "a", "é".encode()[:1] + b"x"),
-        ("", b"\xff"),
-    ):
-        data = good.encode() + bad
-        path.write_bytes(data)
-        with pytest.raises(UnicodeDecodeError) as error:
-            data.decode()
-        assert first_bad_byte(path) == error.value.start
-    path.write_text("é" * 700_000)
-    assert first_bad_byte(path) is None

@@ -82,6 +82,37 @@ def test_convert_prints_the_closing_table(converted):
         assert all(key in group for group in report["groups"])
 
 
+def test_bad_rows_end_every_command_or_are_skipped_and_recorded(smallest_llama, tmp_path):
+    rows = [{"text": f"def f{i}(x):\n    return x * {i}\n"} for i in range(200)]
+    rows[5:5] = [{"id": "row-5"}, {"text": ""}, {"text": None}]
+    text, out = tmp_path / "rows.jsonl", tmp_path / "out"
+    text.write_text("\n".join(map(json.dumps, rows)))
+    short = ["--sequence-length", 16, "--device", "cpu"]
+    few = ["--remove", 0.3, "--ranks", "uniform", "--samples", 4, "--heal-steps", 0, "--no-refit", *short]
+    convert = ["convert", smallest_llama, out, "--calibration", text, *few]
+    heal = ["heal", out, tmp_path / "healed", "--teacher", smallest_llama, "--text", text, "--samples", 8, "--steps", 1]
+    commands = [convert, [*heal, *short], ["evaluate", out, "--text", text, *short]]
+    for command in commands:
+        refused = run(*command)
+        assert refused.exit_code == 2
+        assert f"{text}: line 6: no text in its fields (id)" in refused.output
+        skipped = run(*command, "--skip-bad-rows", "--no-bos")
+        assert skipped.exit_code == 0, skipped.output
+        if command is convert:
+            assert "calibration text rows.jsonl: 200 rows used, 1 empty, 2 refused" in skipped.stdout
+            assert "it begins: " in skipped.stdout
+    for name, key in (
+        (out / "fermisvd.json", "calibration_text"),
+        (tmp_path / "healed" / "healing.json", "training_text"),
+    ):
+        content = name.read_text()
+        read = json.loads(content)[key]
+        assert read["sources"] == [{"name": "rows.jsonl", "used": 200, "skipped": 1, "refused": 2}]
+        assert 0 < len(read["beginning"]) <= 200 and str(tmp_path) not in content
+    assert json.loads((out / "fermisvd.json").read_text())["settings"]["bos"] is False
+    assert json.loads((tmp_path / "healed" / "healing.json").read_text())["bos"] is False
+
+
 def test_evaluate_json_is_one_object(converted, tiny_llama, texts):
     out, _ = converted
     result = run(

@@ -19,8 +19,8 @@ TRIAL = {("svd", "separate"): (29.57, 53.15, 97.18), ("pivga", "joint"): (9.522,
 def test_uniform_ranks_rounded_down_give_the_trials_perplexity(stories260k, form, partition):
     text = stories260k.parent.parent / "text"
     tokenizer, model = load_tokenizer(stories260k), load_model(stories260k)
-    calibration = windows_of(tokenizer, str(text / "tinystories.train.txt"), 256, 256)
-    evaluation = windows_of(tokenizer, str(text / "tinystories.valid.txt"), 256, 96)
+    calibration = windows_of(tokenizer, str(text / "tinystories.train.txt"), 256, 256, bos=False)
+    evaluation = windows_of(tokenizer, str(text / "tinystories.valid.txt"), 256, 96, bos=False)
     groups = find_groups(model, partition)
     grams = gram_matrices(model, [g.source for g in groups], calibration.split(8))
     weights = {g.name: stacked_weight(model, g).clone() for g in groups}

@@ -1,10 +1,12 @@
+import copy
 import json
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from fermisvd_convert.source import load_tokenizer
-from fermisvd_convert.text import TextError, calibration_text, windows_of
+from fermisvd_convert.text import RowCounts, TextError, calibration_text, cut, windows_of
 
 
 @pytest.fixture(scope="module")
@@ -36,26 +38,47 @@ def test_newlines_are_kept_as_they_are(tokenizer, tmp_path):
     assert tokenizer.decode(windows_of(tokenizer, str(path), 16)[0]).startswith("a\r\nb\r\n")
 
 
-def test_held_back_windows_are_not_calibrated_on(tokenizer, code):
-    every = windows_of(tokenizer, str(code), 32)
-    text = calibration_text(tokenizer, [str(code)], 40, 32)
-    assert torch.equal(text.windows, every[:40])
-    assert torch.equal(text.held_back, every[40:72])
+def test_held_back_windows_are_the_first_and_not_calibrated_on(tokenizer, code):
+    every = windows_of(tokenizer, str(code), 16)
+    text = calibration_text(tokenizer, [str(code)], 40, 16)
+    assert len(every) >= 320
+    assert torch.equal(text.held_back, every[:32])
+    assert torch.equal(text.windows, every[32:72])
 
 
-def test_short_text_holds_back_a_tenth(tokenizer, code):
+@pytest.mark.parametrize("length", [16, 64])
+def test_held_back_windows_do_not_depend_on_the_samples(tokenizer, code, tmp_path, length):
+    """Whether the text is long or short, and where one of several runs out."""
+    short = tmp_path / "short.txt"
+    short.write_text("class C:\n    pass\n" * 60)
+    for sources in ([str(code)], [str(short)], [str(code), f"{short}@3"], [f"{code}@5", str(short)]):
+        texts = [calibration_text(tokenizer, sources, samples, length) for samples in (1, 16, 256, 1000)]
+        assert all(torch.equal(text.held_back, texts[0].held_back) for text in texts)
+        calibrated, held_back = (
+            {tuple(window.tolist()) for text in texts for window in getattr(text, name)}
+            for name in ("windows", "held_back")
+        )
+        if sources == [str(code)]:  # of unlike windows
+            assert not calibrated & held_back
+        assert len(texts[-1].windows) > len(texts[1].windows) or len(texts[1].windows) < 16
+
+
+def test_a_tenth_of_the_windows_is_held_back(tokenizer, code):
     every = windows_of(tokenizer, str(code), 32)
     text = calibration_text(tokenizer, [str(code)], 10_000, 32)
     assert len(text.held_back) == min(32, len(every) // 10)
-    assert len(text.windows) + len(text.held_back) <= len(every)
+    assert torch.equal(torch.cat([text.held_back, text.windows]), every)
 
 
 def test_several_texts_are_taken_in_turn(tokenizer, code, tmp_path):
     other = tmp_path / "other.txt"
     other.write_text("class C:\n    pass\n" * 500)
     first, second = windows_of(tokenizer, str(code), 32), windows_of(tokenizer, str(other), 32)
-    windows = calibration_text(tokenizer, [str(code), str(other)], 6, 32).windows
-    assert torch.equal(windows, torch.stack([first[0], second[0], first[1], second[1], first[2], second[2]]))
+    text = calibration_text(tokenizer, [str(code), str(other)], 6, 32)
+    taken = torch.cat([text.held_back, text.windows])
+    expected = [window for pair in zip(first, second, strict=False) for window in pair]
+    assert len(text.windows) == 6
+    assert torch.equal(taken, torch.stack(expected[: len(taken)]))
 
 
 def test_jsonl_joins_documents_with_end_of_text(tokenizer, tmp_path):
@@ -68,10 +91,7 @@ def test_jsonl_joins_documents_with_end_of_text(tokenizer, tmp_path):
     assert windows.flatten().tolist() == expected[: windows.numel()]
 
 
-def test_jsonl_of_other_fields_and_of_chats(tokenizer, tmp_path):
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text("\n".join(json.dumps({"question": "1+1?", "answer": "two", "n": 2}) for _ in range(20)))
-    assert "1+1?\ntwo" in tokenizer.decode(windows_of(tokenizer, str(rows), 16)[0])
+def test_chats_go_through_the_template(tokenizer, tmp_path):
     chats = tmp_path / "chats.jsonl"
     chats.write_text("\n".join(json.dumps({"messages": [{"role": "user", "content": "hello"}]}) for _ in range(20)))
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
@@ -81,6 +101,91 @@ def test_jsonl_of_other_fields_and_of_chats(tokenizer, tmp_path):
         tokenizer.chat_template = None
 
 
+MIXED = [{"text": f"x = {i}"} for i in range(60)]
+for place, other in ((3, {"text": ""}), (9, {"id": "row-9"}), (20, {"messages": []}), (21, {"text": None}), (40, [])):
+    MIXED.insert(place, other)
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, MIXED)) + "\n{broken\n")
+    return path
+
+
+def test_the_first_bad_row_ends_the_run(tokenizer, mixed):
+    with pytest.raises(TextError, match=r"rows\.jsonl: line 10: no text in its fields \(id\)"):
+        windows_of(tokenizer, str(mixed), 8)
+
+
+def test_bad_rows_are_skipped_and_counted(tokenizer, mixed, caplog):
+    expected = []
+    for i in range(60):
+        expected += ([tokenizer.eos_token_id] if i else []) + tokenizer(f"x = {i}")["input_ids"]
+    windows = windows_of(tokenizer, str(mixed), 8, skip_bad_rows=True)
+    assert windows.flatten().tolist() == expected[: windows.numel()]
+    text = calibration_text(tokenizer, [str(mixed)], 8, 8, skip_bad_rows=True)
+    assert text.rows == [(str(mixed), RowCounts(used=60, skipped=2, refused=4))]
+    assert text.beginning == tokenizer.decode(text.windows[0])
+    assert f"{mixed}: 60 rows used, 2 empty, 4 refused" in caplog.text
+    assert f"begins: {text.beginning!r}" in caplog.text
+    assert text.record(["rows.jsonl"]) == {
+        "sources": [{"name": "rows.jsonl", "used": 60, "skipped": 2, "refused": 4}],
+        "beginning": text.beginning,
+    }
+
+
+def test_rows_without_text_alone_are_no_text(tokenizer, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": ""}\n{"id": 1}\n' * 9)
+    with pytest.raises(TextError, match=r"0 tokens, shorter than one window of 8 \(0 rows used, 9 empty, 9 refused\)"):
+        windows_of(tokenizer, str(path), 8, skip_bad_rows=True)
+
+
+def with_bos(tokenizer):
+    """The tokenizer as Llama 3's: a token of its own before every text."""
+    made = copy.deepcopy(tokenizer)
+    made.add_special_tokens({"bos_token": "<bos>"})
+    made.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", made.bos_token_id)]
+    )
+    return made
+
+
+def test_windows_begin_with_the_bos_that_the_tokenizer_adds(tokenizer, code):
+    served = with_bos(tokenizer)
+    assert served("a")["input_ids"][0] == served.bos_token_id  # as vLLM's server tokenises a prompt
+    ids = tokenizer(code.read_text())["input_ids"]
+    windows = windows_of(served, str(code), 32)
+    assert (windows[:, 0] == served.bos_token_id).all()
+    assert windows[:, 1:].flatten().tolist() == ids[: 31 * len(windows)]
+    assert len(windows) == len(ids) // 31
+    assert torch.equal(windows_of(served, str(code), 32, 7), windows[:7])
+    assert torch.equal(windows_of(served, str(code), 32, bos=False), windows_of(tokenizer, str(code), 32))
+    assert calibration_text(served, [str(code)], 8, 32).bos
+    assert not calibration_text(served, [str(code)], 8, 32, bos=False).bos
+    assert not calibration_text(tokenizer, [str(code)], 8, 32).bos  # it adds none
+
+
+def test_a_window_that_begins_with_bos_gets_no_second_one(tokenizer, tmp_path):
+    served, path = with_bos(tokenizer), tmp_path / "chats.jsonl"
+    served.chat_template = "{{ bos_token }}{{ messages[0].content }}"
+    rows = [{"messages": [{"role": "user", "content": f"x = {i}; " * 9}]} for i in range(9)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    windows = windows_of(served, str(path), 16)
+    assert (windows[:, 0] == served.bos_token_id).all()
+    assert not (windows[:, 1] == served.bos_token_id).any()
+
+
+def test_cut_of_ids_written_out():
+    """1 is BOS: windows of three."""
+    assert cut([5, 6, 7, 8, 9], 3, None, None) == [[5, 6, 7]]
+    assert cut([5, 6, 7, 8, 9], 3, None, 1) == [[1, 5, 6], [1, 7, 8]]
+    assert cut([1, 6, 7, 8, 9, 1, 5, 5], 3, None, 1) == [[1, 6, 7], [1, 8, 9], [1, 5, 5]]
+    assert cut([1, 6, 7, 8, 9, 1, 5, 5], 3, 2, 1) == [[1, 6, 7], [1, 8, 9]]
+    assert cut([], 3, None, 1) == []
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -88,7 +193,7 @@ def test_jsonl_of_other_fields_and_of_chats(tokenizer, tmp_path):
         ("short.txt", b"x = 1", "shorter than one window of 32"),
         ("latin.txt", b"caf\xe9 " * 100, "not UTF-8"),
         ("broken.jsonl", b'{"text": "a"}\n{', "line 2"),
-        ("numbers.jsonl", b'{"n": 1}\n', "line 1: no text"),
+        ("numbers.jsonl", b'{"n": 1}\n', r"line 1: no text in its fields \(n\)"),
     ],
 )
 def test_bad_text_is_named(tokenizer, tmp_path, name, content, message):
@@ -111,6 +216,7 @@ def test_weights_mix_the_texts_in_proportion(tokenizer, code, tmp_path):
     from_code = [tuple(w.tolist()) in own for w in text.windows]
     assert sum(from_code) == 4
     assert sum(from_code[:8]) == 2  # mixed, not one after the other
+    assert sum(tuple(w.tolist()) in own for w in text.held_back) == 8
 
 
 def test_a_file_whose_name_looks_weighted_is_a_file(tokenizer, tmp_path):
