@@ -19,20 +19,34 @@ class ProcessError(FermiSVDError):
     """Another process has ended, or this one has no device."""
 
 
+def launched(name: str) -> int:
+    """torchrun's variable of that name as a number: RANK, LOCAL_RANK, WORLD_SIZE or LOCAL_WORLD_SIZE; without torchrun,
+    where WORLD_SIZE is 1, empty or not there, that of a single process. Raises ProcessError if it is no number."""
+    alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}[name]
+    try:
+        world = int(os.environ.get("WORLD_SIZE") or 1)
+        found = int(os.environ.get(name) or alone)
+    except ValueError:
+        raise ProcessError(f"{name} or WORLD_SIZE is no number; start with torchrun, or unset them") from None
+    if world > 1 and "MASTER_ADDR" not in os.environ:
+        raise ProcessError("WORLD_SIZE is set, but not MASTER_ADDR; start with torchrun, or unset WORLD_SIZE")
+    return found if world > 1 else alone
+
+
 @contextmanager
 def processes(device: str) -> Iterator[str]:
     """The process group of a program that torchrun has started; gives the device of this process ("cuda:1").
 
     Outside torchrun, and inside a group that is there already, nothing is done.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or distributed.is_initialized():
+    if launched("WORLD_SIZE") == 1 or distributed.is_initialized():
         yield device
         return
     if device == "cuda":
-        if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+        if launched("LOCAL_RANK") >= torch.cuda.device_count():
             raise ProcessError(f"{torch.cuda.device_count()} GPUs for more processes; give --nproc-per-node so many")
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(launched("LOCAL_RANK"))
+        device = f"cuda:{launched('LOCAL_RANK')}"
     distributed.init_process_group("cpu:gloo,cuda:nccl" if "cuda" in device else "gloo", timeout=PATIENCE)
     try:
         yield device

@@ -77,6 +77,8 @@ def model_files(folder: Path) -> list[Path]:
         return named
     if single.is_file():
         return [single]
+    if single.is_symlink():
+        raise FormatError(f"{single}: a link to {single.readlink()}, which is not there; {COPY}")
     others = sorted(path.name for path in folder.glob("*.safetensors"))
     if others:
         raise FormatError(
@@ -123,9 +125,8 @@ def read_headers(folder: Path) -> dict[str, TensorInfo]:
 
 def _tensors_of(file: Path) -> Iterator[TensorInfo]:
     try:
-        with file.open("rb") as stream:
-            if stream.read(len(LFS_START)) == LFS_START:
-                raise FormatError(f"{file}: a git-lfs pointer, not the file itself; run git lfs pull in its folder")
+        if is_lfs_pointer(file):
+            raise FormatError(f"{file}: a git-lfs pointer, not the file itself; run git lfs pull in its folder")
         with safe_open(file, framework="pt") as shard:
             for name in shard.keys():  # noqa: SIM118  (a safe_open object does not iterate)
                 part = shard.get_slice(name)
@@ -183,6 +184,14 @@ def is_pickle(path: Path) -> bool:
         return True
     with path.open("rb") as stream:
         return stream.read(4).startswith(PICKLE_STARTS)
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether git-lfs' note of a file stands in its place. Raises OSError if it cannot be read."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as stream:
+        return stream.read(len(LFS_START)) == LFS_START
 
 
 def check_name(path: Path) -> None:

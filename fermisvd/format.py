@@ -95,9 +95,23 @@ def parse_config(values: Mapping[str, Any], where: str = "config.json: quantizat
         raise FormatError(f"{where}: {problems}; convert again") from None
 
 
+def quantization_method(folder: Path) -> str | None:
+    """quant_method of a folder's config.json, "fermisvd" for a compressed checkpoint; None for a dense model, or where
+    there is no config that can be read."""
+    try:
+        values = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        entry = values.get("quantization_config") or values.get("compression_config")
+    except (OSError, ValueError, RecursionError, AttributeError):
+        return None
+    method = entry.get("quant_method") if isinstance(entry, dict) else None
+    return str(method or "quantized") if entry else None
+
+
 def read_config(folder: Path) -> FermiSVDConfig:
     """The FermiSVD entry of a folder's config.json. Raises FormatError if there is none."""
     path = Path(folder) / "config.json"
+    if not Path(folder).is_dir():
+        raise FormatError(f"{folder}: no folder; give the folder of a compressed checkpoint")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

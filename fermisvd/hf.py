@@ -156,6 +156,7 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32, **kwargs) -
         empty = empty_model(folder, kwargs.get("trust_remote_code", False))
         if compressed_config(empty) is None:  # else the quantizer looks
             model_tensors(empty, headers)
+    kwargs = {"return_dict": True} | kwargs  # whatever config.json says: the stages ask for .logits
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **kwargs).eval()
 
 

@@ -55,7 +55,7 @@ def stream_model(folder: Path, device: str, trust_remote_code: bool = False) -> 
 
     Raises StreamingError if a parameter is not a tensor of the files, in the same shape.
     """
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, return_dict=True)
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(
             config, dtype=torch.float32, trust_remote_code=trust_remote_code

@@ -4,7 +4,13 @@ The model's own checks are in source.py, the text's in text.py, the disk's in sp
 """
 
 import math
+import os
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
+from typing import Annotated, ParamSpec, TypeVar
+
+from pydantic import Field, ValidationError, validate_call
 
 from fermisvd.budget import check_fraction
 from fermisvd.errors import FermiSVDError
@@ -14,9 +20,36 @@ from fermisvd_convert.places import check_own
 from fermisvd_convert.space import existing
 from fermisvd_convert.workspace import SCRATCH
 
+P = ParamSpec("P")
+R = TypeVar("R")
+LARGEST = 2**31 - 1  # of any count
+LONGEST_NAME = 250  # bytes: what is made beside OUT is called by up to five more
+Count = Annotated[int, Field(ge=1, le=LARGEST)]
+CountOrNone = Annotated[int, Field(ge=0, le=LARGEST)]  # 0: without
+Texts = Annotated[list[Annotated[str, Field(min_length=1)]] | tuple[str, ...], Field(min_length=1)]
+
 
 class OptionError(FermiSVDError):
     """An option's value makes no sense, or not together with another's."""
+
+
+def checked(function: Callable[P, R]) -> Callable[P, R]:
+    """A program's function that takes what its annotations say, whoever calls it: the command line keeps most of it out
+    by itself, a script does not. Raises OptionError naming the argument."""
+    called = validate_call(function)
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return called(*args, **kwargs)
+        except ValidationError as error:
+            if error.title != function.__name__:
+                raise
+            first = error.errors()[0]
+            name = str(first["loc"][0]).replace("_", "-")
+            raise OptionError(f"--{name}: {first['msg']}, got {first['input']!r}") from None
+
+    return call
 
 
 def check_options(
@@ -61,6 +94,8 @@ def check_out(out: Path, model: str, work: Path, overwrite: bool) -> None:
 def check_place(out: Path, remedy: str) -> None:
     """Raises OutputError if a folder cannot be made there, PlaceError if something else has a name that we need."""
     check_name(out)
+    if len(os.fsencode(out.name)) > LONGEST_NAME:
+        raise OutputError(f"{out}: a name of more than {LONGEST_NAME} bytes; {remedy}")
     place = places(out)
     if not writable(there := existing(place.ours)):
         raise OutputError(f"{out}: {there} is no folder that can be written to; {remedy}")

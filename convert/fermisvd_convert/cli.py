@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +17,7 @@ from rich.console import Console
 
 app = typer.Typer(
     no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     help="Compress a language model by SVD and serve it with vLLM.",
 )
@@ -64,8 +66,16 @@ class Figures(StrEnum):
     png = "png"
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"fermisvd {version('fermisvd')}")
+        raise typer.Exit
+
+
 @app.callback()
-def _main() -> None:
+def _common(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):  # a path or a text that the terminal cannot show ends no command
         sys.stdout.reconfigure(errors="backslashreplace")
 
@@ -77,10 +87,25 @@ def _clear_errors() -> Iterator[None]:
 
     try:
         yield
+    except BrokenPipeError:  # of `| head`: click ends quietly
+        raise
     except (FermiSVDError, OSError) as error:
         line = reason(error).encode("utf-8", "backslashreplace").decode()
         console.print(f"fermisvd: {line}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(2) from None
+
+
+def _given(value: object) -> str:
+    """A path, text or hub id as it was meant: `~` is the home folder also behind `=`, where a shell leaves it; an empty
+    one is a variable that was not set."""
+    text = str(value)
+    if not text.strip():
+        raise typer.BadParameter("is empty")
+    return os.path.expanduser(text)
+
+
+def _place(value: object) -> Path:
+    return Path(_given(value))
 
 
 def _ranks(value: str) -> str:
@@ -107,9 +132,9 @@ def _check_use(context: typer.Context, owner: str, value: str, options: tuple[st
 @app.command()
 def convert(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="Folder or hub id of a dense model in safetensors.")],
-    out: Annotated[Path, typer.Argument(help="New folder for the compressed checkpoint.")],
-    more_calibration: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
+    model: Annotated[str, typer.Argument(parser=_given, help="Folder or hub id of a dense model in safetensors.")],
+    out: Annotated[Path, typer.Argument(parser=_place, help="New folder for the compressed checkpoint.")],
+    more_calibration: Annotated[list[str] | None, typer.Argument(parser=_given, hidden=True)] = None,
     remove: Annotated[float, typer.Option(help="Fraction of the decoder blocks' linear parameters to remove.")] = ...,
     form: Annotated[Form, typer.Option(help="Stored form of the factors.")] = Form.pivga,
     ranks: Annotated[
@@ -132,6 +157,7 @@ def convert(
     calibration: Annotated[
         list[str] | None,
         typer.Option(
+            parser=_given,
             help="Files (.txt, .jsonl, .json, .csv, .parquet, also .gz, .zst) or data sets (NAME:CONFIG), each with "
             "@WEIGHT if need be; several may follow.",
             show_default="WikiText-2",
@@ -178,7 +204,9 @@ def convert(
     seed: Annotated[int, typer.Option(min=0, max=LARGEST, help="The same seed, the same checkpoint.")] = 0,
     work: Annotated[
         Path | None,
-        typer.Option(help="Stages are kept here and found again.", show_default=".fermisvd/MODEL beside OUT"),
+        typer.Option(
+            parser=_place, help="Stages are kept here and found again.", show_default=".fermisvd/MODEL beside OUT"
+        ),
     ] = None,
     max_memory: Annotated[
         str | None, typer.Option(help="Most memory a step may take, as 24GiB; what would take more is refused.")
@@ -200,7 +228,10 @@ def convert(
         raise typer.BadParameter("--private is about the repository of --push-to, which is not given")
     _check_use(context, "ranks", "fermigrad", FERMIGRAD_OPTIONS)
     _check_use(context, "constraint", Constraint.penalty, ("penalty_growth",))
-    first = not int(os.environ.get("RANK", 0))
+    with _clear_errors():
+        from fermisvd.distributed import launched
+
+        first = not launched("RANK")
     if not first:  # of torchrun's processes the first shows how far they are
         os.environ["TQDM_DISABLE"] = "1"
         logging.getLogger("fermisvd").setLevel(logging.ERROR)
@@ -248,20 +279,24 @@ def convert(
             overwrite=overwrite,
             max_memory=None if max_memory is None else parse_bytes(max_memory),
         )
-        if first:
-            print_report(report, Console())
-            if push_to is not None:
-                print(f"pushed to {hub.push(out, push_to, private)}")
+        address = hub.push(out, push_to, private) if first and push_to is not None else None
+    if first:
+        print_report(report, Console())
+    if address is not None:
+        print(f"pushed to {address}")
 
 
 @app.command()
 def heal(
-    out: Annotated[Path, typer.Argument(help="Folder of a compressed checkpoint.")],
-    healed: Annotated[Path, typer.Argument(help="New folder for the healed checkpoint.")],
-    more_text: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
-    text: Annotated[list[str], typer.Option(help="Text to train on, as --calibration of convert.")] = ...,
+    out: Annotated[Path, typer.Argument(parser=_place, help="Folder of a compressed checkpoint.")],
+    healed: Annotated[Path, typer.Argument(parser=_place, help="New folder for the healed checkpoint.")],
+    more_text: Annotated[list[str] | None, typer.Argument(parser=_given, hidden=True)] = None,
+    text: Annotated[
+        list[str], typer.Option(parser=_given, help="Text to train on, as --calibration of convert.")
+    ] = ...,
     teacher: Annotated[
-        str | None, typer.Option(help="The dense model.", show_default="the hub id that the checkpoint names")
+        str | None,
+        typer.Option(parser=_given, help="The dense model.", show_default="the hub id that the checkpoint names"),
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps of distillation.")] = 200,
     bos: Annotated[
@@ -309,9 +344,11 @@ def heal(
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Folder or hub id, dense or compressed.")],
-    text: Annotated[str, typer.Option(help="Text to measure on.")] = ...,
-    reference: Annotated[str | None, typer.Option(help="Model to compare with: adds KL and top-1 agreement.")] = None,
+    model: Annotated[str, typer.Argument(parser=_given, help="Folder or hub id, dense or compressed.")],
+    text: Annotated[str, typer.Option(parser=_given, help="Text to measure on.")] = ...,
+    reference: Annotated[
+        str | None, typer.Option(parser=_given, help="Model to compare with: adds KL and top-1 agreement.")
+    ] = None,
     sequence_length: Annotated[
         int | None, typer.Option(help="Tokens a window.", show_default="the model's context, at most 2048")
     ] = None,
@@ -355,7 +392,7 @@ def evaluate(
 
 @app.command()
 def inspect(
-    out: Annotated[Path, typer.Argument(help="Folder of a compressed checkpoint.")],
+    out: Annotated[Path, typer.Argument(parser=_place, help="Folder of a compressed checkpoint.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Groups, ranks and sizes of a compressed checkpoint, after checking all of it."""
@@ -373,8 +410,12 @@ def inspect(
 
 @app.command()
 def report(
-    outs: Annotated[list[Path], typer.Argument(metavar="OUT...", help="Folders of compressed checkpoints.")],
-    to: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the figures go; made if need be.")] = Path("report"),
+    outs: Annotated[
+        list[Path], typer.Argument(parser=_place, metavar="OUT...", help="Folders of compressed checkpoints.")
+    ],
+    to: Annotated[
+        Path, typer.Option(parser=_place, metavar="FOLDER", help="Where the figures go; made if need be.")
+    ] = Path("report"),
     figures: Annotated[Figures, typer.Option("--format", help="Kind of file.")] = Figures.svg,
 ) -> None:
     """Draw ranks, kept energy, FermiGrad's trace and spectra; with several OUTs, also quality against size."""
@@ -387,7 +428,7 @@ def report(
 
 @app.command()
 def push(
-    out: Annotated[Path, typer.Argument(help="Folder of a compressed checkpoint.")],
+    out: Annotated[Path, typer.Argument(parser=_place, help="Folder of a compressed checkpoint.")],
     repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Model repository of the hub.")],
     private: Annotated[bool, typer.Option("--private", help="If the repository is made: a private one.")] = False,
 ) -> None:

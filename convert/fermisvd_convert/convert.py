@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import nn
 
 from fermisvd import distributed
@@ -20,7 +22,7 @@ from fermisvd.healing import HealingSettings
 from fermisvd.hf import load_model
 from fermisvd_convert import stages
 from fermisvd_convert.card import write_card
-from fermisvd_convert.checks import check_options, check_out
+from fermisvd_convert.checks import Count, CountOrNone, Texts, check_options, check_out, checked
 from fermisvd_convert.evaluate import evaluate_by_blocks
 from fermisvd_convert.memory import Limits, check_memory, gated_bytes, limits, memory_of, model_sizes, needs
 from fermisvd_convert.output import claimed, complete, move_into_place, unfinished
@@ -39,40 +41,41 @@ logger = logging.getLogger("fermisvd")
 ASIDE_WINDOWS = 32  # windows that decide between measured alternatives
 
 
+@checked
 def convert(
-    model: str,
+    model: str | Path,
     out: str | Path,
     remove: float,
     *,
     form: Form = "pivga",
-    ranks: str = "fermigrad",
+    ranks: str | Path = "fermigrad",
     groups: GroupsRule = "auto",
     whitening: Whitening = "kfac",
     refit: bool | None = None,
-    calibration: Sequence[str] = (DEFAULT_DATASET,),
+    calibration: Texts = (DEFAULT_DATASET,),
     bos: bool = True,
     skip_bad_rows: bool = False,
-    samples: int = 256,
-    gradient_samples: int = 256,
-    sequence_length: int | None = None,
-    batch_size: int = 8,
+    samples: Count = 256,
+    gradient_samples: Count = 256,
+    sequence_length: Count | None = None,
+    batch_size: Count = 8,
     constraint: Constraint = "projection",
-    temperature: float = 0.01,
-    steps: int = 64,
-    minimum_rank: int = 1,
-    penalty_growth: float = 1.03,
-    plateau: float = 0.0,
+    temperature: Annotated[float, Field(ge=1e-6, le=1)] = 0.01,
+    steps: Count = 64,
+    minimum_rank: Count = 1,
+    penalty_growth: Annotated[float, Field(ge=1)] = 1.03,
+    plateau: Annotated[float, Field(ge=0)] = 0.0,
     count: Form | None = None,
-    heal_steps: int = 128,
-    align: int | None = None,
-    dtype: str = "auto",
+    heal_steps: CountOrNone = 128,
+    align: Count | None = None,
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
     device: str = "auto",
-    seed: int = 0,
+    seed: CountOrNone = 0,
     work: str | Path | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     overwrite: bool = False,
-    max_memory: int | None = None,
+    max_memory: Annotated[int, Field(ge=1)] | None = None,
 ) -> dict:
     """Compress `model` (folder or hub id) into the new folder `out`; returns the report that `out`/fermisvd.json holds.
 
@@ -85,7 +88,7 @@ def convert(
     Started by torchrun, the processes share the work; `out` and `work` must be folders that they all see.
     Raises FermiSVDError for bad input, naming it.
     """
-    out, seconds = Path(out).resolve(), {}
+    model, ranks, out, seconds = str(model), str(ranks), Path(out).resolve(), {}
     workspace = Workspace((Path(work) if work else out.parent / OURS / folder_name(model)).resolve())
     check_options(remove, temperature=temperature, penalty_growth=penalty_growth, plateau=plateau, steps=steps)
     check_out(out, model, workspace.folder, overwrite)

@@ -12,12 +12,12 @@ from torch import nn
 from tqdm import tqdm
 
 from fermisvd.blocks import BlocksError, DecoderBlocks, HiddenStates, device_of, logits_by_blocks
+from fermisvd.errors import FermiSVDError
 from fermisvd.losses import kl_divergence
 from fermisvd_convert.source import (
     SourceError,
     context_length,
-    find_folder,
-    load_dense_or_compressed,
+    load_checked,
     load_tokenizer,
     resolve_device,
     window_length,
@@ -25,6 +25,10 @@ from fermisvd_convert.source import (
 from fermisvd_convert.text import check_vocabulary, read_windows
 
 logger = logging.getLogger("fermisvd")
+
+
+class EvaluationError(FermiSVDError):
+    """The model computes no numbers."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,8 @@ def _measure(
             agreement += (wanted.argmax(-1) == given.argmax(-1)).sum().item()
     tokens = sum(batch[:, 1:].numel() for batch in batches)
     mean = loss / tokens
+    if math.isnan(mean):
+        raise EvaluationError(f"{label}: the model's logits hold NaN or infinite values on this text")
     return Evaluation(
         math.exp(mean) if mean < math.log(sys.float_info.max) else math.inf,
         tokens,
@@ -119,11 +125,8 @@ def evaluate_files(
     Raises FermiSVDError for an unreadable model or a text shorter than one window.
     """
     where = resolve_device(device)
-    folder = find_folder(model)[0]
-    loaded = load_dense_or_compressed(folder, where, trust_remote_code)
-    compared = (
-        None if reference is None else load_dense_or_compressed(find_folder(reference)[0], where, trust_remote_code)
-    )
+    loaded, folder = load_checked(model, where, trust_remote_code)
+    compared = None if reference is None else load_checked(reference, where, trust_remote_code)[0]
     if compared is not None and compared.config.vocab_size != loaded.config.vocab_size:
         sizes = f"{compared.config.vocab_size} and {loaded.config.vocab_size}"
         raise SourceError(f"--reference {reference}: another vocabulary than {model} ({sizes} tokens)")

@@ -3,17 +3,18 @@
 import json
 import shutil
 import time
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from tqdm import tqdm
 
 from fermisvd.files import read_headers
 from fermisvd.format import read_config, validate_checkpoint
 from fermisvd.healing import HealingSettings, heal, rounded_factors, trained_factors
 from fermisvd.hf import load_model
-from fermisvd_convert.checks import check_place
+from fermisvd_convert.checks import Count, CountOrNone, Texts, check_place, checked
 from fermisvd_convert.evaluate import evaluate
 from fermisvd_convert.output import OutputError, check_free, claimed, complete, move_into_place, unfinished
 from fermisvd_convert.report import calibration_name
@@ -32,21 +33,22 @@ from fermisvd_convert.text import TextError, calibration_text, check_vocabulary
 from fermisvd_convert.writer import replace_tensors
 
 
+@checked
 def heal_checkpoint(
     checkpoint: str | Path,
     healed: str | Path,
-    text: Sequence[str],
+    text: Texts,
     *,
     teacher: str | None = None,
-    steps: int = 200,
-    samples: int = 1024,
-    sequence_length: int | None = None,
+    steps: Count = 200,
+    samples: Annotated[int, Field(ge=2)] = 1024,
+    sequence_length: Count | None = None,
     bos: bool = True,
     skip_bad_rows: bool = False,
-    batch_size: int = 8,
-    learning_rate: float = 0.1,
+    batch_size: Count = 8,
+    learning_rate: Annotated[float, Field(ge=0)] = 0.1,
     device: str = "auto",
-    seed: int = 0,
+    seed: CountOrNone = 0,
     trust_remote_code: bool = False,
 ) -> dict:
     """Write `healed`, a copy of `checkpoint` with trained factors; returns the record that `healed`/healing.json holds.
@@ -58,7 +60,9 @@ def heal_checkpoint(
     checkpoint, healed = Path(checkpoint), Path(healed).resolve()
     check_place(healed, "choose another HEALED")
     if checkpoint.resolve() in healed.parents:
-        raise OutputError(f"{healed}: lies inside {checkpoint}; choose another folder")
+        raise OutputError(f"{healed}: lies inside {checkpoint}; choose another HEALED")
+    if teacher is not None and Path(teacher).is_dir() and Path(teacher).resolve() in healed.parents:
+        raise OutputError(f"{healed}: lies inside {teacher}; choose another HEALED")
     validate_checkpoint(checkpoint)
     provenance = read_config(checkpoint).provenance
     source = _teacher(checkpoint, teacher, provenance, trust_remote_code)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
+from fermisvd import distributed
 from fermisvd.budget import Form
 from fermisvd.errors import FermiSVDError
 from fermisvd.files import TensorInfo
@@ -133,7 +134,7 @@ def memory_of(device: str, max_memory: int | None) -> int:
         return max_memory
     if device.startswith("cuda"):
         return torch.cuda.get_device_properties(device).total_memory
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's, on this machine
+    processes = distributed.launched("LOCAL_WORLD_SIZE")  # on this machine
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // processes
 
 

@@ -5,9 +5,9 @@ import csv
 import gzip
 import io
 import json
+import math
 import re
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,7 +43,7 @@ BEGINNINGS = {
     codecs.BOM_UTF16_LE: "UTF-16 text; save it as UTF-8 first",
     codecs.BOM_UTF16_BE: "UTF-16 text; save it as UTF-8 first",
 }
-CHUNK = 2**16
+CHUNK, TEXT_CHUNK = 2**16, 2**24
 LONGEST = 2**28  # characters of one JSON value
 BETWEEN = re.compile(r"[\s,]*")  # two JSON values
 
@@ -59,6 +59,12 @@ def rows_of(source: str, characters: int | None = None) -> Iterator[tuple[str, o
     so many `characters`. Raises TextError where no further row can be read.
     """
     path = Path(source)
+    if path.is_dir() and (files := texts_in(path)):
+        for file in files:
+            yield from rows_of(str(file), characters)
+        return
+    if path.exists() and not path.is_dir() and not path.is_file():
+        raise TextError(f"{source}: a pipe or device, which cannot be read twice; write the text to a file first")
     if not path.is_file():
         yield from _data_set(source)
         return
@@ -88,6 +94,22 @@ def rows_of(source: str, characters: int | None = None) -> Iterator[tuple[str, o
     except Exception as error:  # every reader has errors of its own
         what = " in ".join(filter(None, format_of(path)))
         raise TextError(f"{source}: not readable as {what} ({error})") from None
+
+
+def texts_in(folder: Path) -> list[Path]:
+    """The files of a folder that are texts by their names; those of a train split alone where files are called so.
+
+    None for a data set that `datasets` has saved, which reads it itself.
+    """
+    if (folder / "dataset_info.json").exists() or (folder / "dataset_dict.json").exists():
+        return []
+    known = [path for path in sorted(folder.rglob("*")) if path.is_file() and _is_text(path)]
+    return [path for path in known if "train" in str(path.relative_to(folder)).lower()] or known
+
+
+def _is_text(path: Path) -> bool:
+    form, _ = format_of(path)
+    return not path.name.startswith(".") and (form != "text" or ".txt" in (s.lower() for s in path.suffixes))
 
 
 def format_of(path: Path) -> tuple[str, str | None]:
@@ -139,7 +161,11 @@ def _check_text(path: Path, stream: BinaryIO) -> None:
 
 
 def _plain(stream: io.TextIOBase, characters: int | None) -> Iterator[tuple[str, object]]:
-    yield "", {"text": stream.read(-1 if characters is None else min(characters, sys.maxsize))}
+    parts, room = [], math.inf if characters is None else characters
+    while room > 0 and (part := stream.read(int(min(room, TEXT_CHUNK)))):  # not all at once: as much may be asked for
+        parts.append(part)
+        room -= len(part)
+    yield "", {"text": "".join(parts)}
 
 
 def _json_lines(stream: io.TextIOBase) -> Iterator[tuple[str, object]]:

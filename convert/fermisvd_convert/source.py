@@ -15,7 +15,8 @@ from tqdm import tqdm
 from transformers import PretrainedConfig
 
 from fermisvd.errors import FermiSVDError, explained, reason
-from fermisvd.files import COPY, TensorInfo, check_name, read_headers
+from fermisvd.files import COPY, TensorInfo, check_name, is_lfs_pointer, read_headers
+from fermisvd.format import quantization_method
 from fermisvd.groups import LinearGroup, StructureError, check_unshared
 from fermisvd.hf import empty_model, load_model
 from fermisvd.streaming import StreamingError, stream_model
@@ -26,6 +27,7 @@ logger = logging.getLogger("fermisvd")
 TORCH_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Of a hub model never downloaded: other forms of the same weights, and pickles. A .bin file may be a vocabulary.
 OTHER_WEIGHTS = ["pytorch_model*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.onnx*"]
+WRAPPERS = ("module.", "_orig_mod.", "base_model.model.")  # DDP's, torch.compile's, peft's
 SLICE = 2**24  # numbers looked at together
 
 
@@ -82,6 +84,11 @@ class Source:
                 info = self.headers.get(f"{member}.weight")
                 if info is None or info.shape != (rows, group.columns):
                     raise SourceError(f"{self.folder}: no tensor {member}.weight of shape {(rows, group.columns)}")
+                if info.dtype not in TORCH_TYPES:
+                    raise SourceError(
+                        f"{info.file}: {member}.weight is of type {info.dtype}; only dense floating-point models are "
+                        "converted"
+                    )
 
     def weight_type(self) -> torch.dtype:
         """Type of the largest tensor: that of the linear layers, whatever norms are kept in.
@@ -134,8 +141,10 @@ class Source:
 
 
 def context_length(config: PretrainedConfig) -> int | None:
-    """Tokens that a model was made for, by whatever name its config has for it; None where it has none."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+    """Tokens that a model was made for, by whatever name its config has for it; None where it has none that can be
+    (-1 is for no limit)."""
+    tokens = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return tokens if isinstance(tokens, int) and tokens > 1 else None
 
 
 def folder_name(folder: str | Path) -> str:
@@ -165,6 +174,19 @@ def open_streamed(folder: Path, device: str, trust_remote_code: bool = False, bo
             ) from None
         logger.warning("%s: transformers makes it of others; the model is held whole", error)
         return load_dense_or_compressed(folder, device, trust_remote_code)
+
+
+def load_checked(model: str, device: str, trust_remote_code: bool = False) -> tuple[nn.Module, Path]:
+    """A model in float32 and its folder, dense or compressed: all of it checked, as a conversion checks its model.
+
+    Raises SourceError or FormatError: transformers would fill what is missing with random numbers, and go on.
+    """
+    folder, _ = find_folder(model)
+    if quantization_method(folder) is None:
+        source = open_source(model, trust_remote_code=trust_remote_code)
+        source.check_values()
+        return source.load(device), folder
+    return load_dense_or_compressed(folder, device, trust_remote_code), folder
 
 
 def load_tokenizer(folder: str | Path, trust_remote_code: bool = False):
@@ -211,6 +233,9 @@ def open_source(model: str, revision: str | None = None, trust_remote_code: bool
     config = _read_config(folder, trust_remote_code)
     if commit is not None and constants.HF_HUB_OFFLINE and not any(folder.glob("*.safetensors")):
         raise SourceError(f"{model}: the cache has no safetensors file of it; {offline(model)}")
+    pointers = [path for path in sorted(folder.iterdir()) if is_lfs_pointer(path)]
+    if pointers:
+        raise SourceError(f"{pointers[0]}: a git-lfs pointer, not the file itself; run git lfs pull in its folder")
     headers = read_headers(folder)
     empty, vocabulary = _empty_model(folder, config, trust_remote_code)
     try:
@@ -220,6 +245,12 @@ def open_source(model: str, revision: str | None = None, trust_remote_code: bool
     found = model_tensors(empty, headers)
     name = type(empty).__name__
     if found.missing:  # transformers would fill it with random numbers
+        wrappers = [w for w in WRAPPERS if any(tensor.startswith(w) for tensor in found.left_out)]
+        if wrappers:
+            raise SourceError(
+                f"{folder}: the names of its tensors begin with {wrappers[0]}, which a wrapper of the model added; "
+                "unwrap it before save_pretrained"
+            )
         raise SourceError(
             f"{folder}: no tensor {found.missing[0]}, which {name} needs; config.json and weights are not of one "
             f"model, or not whole: {COPY}"
@@ -253,9 +284,8 @@ def _read_config(folder: Path, trust_remote_code: bool) -> dict:
         raise SourceError(f"{path}: not JSON ({reason(error)})") from None
     if not isinstance(config, dict):
         raise SourceError(f"{path}: not a JSON object")
-    if quantization := config.get("quantization_config") or config.get("compression_config"):
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        raise SourceError(f"{path}: the model is already {method or 'quantized'}; convert the dense original")
+    if method := quantization_method(folder):
+        raise SourceError(f"{path}: the model is already {method}; convert the dense original")
     if config.get("auto_map") and not trust_remote_code:
         raise SourceError(f"{path}: the model runs code of its own; read it, then pass --trust-remote-code")
     return config

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -73,6 +74,11 @@ def calibration_text(
     """
     wanted = max(MEASURED_WINDOWS, samples + HELD_BACK_WINDOWS)
     weighted = [weighted_source(source) for source in sources]
+    names = [os.path.realpath(name) if Path(name).exists() else name for name, _ in weighted]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise TextError(
+            f"--calibration {twice[0]}: given twice; a text that is to count for more takes a weight, TEXT@2"
+        )
     total = sum(weight for _, weight in weighted)
     placed, rows, measured, with_bos = [], [], 0, False
     for name, weight in weighted:

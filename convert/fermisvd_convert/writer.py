@@ -140,7 +140,9 @@ def _write_shards(folder: Path, tensors: Iterator[tuple[str, torch.Tensor]], sha
         shards.append(list(pending))
         shard = folder / f"shard-{len(shards)}.safetensors"
         save_file(pending, shard, metadata={"format": "pt"})
-        shard.chmod(0o644)  # safetensors makes files that only their owner can read; a server is often another user
+        shard.chmod(
+            usual_mode()
+        )  # safetensors makes files that only their owner can read; a server is often another user
         pending.clear()
 
     for name, tensor in tensors:
@@ -171,7 +173,14 @@ def replace_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
         if new := stored.keys() & tensors.keys():
             stored |= {name: tensors[name].contiguous().cpu() for name in new}
             save_file(stored, file, metadata={"format": "pt"})
-            file.chmod(0o644)
+            file.chmod(usual_mode())
+
+
+def usual_mode() -> int:
+    """Permissions that a new file has by the process' umask."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
 
 
 def weight_bytes(headers: Mapping[str, TensorInfo]) -> int:
