@@ -87,7 +87,7 @@ class GatedGroup(nn.Module):
         self._projected: torch.Tensor | None = None
         self._reads = 0
 
-    def project(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """F B x, (..., open_rank), remembered until all members have read it."""
         if self._projected is None or self._input is not x:
             projected = functional.linear(x, self.b[: self.open_rank])
@@ -108,7 +108,7 @@ class GatedLinear(nn.Module):
         self.a, self.group, self.bias = nn.Parameter(a, requires_grad=False), group, bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return functional.linear(self.group.project(x), self.a[:, : self.group.open_rank], self.bias)
+        return functional.linear(self.group(x), self.a[:, : self.group.open_rank], self.bias)
 
 
 def install_gates(
