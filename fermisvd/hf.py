@@ -19,6 +19,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from fermisvd.errors import FermiSVDError
 from fermisvd.format import (
     MEND,
     QUANT_METHOD,
@@ -33,6 +34,10 @@ from fermisvd.format import (
 from fermisvd.modules import replace_group
 
 logger = logging.getLogger("fermisvd")
+
+
+class ParallelismError(FermiSVDError):
+    """A way of dividing the model that the compressed layers cannot follow."""
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -60,6 +65,12 @@ class FermiSVDQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, checkpoint_files=None, **kwargs) -> None:
         config = self.quantization_config.fermisvd
+        if (getattr(getattr(model.config, "distributed_config", None), "tp_size", None) or 1) > 1:
+            # its plans know one weight a layer: they would split shared factors, and what a member gets of its first
+            raise ParallelismError(
+                "tp_plan, tp_size: transformers' tensor parallelism does not fit shared factors; "
+                "use fsdp_size or a device_map, or serve with vLLM"
+            )
         if checkpoint_files:
             # transformers fills what a checkpoint lacks with random numbers; so everything is checked beforehand
             folder = Path(checkpoint_files[0]).parent

@@ -27,10 +27,8 @@ class CompressedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor, shared_only: bool = False) -> torch.Tensor:
         """x: (..., n) -> (..., m); of a group's first member, with `shared_only`, t: (..., r)."""
-        if self.first is self:
-            t = self.shared(x)
-        else:
-            t = self.first(x, shared_only=True).to(x.device)  # a device_map may split a group
+        # .to: a device_map may split a group
+        t = self.shared(x) if self.first is self else self.first(x, shared_only=True).to(x.device)
         return t if shared_only else self.outputs(t)
 
     def shared(self, x: torch.Tensor) -> torch.Tensor:
