@@ -23,6 +23,7 @@ from fermisvd.budget import Form
 from fermisvd.distributed import rank, sum_over_processes, world
 from fermisvd.errors import FermiSVDError
 from fermisvd.groups import LinearGroup, decoder_blocks
+from fermisvd.linear import linear_layer
 from fermisvd.losses import kl_divergence
 from fermisvd.streaming import fill_for_good
 
@@ -129,7 +130,7 @@ def install_gates(
         for group in groups:
             if not group.name.startswith(f"{prefix}.{number}."):
                 continue
-            layers = [model.get_submodule(name) for name in group.members]
+            layers = [linear_layer(model, name) for name in group.members]
             a, b = (factor.to(layers[0].weight).contiguous() for factor in factors_of(group))
             gated[group.name] = shared = GatedGroup(b, len(layers))
             for name, layer, rows in zip(group.members, layers, a.split(list(group.member_rows)), strict=True):

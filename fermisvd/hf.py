@@ -31,6 +31,7 @@ from fermisvd.format import (
     read_headers,
     validate_checkpoint,
 )
+from fermisvd.linear import Linear, weight_of
 from fermisvd.modules import replace_group
 
 logger = logging.getLogger("fermisvd")
@@ -76,8 +77,17 @@ class FermiSVDQuantizer(HfQuantizer):
             folder = Path(checkpoint_files[0]).parent
             validate_checkpoint(folder)
             _check_against_model(model, config, folder)
+        nothing = torch.empty(0)
+        nothing._is_hf_initialized = True  # pyright: ignore
         for group in config.groups:
             replace_group(model, group)
+            for member in group.members:  # while it loads: GPT-2's _init_weights reaches for its children's weights
+                model.get_submodule(member).weight = nothing
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs) -> None:
+        for group in self.quantization_config.fermisvd.groups:
+            for member in group.members:
+                del model.get_submodule(member).weight
 
     def is_serializable(self) -> bool:
         return True
@@ -116,7 +126,7 @@ def _first_line(error: Exception) -> str:
 
 def _check_against_model(model: nn.Module, config: FermiSVDConfig, folder: Path) -> None:
     """Raises FormatError if a group or a tensor that the model needs is not there, or not in the model's shape."""
-    linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    linear = {name: m for name, m in model.named_modules() if isinstance(m, Linear)}
     for group in config.groups:
         for member in group.members:
             if member not in linear:
@@ -133,8 +143,8 @@ def _check_against_model(model: nn.Module, config: FermiSVDConfig, folder: Path)
                     f"{folder / 'config.json'}: group {group.name}: {member} shares its weight with another layer and "
                     "cannot be compressed alone; convert again"
                 )
-        rows = [linear[name].out_features for name in group.members]
-        expected |= expected_tensors(group, rows, linear[group.name].in_features)
+        rows = [len(weight_of(linear[name])) for name in group.members]
+        expected |= expected_tensors(group, rows, weight_of(linear[group.name]).shape[1])
     tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
     loaded = {parameter for parameter, _ in parameters_of(model, headers).values()}
     for name, shape in expected.items():

@@ -5,6 +5,7 @@ from torch import nn
 from torch.nn import functional
 
 from fermisvd.format import PERMUTATION, Group
+from fermisvd.linear import Linear, weight_of
 
 
 class CompressedLinear(nn.Module):
@@ -104,7 +105,7 @@ def module_class(group: Group) -> type[CompressedLinear]:
 
 
 def replace_group(model: nn.Module, group: Group) -> None:
-    """Replace the members' nn.Linear by empty compressed layers, on their device and in their type.
+    """Replace the members' linear layers by empty compressed layers, on their device and in their type.
 
     Raises KeyError naming a member that the model does not have as a linear layer.
     """
@@ -114,12 +115,11 @@ def replace_group(model: nn.Module, group: Group) -> None:
             dense = model.get_submodule(name)
         except AttributeError:
             dense = None
-        if not isinstance(dense, nn.Linear):
+        if not isinstance(dense, Linear):
             raise KeyError(f"group {group.name}: the model has no linear layer {name}")
         with dense.weight.device:
-            layer = module_class(group)(
-                dense.in_features, dense.out_features, group.rank, dense.bias is not None, first
-            )
+            rows, columns = weight_of(dense).shape
+            layer = module_class(group)(columns, rows, group.rank, dense.bias is not None, first)
         model.set_submodule(name, layer.to(dense.weight.dtype))
         first = first or layer
 

@@ -68,8 +68,9 @@ class Source:
         for group in groups:
             for member, rows in zip(group.members, group.member_rows, strict=True):
                 info = self.headers.get(f"{member}.weight")
-                if info is None or info.shape != (rows, group.columns):
-                    raise SourceError(f"{self.folder}: no tensor {member}.weight of shape {(rows, group.columns)}")
+                shape = (group.columns, rows) if group.transposed else (rows, group.columns)
+                if info is None or info.shape != shape:
+                    raise SourceError(f"{self.folder}: no tensor {member}.weight of shape {shape}")
 
     def weight_type(self) -> torch.dtype:
         """Type of the largest tensor: that of the linear layers, whatever norms are kept in.

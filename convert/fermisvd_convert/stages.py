@@ -77,6 +77,7 @@ def structure(
 def linear_group(entry: dict) -> LinearGroup:
     """A group from its JSON form."""
     fields = {name: entry[name] for name in ("columns", "side", "source")}
+    fields["transposed"] = entry.get("transposed", False)  # kept by an older version, which had none
     return LinearGroup(tuple(entry["members"]), tuple(entry["member_rows"]), **fields)
 
 
@@ -173,7 +174,8 @@ def in_parts(items: list[tuple[str, str, int]], limit_bytes: int) -> list[list[t
 
 def group_weight(source: Source, group: LinearGroup) -> torch.Tensor:
     """W of a group, read from the source's files, (rows x columns)."""
-    return torch.cat([source.tensor(f"{name}.weight") for name in group.members])
+    stored = [source.tensor(f"{name}.weight") for name in group.members]
+    return torch.cat([weight.T if group.transposed else weight for weight in stored])
 
 
 @dataclass(frozen=True)

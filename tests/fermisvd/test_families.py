@@ -17,6 +17,7 @@ KINDS = {
     "opt": ["q_proj k_proj v_proj", "out_proj", "fc1", "fc2"],
     "falcon": ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"],
     "gpt_neox": ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"],
+    "gpt2": ["c_attn", "c_proj", "c_fc", "c_proj"],
     "qwen3_moe": ATTENTION,
 }
 
@@ -29,7 +30,7 @@ def test_groups_come_from_the_structure(family, tmp_path):
     expected = KINDS.get(family, ATTENTION + GATED)
     assert kinds == expected * 2
     assert [group.side for group in groups] == ["columns", "rows"] * (len(groups) // 2), "as tensor parallelism splits"
-    others = {name.partition("layers.0.")[2] for name in left_dense(model, groups) if "layers.0." in name}
+    others = {name.partition(".0.")[2] for name in left_dense(model, groups) if ".0." in name}
     moe = {"mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.gate.weight"}
     assert others == (moe if "moe" in family else set())
 

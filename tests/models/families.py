@@ -11,6 +11,7 @@ import transformers
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers.pytorch_utils import Conv1D
 
 from fermisvd.format import validate_checkpoint
 from fermisvd.pivga import PivGa, dense_product
@@ -49,6 +50,10 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "falcon": (  # q, k, v interleaved by kv head on disk; vLLM sorts them while loading
         "FalconConfig",
         COMMON | dict(hidden_size=128, num_kv_heads=2, new_decoder_architecture=True, bias=False),
+    ),
+    "gpt2": (  # Conv1D: weights transposed on disk, q/k/v fused there; vLLM transposes what ends in .weight
+        "GPT2Config",
+        COMMON | dict(hidden_size=128, n_inner=136, tie_word_embeddings=True),
     ),
     "qwen3_moe": ("Qwen3MoeConfig", GATED | MOE),
 }
@@ -114,6 +119,7 @@ def dense_twin(source: Path, compressed: Path) -> nn.Module:
             gauge = PivGa(skeleton, tensors[f"{first}.interpolation"], tensors[f"{first}.permutation"], group.side)
             weight = dense_product(gauge)
         layers = [model.get_submodule(m) for m in group.members]
-        for layer, part in zip(layers, weight.split([layer.out_features for layer in layers]), strict=True):
-            layer.weight.copy_(part)
+        rows = [layer.nf if isinstance(layer, Conv1D) else layer.out_features for layer in layers]
+        for layer, part in zip(layers, weight.split(rows), strict=True):
+            layer.weight.copy_(part.T if isinstance(layer, Conv1D) else part)
     return model
