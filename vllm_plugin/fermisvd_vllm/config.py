@@ -14,7 +14,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from fermisvd.format import PICKLE_SUFFIXES, FormatError, Group, parse_config, validate_before_serving
 from fermisvd_vllm.layout import numbers_held, parts_of
 from fermisvd_vllm.linear import FermiSVDLinearMethod
-from fermisvd_vllm.versions import DRAFT_PREFIX, check_loading_order
+from fermisvd_vllm.versions import DRAFT_PREFIX, check_loading_order, check_online_quantization
 
 logger = init_logger("vllm.fermisvd")
 
@@ -57,8 +57,9 @@ class FermiSVDConfig(QuantizationConfig):
         """Refuses a broken folder before any process is started for it; vLLM passes over a missing tensor in silence.
 
         A folder without weights is one for --load-format dummy. A hub model, which may not be here yet, is checked
-        before its first tensor is taken. Raises FormatError.
+        before its first tensor is taken. Raises FormatError, also for options that do not go with compressed layers.
         """
+        check_online_quantization(self)
         folder = Path(model_name)
         if folder.is_dir() and any(p.suffix in {".safetensors", *PICKLE_SUFFIXES} for p in folder.iterdir()):
             self._check_folder(folder)
