@@ -1,6 +1,6 @@
 """Calibration sums: Gram matrices C = sum X X^T of inputs and G = sum g g^T of output gradients."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -126,11 +126,13 @@ def grams_by_blocks(
     hidden: HiddenStates,
     seed: int = 0,
     limit_bytes: int | None = None,
+    on_block: Callable[[], object] = lambda: None,
 ) -> Iterator[tuple[Grams, OutputGrams]]:
     """As `calibration_grams`, a decoder block at a time and its results at once, blocks in the order that they are
     done: with gradients wanted from the last to the first, which is why the states before every block are kept.
 
-    limit_bytes: of the matrices gathered in one pass over a block; it is run again for the others.
+    limit_bytes: of the matrices gathered in one pass over a block; it is run again for the others. on_block: called for
+    every block on the way there and, with gradients, for every one on the way back.
     """
     mine, device = _of_this_process(batches), device_of(blocks.model)
     wanted = [_inside(blocks, index, sources, members) for index in range(len(blocks.blocks))]
@@ -146,9 +148,10 @@ def grams_by_blocks(
                         yield _there(blocks, index, part, mine, hidden)
                 for number, _ in mine:
                     hidden.move("behind", "before", number)
+                on_block()
             hidden.drop("before", mine)
             return
-        sweep(blocks, mine, hidden, keep=True)
+        sweep(blocks, mine, hidden, True, on_block)
         for number, batch in mine:
             states = hidden.get("last", number, device).detach().requires_grad_()
             logits = blocks.head(batch.to(device), states)
@@ -163,6 +166,7 @@ def grams_by_blocks(
                 for number, _ in mine:
                     hidden.move("gradient before", "gradient behind", number)
             hidden.drop(f"before {index}", mine)
+            on_block()
         hidden.drop("gradient behind", mine)
 
 

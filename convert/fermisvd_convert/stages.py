@@ -152,10 +152,13 @@ def calibrate(
             keep(*calibration_grams(model, *names(items), shown, seed))
     else:
         with workspace.hidden_states(limits.hidden_bytes) as hidden:
-            parts = grams_by_blocks(blocks, *names(missing), batches, hidden, seed, limits.gram_bytes)
-            for part in tqdm(parts, desc="calibrate", unit="block", leave=False):
-                keep(*part)
-                give_back()
+            sources, members = names(missing)
+            passes = len(blocks.blocks) * (2 if members else 1)  # there and, for gradients, back
+            with tqdm(total=passes, desc="calibrate", unit="block", leave=False) as bar:
+                limit = limits.gram_bytes
+                for part in grams_by_blocks(blocks, sources, members, batches, hidden, seed, limit, bar.update):
+                    keep(*part)
+                    give_back()
     workspace.wait_for_all()
 
 
