@@ -84,7 +84,7 @@ class DecoderBlocks:
         def see(block, args, kwargs, output):
             nonlocal behind
             rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-            calls.append((self.blocks.index(block), args[1:], rest, isinstance(output, tuple)))
+            calls.append((self.blocks.index(block), args[1:], rest, isinstance(output, tuple | list)))
             behind = _hidden_of(output)
 
         hooks = [block.register_forward_hook(see, with_kwargs=True) for block in self.blocks]
@@ -217,7 +217,7 @@ def _stop(*args, **kwargs):
 
 
 def _hidden_of(output) -> torch.Tensor:
-    return output[0] if isinstance(output, tuple) else output
+    return output[0] if isinstance(output, tuple | list) else output  # GPT's blocks give a list
 
 
 @contextmanager

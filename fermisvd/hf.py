@@ -32,7 +32,7 @@ from fermisvd.format import (
     validate_checkpoint,
 )
 from fermisvd.linear import Linear, weight_of
-from fermisvd.modules import replace_group
+from fermisvd.modules import CompressedLinear, replace_group
 
 logger = logging.getLogger("fermisvd")
 
@@ -85,9 +85,9 @@ class FermiSVDQuantizer(HfQuantizer):
                 model.get_submodule(member).weight = nothing
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs) -> None:
-        for group in self.quantization_config.fermisvd.groups:
-            for member in group.members:
-                del model.get_submodule(member).weight
+        for layer in model.modules():
+            if isinstance(layer, CompressedLinear):
+                del layer.weight
 
     def is_serializable(self) -> bool:
         return True

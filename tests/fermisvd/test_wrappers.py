@@ -118,7 +118,7 @@ def test_divided_among_processes(compressed, tmp_path):
     found = json.loads(result.read_text())
     trained = ["FSDP2, each layer", "FSDP2, each layer and the model", "FSDP2, each block", "transformers, fsdp_size"]
     for name in (*trained, "FSDP1, each block", "transformers, pp_size"):
-        assert found[name]["logits"] < 1e-5, (name, found[name])
+        assert not isinstance(found[name], str) and found[name]["logits"] < 1e-5, (name, found[name])
     for name in trained:
         assert found[name]["gradients"] < 1e-5, (name, found[name])
     for name in ("transformers, tp_size", "transformers, tp_plan"):
