@@ -4,35 +4,24 @@ docs/format.md describes the folder. Every check raises FormatError, which names
 """
 
 import json
-import math
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from fermisvd.errors import FermiSVDError
+from fermisvd.errors import FormatError, reason
+from fermisvd.files import COPY, MEND, TensorInfo, check_alone, read_headers
 
 QUANT_METHOD = "fermisvd"
 FORMAT_VERSION = 1
-INDEX_NAME = "model.safetensors.index.json"
-PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 
 LOWRANK_A, LOWRANK_B = "lowrank_a", "lowrank_b"
 SKELETON, INTERPOLATION, PERMUTATION = "skeleton", "interpolation", "permutation"
 FLOAT_TYPES = {"F64", "F32", "F16", "BF16"}
-
-COPY = "download or copy it again"  # remedies, said in every message
-MEND = "convert again or copy the file again"
-
-
-class FormatError(FermiSVDError):
-    """The checkpoint is not what its config says."""
 
 
 class Group(BaseModel):
@@ -112,7 +101,7 @@ def read_config(folder: Path) -> FermiSVDConfig:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: {error}; {COPY}") from None
+        raise FormatError(f"{path}: {reason(error)}; {COPY}") from None
     entry = values.get("quantization_config") if isinstance(values, dict) else None
     if not isinstance(entry, dict) or entry.get("quant_method") != QUANT_METHOD:
         raise FormatError(
@@ -120,83 +109,6 @@ def read_config(folder: Path) -> FermiSVDConfig:
             "not a FermiSVD checkpoint, convert a dense one"
         )
     return parse_config(entry, str(path))
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Where a tensor lies and what its file's header says of it; dtype in safetensors' words (F32, BF16, I32, ...)."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def bytes(self) -> int:
-        bits = re.search(r"\d+", self.dtype)  # BOOL has none
-        return self.numel * (int(bits[0]) if bits else 8) // 8
-
-
-def read_headers(folder: Path, allow_pickles: bool = False) -> dict[str, TensorInfo]:
-    """Name -> TensorInfo of all tensors in a folder's safetensors files, without reading the data.
-
-    Raises FormatError for a missing or truncated shard, an index that disagrees with the shards, a tensor
-    stored twice, and pickled files; `allow_pickles` ignores those, as the converter does in a source folder.
-    """
-    folder = Path(folder)
-    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLE_SUFFIXES)
-    if pickles and not allow_pickles:
-        raise FormatError(f"{folder}: pickled files are never loaded, remove {', '.join(pickles)}")
-    index = _read_index(folder)
-    if index:
-        files = sorted({folder / name for name in index.values()})
-    elif (folder / "model.safetensors").is_file():  # beside other forms of the same weights, as transformers chooses
-        files = [folder / "model.safetensors"]
-    else:
-        files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise FormatError(f"{folder}: no safetensors file; {COPY}")
-    headers: dict[str, TensorInfo] = {}
-    for file in files:
-        if not file.is_file():
-            raise FormatError(f"{file}: missing shard, named by {INDEX_NAME}; {COPY}")
-        try:
-            with safe_open(file, framework="pt") as shard:
-                for name in shard.keys():  # noqa: SIM118  (a safe_open object does not iterate)
-                    if name in headers:
-                        raise FormatError(f"{file}: tensor {name} is also in {headers[name].file.name}; {COPY}")
-                    part = shard.get_slice(name)
-                    headers[name] = TensorInfo(file, part.get_dtype(), tuple(part.get_shape()))
-        except (SafetensorError, OSError) as error:
-            raise FormatError(f"{file}: unreadable or truncated shard ({error}); {COPY}") from None
-    for name, file_name in (index or {}).items():
-        if name not in headers or headers[name].file.name != file_name:
-            raise FormatError(f"{folder / INDEX_NAME}: says {name} is in {file_name}, which does not hold it; {COPY}")
-    unlisted = headers.keys() - index.keys() if index else ()
-    if unlisted:
-        raise FormatError(f"{folder / INDEX_NAME}: does not list {min(unlisted)}, which a shard holds; {COPY}")
-    return headers
-
-
-def _read_index(folder: Path) -> dict[str, str]:
-    path = folder / INDEX_NAME
-    if not path.is_file():
-        return {}
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-        weight_map = index["weight_map"]
-        if not isinstance(index["metadata"], dict):  # transformers reads it
-            raise ValueError("metadata is no object")
-        if not weight_map:
-            raise ValueError("weight_map is empty")
-        if not all(isinstance(file, str) and Path(file).name == file for file in weight_map.values()):
-            raise ValueError("weight_map names a file outside the folder")
-        return dict(weight_map)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FormatError(f"{path}: unreadable index ({error!r}); {COPY}") from None
 
 
 def expected_tensors(group: Group, member_rows: Sequence[int], columns: int) -> dict[str, tuple[int, ...]]:
@@ -245,11 +157,21 @@ def validate_checkpoint(folder: Path) -> FermiSVDConfig:
 
     Reads every tensor once. Raises FormatError otherwise.
     """
-    folder = Path(folder)
-    config, headers = read_config(folder), read_headers(folder)
-    check_headers(config, headers, folder)
+    config, headers = read_checkpoint(folder)
     check_values(headers)
     return config
+
+
+def read_checkpoint(folder: Path) -> tuple[FermiSVDConfig, dict[str, TensorInfo]]:
+    """Config and headers of a compressed checkpoint, checked against each other; its folder holds no other weights.
+
+    Raises FormatError naming file, tensor and remedy.
+    """
+    folder = Path(folder)
+    config, headers = read_config(folder), read_headers(folder)
+    check_alone(folder, sorted({info.file for info in headers.values()}))
+    check_headers(config, headers, folder)
+    return config, headers
 
 
 def validate_before_serving(folder: Path) -> None:
@@ -257,9 +179,7 @@ def validate_before_serving(folder: Path) -> None:
 
     Raises FormatError naming file, tensor and remedy.
     """
-    folder = Path(folder)
-    config, headers = read_config(folder), read_headers(folder)
-    check_headers(config, headers, folder)
+    config, headers = read_checkpoint(folder)
     factors = {f"{m}.{name}" for m in config.group_of() for name in (LOWRANK_A, LOWRANK_B, SKELETON, INTERPOLATION)}
     check_values({name: info for name, info in headers.items() if name not in factors})
 

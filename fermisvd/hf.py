@@ -6,33 +6,30 @@ writes the model at its small size again.
 
 import json
 import logging
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from fermisvd.errors import FermiSVDError
+from fermisvd.errors import FermiSVDError, FormatError, reason
+from fermisvd.files import MEND, TensorInfo, read_headers
 from fermisvd.format import (
-    MEND,
+    PERMUTATION,
     QUANT_METHOD,
     FermiSVDConfig,
-    FormatError,
     expected_tensors,
     parse_config,
     read_config,
-    read_headers,
     validate_checkpoint,
 )
 from fermisvd.linear import Linear, weight_of
 from fermisvd.modules import CompressedLinear, replace_group
+from fermisvd.tensors import ModelTensors, model_tensors
 
 logger = logging.getLogger("fermisvd")
 
@@ -76,11 +73,13 @@ class FermiSVDQuantizer(HfQuantizer):
             # transformers fills what a checkpoint lacks with random numbers; so everything is checked beforehand
             folder = Path(checkpoint_files[0]).parent
             validate_checkpoint(folder)
-            _check_against_model(model, config, folder)
+            replace_groups(model, config, read_headers(folder), folder)
+        else:
+            for group in config.groups:
+                replace_group(model, group)
         nothing = torch.empty(0)
         nothing._is_hf_initialized = True  # pyright: ignore
         for group in config.groups:
-            replace_group(model, group)
             for member in group.members:  # while it loads: GPT-2's _init_weights reaches for its children's weights
                 model.get_submodule(member).weight = nothing
 
@@ -110,23 +109,25 @@ def check_architecture(folder: Path) -> None:
     try:
         hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # whatever strange values make transformers raise
-        raise FormatError(f"{path}: transformers cannot read it: {_first_line(error)}; {MEND}") from None
+        raise FormatError(f"{path}: transformers cannot read it: {reason(error)}; {MEND}") from None
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(hf_config, attn_implementation="eager", trust_remote_code=False)
     except Exception as error:  # not a causal language model of transformers' own
-        logger.warning("%s: structure is checked layer by layer only: %s", path, _first_line(error))
+        logger.warning("%s: structure is checked layer by layer only: %s", path, reason(error))
         return
-    _check_against_model(model, read_config(folder), folder)
+    replace_groups(model, read_config(folder), read_headers(folder), folder)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or repr(error)).splitlines()[0]
+def replace_groups(
+    model: nn.Module, config: FermiSVDConfig, headers: dict[str, TensorInfo], folder: Path
+) -> ModelTensors:
+    """Puts reference modules in place of the config's layers, and says which tensors are the model's.
 
-
-def _check_against_model(model: nn.Module, config: FermiSVDConfig, folder: Path) -> None:
-    """Raises FormatError if a group or a tensor that the model needs is not there, or not in the model's shape."""
+    Raises FormatError if groups, tensors and model do not fit each other, in both directions.
+    """
     linear = {name: m for name, m in model.named_modules() if isinstance(m, Linear)}
+    own = {name for name, _ in model.named_parameters()}
     for group in config.groups:
         for member in group.members:
             if member not in linear:
@@ -134,43 +135,59 @@ def _check_against_model(model: nn.Module, config: FermiSVDConfig, folder: Path)
                     f"{folder / 'config.json'}: group {group.name}: {type(model).__name__} has no linear layer "
                     f"{member}; groups and model are not of one checkpoint, convert again"
                 )
-    headers = read_headers(folder)
-    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    for group in config.groups:
-        for member in group.members:
-            if expected.pop(f"{member}.weight", None) is None:
+            if f"{member}.weight" not in own:
                 raise FormatError(
                     f"{folder / 'config.json'}: group {group.name}: {member} shares its weight with another layer and "
                     "cannot be compressed alone; convert again"
                 )
         rows = [len(weight_of(linear[name])) for name in group.members]
-        expected |= expected_tensors(group, rows, weight_of(linear[group.name]).shape[1])
-    tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
-    loaded = {parameter for parameter, _ in parameters_of(model, headers).values()}
-    for name, shape in expected.items():
-        if name not in headers and name not in tied and name not in loaded:
-            raise FormatError(f"{folder}: {name}: missing from the checkpoint; {MEND}")
-        if name in headers and headers[name].shape != shape:
+        expected_tensors(group, rows, weight_of(linear[group.name]).shape[1])  # refuses a rank that is too large
+    for group in config.groups:
+        replace_group(model, group)
+    found = model_tensors(model, headers)
+    permutations = [name for name, _ in model.named_buffers() if name.endswith(f".{PERMUTATION}")]
+    if missing := found.missing or [name for name in permutations if name not in found.whole]:
+        raise FormatError(f"{folder}: {missing[0]}: missing from the checkpoint; {MEND}")
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        stored = found.whole.get(name)
+        if stored is not None and stored.shape != tuple(tensor.shape):
             raise FormatError(
-                f"{headers[name].file}: {name}: shape {headers[name].shape}, {type(model).__name__} needs {shape}; "
-                "config.json and weights are not of one model, convert again"
+                f"{stored.file}: {stored.name}: shape {stored.shape}, {type(model).__name__} needs "
+                f"{tuple(tensor.shape)}; config.json and weights are not of one model, convert again"
             )
-
-
-def parameters_of(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[str, bool]]:
-    """Tensor name -> the parameter that transformers fills from it, and whether it is taken as it is, be it under
-    another name, or made into another (stacked experts)."""
-    conversions = get_model_conversion_mapping(model)
-    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
-    converters = [c for c in conversions if isinstance(c, WeightConverter)]
-    prefix, meta = model.base_model_prefix, model.state_dict()
-    found = {}
-    for name in names:
-        parameter, converter = rename_source_key(name, renamings, converters, prefix, meta)
-        found[name] = parameter, converter is None
+    # a checkpoint of an earlier version lists among its dense tensors some that transformers never took
+    strangers = set(found.left_out) - set(config.provenance.get("dense_tensors", []))
+    if strangers:
+        name = min(strangers)
+        raise FormatError(
+            f"{headers[name].file}: {name}: {type(model).__name__} has no such parameter; config.json and weights are "
+            "not of one model, convert again"
+        )
     return found
 
 
 def load_model(path: str | Path, dtype: torch.dtype = torch.float32, **kwargs) -> nn.Module:
-    """A causal language model, dense or compressed, for evaluation; never from pickles. kwargs: from_pretrained's."""
+    """A causal language model, dense or compressed, for evaluation; never from pickles. kwargs: from_pretrained's.
+
+    Raises FormatError for a folder that transformers and vLLM would not read alike (fermisvd.files, fermisvd.tensors).
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        headers = read_headers(folder)
+        empty = empty_model(folder, kwargs.get("trust_remote_code", False))
+        if compressed_config(empty) is None:  # else the quantizer looks
+            model_tensors(empty, headers)
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **kwargs).eval()
+
+
+def empty_model(folder: Path, trust_remote_code: bool = False) -> nn.Module:
+    """The causal language model that a folder's config.json describes, dense, without weights."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def compressed_config(model: nn.Module) -> FermiSVDConfig | None:
+    """The groups that a model's config says are compressed; None for a dense model."""
+    entry = getattr(model.config, "quantization_config", None)
+    return parse_config(entry) if isinstance(entry, dict) and entry.get("quant_method") == QUANT_METHOD else None

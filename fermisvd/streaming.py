@@ -7,7 +7,6 @@ afterwards. `present` keeps a block for as long as it is run over many batches.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from accelerate import init_empty_weights
@@ -17,27 +16,20 @@ from torch.utils.hooks import RemovableHandle
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fermisvd.errors import FermiSVDError
-from fermisvd.format import TensorInfo, read_config, read_headers
+from fermisvd.files import TensorInfo, read_headers
 from fermisvd.groups import decoder_blocks
-from fermisvd.hf import parameters_of
-from fermisvd.modules import replace_group
+from fermisvd.hf import compressed_config, replace_groups
+from fermisvd.tensors import model_tensors
 
 
 class StreamingError(FermiSVDError):
     """A checkpoint whose tensors are not the model's one by one, so that only transformers can load it."""
 
 
-class Stored(NamedTuple):
-    """A tensor in a file."""
-
-    name: str
-    info: TensorInfo
-
-
 class BlockWeights:
     """Fills one decoder block from the files, and empties it."""
 
-    def __init__(self, block: nn.Module, prefix: str, headers: dict[str, Stored], device: str):
+    def __init__(self, block: nn.Module, prefix: str, headers: dict[str, TensorInfo], device: str):
         self.block, self.prefix, self.headers, self.device = block, prefix, headers, device
         self.names = {name: tensor for name, tensor in block.state_dict(keep_vars=True).items() if tensor.is_meta}
         self.held = False
@@ -64,23 +56,18 @@ def stream_model(folder: Path, device: str, trust_remote_code: bool = False) -> 
     Raises StreamingError if a parameter is not a tensor of the files, in the same shape.
     """
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    compressed = getattr(config, "quantization_config", None)
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(
             config, dtype=torch.float32, trust_remote_code=trust_remote_code
         ).eval()
-    if compressed is not None:
-        for group in read_config(folder).groups:
-            replace_group(model, group)
+    files, groups = read_headers(folder), compressed_config(model)
+    found = model_tensors(model, files) if groups is None else replace_groups(model, groups, files, folder)
     model.requires_grad_(False)
-    files, blocks = read_headers(folder, allow_pickles=True), decoder_blocks(model)
-    headers = {
-        to: Stored(name, files[name]) for name, (to, as_it_is) in parameters_of(model, files).items() if as_it_is
-    }
+    blocks, headers = decoder_blocks(model), found.whole
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         stored = headers.get(name)
-        if tensor.is_meta and name not in tied and (stored is None or stored.info.shape != tuple(tensor.shape)):
+        if tensor.is_meta and (stored is None or stored.shape != tuple(tensor.shape)):
             raise StreamingError(f"{folder}: no tensor {name} of shape {tuple(tensor.shape)}")
     for name, tensor in model.state_dict(keep_vars=True).items():
         if tensor.is_meta and name not in tied and not name.startswith(f"{blocks}."):
@@ -93,9 +80,6 @@ def stream_model(folder: Path, device: str, trust_remote_code: bool = False) -> 
         block.stream = BlockWeights(block, f"{blocks}.{name}.", headers, device)
         hooks = block.register_forward_pre_hook(_fill), block.register_forward_hook(_empty, always_call=True)
         block.stream.hooks = hooks
-    left = [name for name, p in model.named_parameters() if p.is_meta and not name.startswith(f"{blocks}.")]
-    if left:
-        raise StreamingError(f"{folder}: no tensor {left[0]}")
     return model
 
 
@@ -131,8 +115,8 @@ def _empty(block: nn.Module, *_) -> None:
         block.stream.empty()
 
 
-def _read(stored: Stored, device: str) -> torch.Tensor:
-    with safe_open(stored.info.file, framework="pt") as file:
+def _read(stored: TensorInfo, device: str) -> torch.Tensor:
+    with safe_open(stored.file, framework="pt") as file:
         value = file.get_tensor(stored.name)
     return value.to(device, torch.float32 if value.is_floating_point() else value.dtype)
 

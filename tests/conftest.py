@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for a hub; read when huggingface_hub is imported
+
 # Without a GPU Triton's kernels are interpreted, and so is its own library if the variable is set when that is first
 # imported, which transformers does. The variable itself must not reach other processes.
 if find_spec("triton") and not shutil.which("nvidia-smi"):
@@ -21,8 +23,6 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 TESTS = Path(__file__).parent
 DEMO_MODEL = TESTS / "models" / "stdlib-2m"
 SHARED = TESTS.parent.parent / "shared" / "data"
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for a hub
 
 
 @pytest.fixture(autouse=True)

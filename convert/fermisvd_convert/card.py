@@ -31,7 +31,7 @@ def write_card(report: dict, folder: Path, base: Path) -> None:
         logger.warning("the model card has no ranks figure: %s", error)
         figure = []
     front = metadata(report, base).to_yaml()
-    body = "\n".join(body_lines(report, base, figure))
+    body = "\n".join(body_lines(report, figure))
     (folder / "README.md").write_text(f"---\n{front}\n---\n\n{body}", encoding="utf-8")
 
 
@@ -61,13 +61,12 @@ def carried_over(card: Path) -> dict:
     return {key: data[key] for key in ("license", "license_name", "license_link", "language") if key in data}
 
 
-def body_lines(report: dict, base: Path, figure: list[str]) -> list[str]:
+def body_lines(report: dict, figure: list[str]) -> list[str]:
     """The card below its metadata."""
     name, settings, total = report["model"], report["settings"], report["totals"]
     perplexity, size = report["perplexity"], report["bytes"]
     link = f"[{name}](https://huggingface.co/{name})" if "/" in name else name
-    # a hub model's folder is snapshots/COMMIT
-    revision = base.name if base.parent.name == "snapshots" else report["revision"]
+    revision = report["revision"]
     ranks = {"fermigrad": "FermiGrad"}.get(settings["ranks"], settings["ranks"])
     return [
         f"# {Path(name).name}, {total['removed']:.1%} of its linear parameters removed",

@@ -4,14 +4,15 @@ The model's own checks are in source.py, the text's in text.py, the disk's in sp
 """
 
 import math
-import os
 from pathlib import Path
 
 from fermisvd.budget import check_fraction
 from fermisvd.errors import FermiSVDError
-from fermisvd.format import FormatError, read_config
+from fermisvd.files import check_name
+from fermisvd_convert.output import OutputError, check_free, places, writable
+from fermisvd_convert.places import check_own
 from fermisvd_convert.space import existing
-from fermisvd_convert.writer import OutputError
+from fermisvd_convert.workspace import SCRATCH
 
 
 class OptionError(FermiSVDError):
@@ -38,7 +39,8 @@ def check_options(
 def check_out(out: Path, model: str, work: Path, overwrite: bool) -> None:
     """Nothing but an earlier checkpoint of ours is ever replaced, and nothing is written into MODEL.
 
-    Raises OutputError if OUT or the work directory cannot be there.
+    Raises OutputError if OUT or the work directory cannot be there, PlaceError if something else has a name that we
+    need.
     """
     source = Path(model).resolve()
     if Path(model).is_dir():
@@ -48,15 +50,19 @@ def check_out(out: Path, model: str, work: Path, overwrite: bool) -> None:
             raise OutputError(f"{work}: the work directory lies inside MODEL; choose another --work")
     if out in (work, *work.parents):
         raise OutputError(f"{work}: the work directory lies inside OUT; choose another --work")
-    for folder, remedy in ((out.parent, "choose another OUT"), (work, "choose another --work")):
-        there = existing(folder)
-        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-            raise OutputError(f"{folder}: {there} is no folder that can be written to; {remedy}")
-    if not out.exists():
-        return
-    if not overwrite:
-        raise OutputError(f"{out}: exists; choose another OUT or pass --overwrite")
-    try:
-        read_config(out)
-    except FormatError:
-        raise OutputError(f"{out}: --overwrite replaces FermiSVD checkpoints only, and this is none") from None
+    check_place(out, "choose another OUT")
+    check_name(work)
+    if not writable(there := existing(work)):
+        raise OutputError(f"{work}: {there} is no folder that can be written to; choose another --work")
+    check_own(work / SCRATCH)
+    check_free(out, "choose another OUT or pass --overwrite", overwrite)
+
+
+def check_place(out: Path, remedy: str) -> None:
+    """Raises OutputError if a folder cannot be made there, PlaceError if something else has a name that we need."""
+    check_name(out)
+    place = places(out)
+    if not writable(there := existing(place.ours)):
+        raise OutputError(f"{out}: {there} is no folder that can be written to; {remedy}")
+    for folder in (place.new, place.old):
+        check_own(folder)

@@ -1,5 +1,6 @@
 """The command line: `fermisvd convert`, `heal`, `evaluate`, `inspect`, `report`, `push`."""
 
+import io
 import json
 import os
 import sys
@@ -62,15 +63,21 @@ class Figures(StrEnum):
     png = "png"
 
 
+@app.callback()
+def _main() -> None:
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a path or a text that the terminal cannot show ends no command
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 @contextmanager
 def _clear_errors() -> Iterator[None]:
     """Bad input is one line, not a traceback."""
-    from fermisvd.errors import FermiSVDError
+    from fermisvd.errors import FermiSVDError, reason
 
     try:
         yield
     except (FermiSVDError, OSError) as error:
-        line = " ".join(str(error).split())
+        line = reason(error).encode("utf-8", "backslashreplace").decode()
         console.print(f"fermisvd: {line}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(2) from None
 

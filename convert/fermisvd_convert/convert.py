@@ -15,6 +15,7 @@ from torch import nn
 from fermisvd import distributed
 from fermisvd.budget import Form, check_budget, kept_parameters, stays_dense
 from fermisvd.fermigrad import Constraint, FermiGradSettings
+from fermisvd.files import INDEX_NAME, read_headers
 from fermisvd.healing import HealingSettings
 from fermisvd.hf import load_model
 from fermisvd_convert import stages
@@ -22,21 +23,15 @@ from fermisvd_convert.card import write_card
 from fermisvd_convert.checks import check_options, check_out
 from fermisvd_convert.evaluate import evaluate_by_blocks
 from fermisvd_convert.memory import Limits, check_memory, gated_bytes, limits, memory_of, model_sizes, needs
+from fermisvd_convert.output import claimed, complete, move_into_place, unfinished
+from fermisvd_convert.places import OURS
 from fermisvd_convert.report import calibration_name, group_rows, totals
-from fermisvd_convert.source import open_source, open_streamed, resolve_device, window_length
+from fermisvd_convert.source import Source, folder_name, open_source, open_streamed, resolve_device, window_length
 from fermisvd_convert.space import check_space, out_bytes, work_bytes
 from fermisvd_convert.stages import GroupsRule, Whitening
 from fermisvd_convert.text import DEFAULT_DATASET, TextError, calibration_text, check_vocabulary
 from fermisvd_convert.workspace import Workspace, settings_key
-from fermisvd_convert.writer import (
-    claimed,
-    move_into_place,
-    replace_tensors,
-    storage_type,
-    unfinished,
-    weight_bytes,
-    write_checkpoint,
-)
+from fermisvd_convert.writer import copied_files, replace_tensors, storage_type, weight_bytes, write_checkpoint
 
 logger = logging.getLogger("fermisvd")
 
@@ -87,7 +82,7 @@ def convert(
     Raises FermiSVDError for bad input, naming it.
     """
     out, seconds = Path(out).resolve(), {}
-    workspace = Workspace((Path(work) if work else out.parent / ".fermisvd" / Path(model).name).resolve())
+    workspace = Workspace((Path(work) if work else out.parent / OURS / folder_name(model)).resolve())
     check_options(remove, temperature=temperature, penalty_growth=penalty_growth, plateau=plateau, steps=steps)
     check_out(out, model, workspace.folder, overwrite)
     device = resolve_device(device)
@@ -99,6 +94,8 @@ def convert(
     if len(text.windows) < max(samples, gradient_samples):
         logger.warning("the text gives %d windows of %d tokens; more were asked for", len(text.windows), length)
     check_vocabulary(text.windows, source.vocabulary, source.folder)
+    left_files = left_out_files(source)
+    say_what_is_left_out(source, left_files)
     refit = heal_steps == 0 if refit is None else refit
     if (heal_steps or refit) and len(windows) < 2:
         raise TextError(
@@ -205,8 +202,8 @@ def convert(
             return distributed.from_first({})  # the first process writes
         rows = group_rows(linear, chosen, form, decomposition.sigma)
         report = {
-            "model": Path(model).name if Path(model).is_dir() else model,
-            "revision": revision,
+            "model": source.title,
+            "revision": source.revision,
             "model_sha256": key,
             "settings": {
                 "remove": remove,
@@ -235,6 +232,7 @@ def convert(
             "totals": totals(rows),
             "groups": rows,
             "left_dense": others,
+            "left_out": {"tensors": list(source.left_out), "files": left_files},
             "versions": {name: version(name) for name in ("fermisvd", "torch", "transformers", "safetensors", "scipy")}
             | {"python": platform.python_version()},
             "trace": {"groups": traced, "steps": trace},
@@ -268,21 +266,36 @@ def convert(
                         workspace, key, partial, storage, training, aside, healing, load, load_student
                     )
                     replace_tensors(partial, factors)
-            with _timed(seconds, "evaluate"):
-                student = open_streamed(partial, device, trust_remote_code)
-                after = perplexity(workspace, student, text.held_back, batch_size, limit, "evaluate compressed")
-            report["perplexity"] = {
-                "before": before["perplexity"],
-                "after": after["perplexity"],
-                "tokens": after["tokens"],
-            }
-            report["bytes"] = {"before": weight_bytes(source.folder), "after": weight_bytes(partial)}
-            (partial / "fermisvd.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-            write_card(report, partial, source.folder)
-            # apart, so that the same settings give the same files, however long it took
-            (partial / "timing.json").write_text(json.dumps(seconds, indent=1) + "\n", encoding="utf-8")
-            move_into_place(partial, out, overwrite)
+            with complete(out):
+                with _timed(seconds, "evaluate"):
+                    student = open_streamed(partial, device, trust_remote_code)
+                    after = perplexity(workspace, student, text.held_back, batch_size, limit, "evaluate compressed")
+                report["perplexity"] = {
+                    "before": before["perplexity"],
+                    "after": after["perplexity"],
+                    "tokens": after["tokens"],
+                }
+                report["bytes"] = {"before": weight_bytes(source.headers), "after": weight_bytes(read_headers(partial))}
+                (partial / "fermisvd.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+                write_card(report, partial, source.folder)
+                # apart, so that the same settings give the same files, however long it took
+                (partial / "timing.json").write_text(json.dumps(seconds, indent=1) + "\n", encoding="utf-8")
+                move_into_place(out, overwrite)
         return distributed.from_first(report | {"seconds": seconds})
+
+
+def left_out_files(source: Source) -> list[str]:
+    """Files of MODEL that OUT will not have, but for the model's own weights."""
+    own = {info.file.name for info in source.headers.values()} | {INDEX_NAME}
+    return [name for path in copied_files(source.folder)[1] if (name := path.as_posix()) not in own]
+
+
+def say_what_is_left_out(source: Source, files: Sequence[str]) -> None:
+    """A line each for tensors and files of MODEL that OUT will not have."""
+    for kind, names in (("tensors that are no parameters of the model", source.left_out), ("files", files)):
+        if names:
+            shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+            logger.warning("%s: not copied to OUT: %d %s: %s", source.folder, len(names), kind, shown)
 
 
 def perplexity(

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import repeat
@@ -12,7 +13,15 @@ from tqdm import tqdm
 
 from fermisvd.blocks import BlocksError, DecoderBlocks, HiddenStates, device_of, logits_by_blocks
 from fermisvd.losses import kl_divergence
-from fermisvd_convert.source import SourceError, load_dense_or_compressed, load_tokenizer, resolve_device, window_length
+from fermisvd_convert.source import (
+    SourceError,
+    context_length,
+    find_folder,
+    load_dense_or_compressed,
+    load_tokenizer,
+    resolve_device,
+    window_length,
+)
 from fermisvd_convert.text import check_vocabulary, windows_of
 
 logger = logging.getLogger("fermisvd")
@@ -20,8 +29,9 @@ logger = logging.getLogger("fermisvd")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """perplexity: exp of the mean negative log-likelihood; tokens: predicted ones; kl: mean KL(reference || model) in
-    nats; top1_agreement: fraction of tokens where both put the same one first."""
+    """perplexity: exp of the mean negative log-likelihood, infinite where that is beyond all numbers; tokens: predicted
+    ones; kl: mean KL(reference || model) in nats; top1_agreement: fraction of tokens where both put the same one first.
+    """
 
     perplexity: float
     tokens: int
@@ -84,8 +94,12 @@ def _measure(
             agreement += (wanted.argmax(-1) == given.argmax(-1)).sum().item()
         bar.update()
     tokens = sum(batch[:, 1:].numel() for batch in batches)
+    mean = loss / tokens
     return Evaluation(
-        math.exp(loss / tokens), tokens, kl / tokens if compared else None, agreement / tokens if compared else None
+        math.exp(mean) if mean < math.log(sys.float_info.max) else math.inf,
+        tokens,
+        kl / tokens if compared else None,
+        agreement / tokens if compared else None,
     )
 
 
@@ -104,12 +118,15 @@ def evaluate_files(
     Raises FermiSVDError for an unreadable model or a text shorter than one window.
     """
     where = resolve_device(device)
-    loaded = load_dense_or_compressed(model, where, trust_remote_code)
-    compared = None if reference is None else load_dense_or_compressed(reference, where, trust_remote_code)
+    folder = find_folder(model)[0]
+    loaded = load_dense_or_compressed(folder, where, trust_remote_code)
+    compared = (
+        None if reference is None else load_dense_or_compressed(find_folder(reference)[0], where, trust_remote_code)
+    )
     if compared is not None and compared.config.vocab_size != loaded.config.vocab_size:
         sizes = f"{compared.config.vocab_size} and {loaded.config.vocab_size}"
         raise SourceError(f"--reference {reference}: another vocabulary than {model} ({sizes} tokens)")
-    length = window_length(sequence_length, getattr(loaded.config, "max_position_embeddings", None))
-    ids = windows_of(load_tokenizer(model, trust_remote_code), text, length, windows)
+    length = window_length(sequence_length, context_length(loaded.config))
+    ids = windows_of(load_tokenizer(folder, trust_remote_code), text, length, windows)
     check_vocabulary(ids, len(loaded.get_input_embeddings().weight), model)
     return evaluate(loaded, ids, compared, batch_size)

@@ -9,14 +9,18 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from fermisvd.format import read_config, read_headers, validate_checkpoint
+from fermisvd.files import read_headers
+from fermisvd.format import read_config, validate_checkpoint
 from fermisvd.healing import HealingSettings, heal, rounded_factors, trained_factors
 from fermisvd.hf import load_model
+from fermisvd_convert.checks import check_place
 from fermisvd_convert.evaluate import evaluate
+from fermisvd_convert.output import OutputError, check_free, claimed, complete, move_into_place, unfinished
 from fermisvd_convert.source import (
     TORCH_TYPES,
     Source,
     SourceError,
+    context_length,
     load_dense_or_compressed,
     load_tokenizer,
     open_source,
@@ -24,7 +28,7 @@ from fermisvd_convert.source import (
     window_length,
 )
 from fermisvd_convert.text import TextError, calibration_text, check_vocabulary
-from fermisvd_convert.writer import OutputError, claimed, move_into_place, replace_tensors, unfinished
+from fermisvd_convert.writer import replace_tensors
 
 
 def heal_checkpoint(
@@ -49,8 +53,7 @@ def heal_checkpoint(
     or not at all. Raises FermiSVDError for bad input, naming it.
     """
     checkpoint, healed = Path(checkpoint), Path(healed).resolve()
-    if healed.exists():
-        raise OutputError(f"{healed}: exists; choose another folder")
+    check_place(healed, "choose another HEALED")
     if checkpoint.resolve() in healed.parents:
         raise OutputError(f"{healed}: lies inside {checkpoint}; choose another folder")
     validate_checkpoint(checkpoint)
@@ -58,7 +61,7 @@ def heal_checkpoint(
     source = _teacher(checkpoint, teacher, provenance, trust_remote_code)
     device = resolve_device(device)
     student, dense = load_dense_or_compressed(checkpoint, device, trust_remote_code), source.load(device)
-    length = window_length(sequence_length, getattr(student.config, "max_position_embeddings", None))
+    length = window_length(sequence_length, context_length(student.config))
     tokenizer = load_tokenizer(checkpoint, trust_remote_code)
     chosen = calibration_text(tokenizer, text, samples, length)
     check_vocabulary(chosen.windows, source.vocabulary, checkpoint)
@@ -66,42 +69,45 @@ def heal_checkpoint(
         raise TextError(
             f"{', '.join(text)}: one window of {length} tokens to train on, two are needed; give more text or --samples"
         )
-    before = evaluate(student, chosen.held_back, dense, batch_size, label="evaluate")
-    begin = time.perf_counter()
-    settings = HealingSettings(steps, batch_size, learning_rate, seed)
-    with tqdm(total=steps, desc="heal", leave=False) as bar:
+    with claimed(healed):
+        check_free(healed, "choose another HEALED")  # with what was put back
+        before = evaluate(student, chosen.held_back, dense, batch_size, label="evaluate")
+        begin = time.perf_counter()
+        settings = HealingSettings(steps, batch_size, learning_rate, seed)
+        with tqdm(total=steps, desc="heal", leave=False) as bar:
 
-        def show(record: dict) -> None:
-            bar.update()
-            bar.set_postfix(kl=f"{record['kl']:.4f}")
+            def show(record: dict) -> None:
+                bar.update()
+                bar.set_postfix(kl=f"{record['kl']:.4f}")
 
-        held = -(-len(chosen.windows) // 8)
-        outcome = heal(dense, student, chosen.windows[held:], chosen.windows[:held], settings, show)
-    seconds = round(time.perf_counter() - begin, 2)
-    with claimed(healed), unfinished(healed) as partial:
-        shutil.copytree(checkpoint, partial, dirs_exist_ok=True)
-        stored = read_headers(checkpoint)[next(iter(trained_factors(student)))]  # all factors have one type
-        replace_tensors(partial, rounded_factors(student, TORCH_TYPES[stored.dtype]))
-        final = load_model(partial, torch.float32, trust_remote_code=trust_remote_code).to(device)
-        after = evaluate(final, chosen.held_back, dense, batch_size, label="evaluate healed")
-        record = {
-            "teacher": source.folder.name if Path(source.name).is_dir() else source.name,
-            "text": [Path(source).name for source in text],
-            "steps": steps,
-            "windows": len(chosen.windows),
-            "learning_rate": learning_rate,
-            "seed": seed,
-            "before": before.as_dict(),
-            "after": after.as_dict(),
-            "seconds": seconds,
-            **outcome,
-        }
-        (partial / "healing.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        card = partial / "README.md"
-        note = f"\nHealed: {steps} steps of distillation from {record['teacher']}, held-back perplexity "
-        note += f"{before.perplexity:.4f} before and {after.perplexity:.4f} after (healing.json).\n"
-        card.write_text((card.read_text(encoding="utf-8") if card.exists() else "") + note, encoding="utf-8")
-        move_into_place(partial, healed, overwrite=False)
+            held = -(-len(chosen.windows) // 8)
+            outcome = heal(dense, student, chosen.windows[held:], chosen.windows[:held], settings, show)
+        seconds = round(time.perf_counter() - begin, 2)
+        with unfinished(healed) as partial:
+            shutil.copytree(checkpoint, partial, dirs_exist_ok=True)
+            stored = read_headers(checkpoint)[next(iter(trained_factors(student)))]  # all factors have one type
+            replace_tensors(partial, rounded_factors(student, TORCH_TYPES[stored.dtype]))
+            with complete(healed):
+                final = load_model(partial, torch.float32, trust_remote_code=trust_remote_code).to(device)
+                after = evaluate(final, chosen.held_back, dense, batch_size, label="evaluate healed")
+                record = {
+                    "teacher": source.title,
+                    "text": [Path(source).name for source in text],
+                    "steps": steps,
+                    "windows": len(chosen.windows),
+                    "learning_rate": learning_rate,
+                    "seed": seed,
+                    "before": before.as_dict(),
+                    "after": after.as_dict(),
+                    "seconds": seconds,
+                    **outcome,
+                }
+                (partial / "healing.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+                card = partial / "README.md"
+                note = f"\nHealed: {steps} steps of distillation from {record['teacher']}, held-back perplexity "
+                note += f"{before.perplexity:.4f} before and {after.perplexity:.4f} after (healing.json).\n"
+                card.write_text((card.read_text(encoding="utf-8") if card.exists() else "") + note, encoding="utf-8")
+                move_into_place(healed, overwrite=False)
     return record
 
 

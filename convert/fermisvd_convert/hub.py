@@ -15,7 +15,8 @@ from huggingface_hub.errors import (  # HTTPError: httpx's or httpx2's, whicheve
 from huggingface_hub.utils import validate_repo_id
 
 from fermisvd.errors import FermiSVDError
-from fermisvd.format import INDEX_NAME, validate_checkpoint
+from fermisvd.files import INDEX_NAME
+from fermisvd.format import validate_checkpoint
 from fermisvd_convert.card import name_repository
 
 # Weights of an earlier upload that are in other files than OUT's would be loaded along with them.

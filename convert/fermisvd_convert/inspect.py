@@ -3,14 +3,13 @@
 from pathlib import Path
 
 from fermisvd.budget import factor_parameters
+from fermisvd.files import TensorInfo, read_headers
 from fermisvd.format import (
     LOWRANK_A,
     LOWRANK_B,
     PERMUTATION,
     SKELETON,
     Group,
-    TensorInfo,
-    read_headers,
     validate_checkpoint,
 )
 from fermisvd_convert.report import totals

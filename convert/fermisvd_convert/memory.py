@@ -13,7 +13,7 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from fermisvd.budget import Form
 from fermisvd.errors import FermiSVDError
-from fermisvd.format import TensorInfo
+from fermisvd.files import TensorInfo
 from fermisvd.groups import LinearGroup, block_of, parent_of
 
 HIDDEN_BYTES = 2**26  # hidden states held in memory at least, unless --max-memory asks for less; or a block's bytes

@@ -3,29 +3,29 @@
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import constants, snapshot_download
 from safetensors import safe_open
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import PretrainedConfig
 
-from fermisvd.errors import FermiSVDError
-from fermisvd.format import COPY, TensorInfo, read_headers
+from fermisvd.errors import FermiSVDError, explained, reason
+from fermisvd.files import COPY, TensorInfo, check_name, read_headers
 from fermisvd.groups import LinearGroup, StructureError, check_unshared
-from fermisvd.hf import load_model, parameters_of
+from fermisvd.hf import empty_model, load_model
 from fermisvd.streaming import StreamingError, stream_model
+from fermisvd.tensors import model_tensors
 
 logger = logging.getLogger("fermisvd")
 
 TORCH_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# Never read and never copied on: other forms of the same weights, and pickles.
-WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".pkl", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx"}
+# Of a hub model never downloaded: other forms of the same weights, and pickles. A .bin file may be a vocabulary.
+OTHER_WEIGHTS = ["pytorch_model*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.onnx*"]
 SLICE = 2**24  # numbers looked at together
 
 
@@ -35,16 +35,27 @@ class SourceError(FermiSVDError):
 
 @dataclass(frozen=True)
 class Source:
-    """A dense model's folder. `name` is what the user called it; `headers` maps tensor names to their files;
-    `vocabulary` is how many tokens it can read."""
+    """A dense model's folder.
+
+    name: what the user called it; revision: the commit of a hub model; config: config.json as it stands; parsed: as
+    transformers reads it; headers: the model's tensors under the names that its checkpoints store them by, in their
+    files; left_out: tensors of the files that are no parameters of the model; vocabulary: how many tokens it can read.
+    """
 
     name: str
     folder: Path
     revision: str | None
     trust_remote_code: bool
     config: dict
+    parsed: PretrainedConfig
     headers: dict[str, TensorInfo]
+    left_out: tuple[str, ...]
     vocabulary: int
+
+    @property
+    def title(self) -> str:
+        """A hub model's id, or the last name of a folder: where it lay says nothing elsewhere."""
+        return folder_name(self.name) if Path(self.name).is_dir() else self.name
 
     @property
     def key(self) -> str:
@@ -60,8 +71,9 @@ class Source:
         """One tensor, memory-mapped. Raises SourceError if no file holds it."""
         if name not in self.headers:
             raise SourceError(f"{self.folder}: no tensor {name}")
-        with safe_open(self.headers[name].file, framework="pt") as shard:
-            return shard.get_tensor(name)
+        info = self.headers[name]
+        with safe_open(info.file, framework="pt") as shard:
+            return shard.get_tensor(info.name)
 
     def check_linear_layers(self, groups: Sequence[LinearGroup]) -> None:
         """Raises SourceError if a group's weight is not in the files under its module's name and in its shape."""
@@ -96,13 +108,17 @@ class Source:
                 continue
             for part in self.tensor(name).flatten().split(SLICE):
                 if not part.isfinite().all():
-                    raise SourceError(f"{info.file}: {name}: holds NaN or infinite values; {COPY}")
+                    raise SourceError(f"{info.file}: {name}: holds NaN or infinite values; {COPY}, or mend the model")
                 if cast is not None and not part.to(cast).isfinite().all():
                     kind = str(cast).removeprefix("torch.")
                     raise SourceError(f"{info.file}: {name}: holds values too large for --dtype {kind}")
 
     def context_length(self) -> int | None:
-        return self.config.get("max_position_embeddings")
+        return context_length(self.parsed)
+
+    def blocks(self) -> int:
+        """Number of decoder blocks, 1 where the config does not say."""
+        return getattr(self.parsed.get_text_config(), "num_hidden_layers", None) or 1
 
     def load(self, device: str) -> nn.Module:
         """The model in float32, ready for forward passes. Raises SourceError if transformers cannot load it."""
@@ -118,21 +134,30 @@ class Source:
         return load_tokenizer(self.folder, self.trust_remote_code)
 
 
-def load_dense_or_compressed(model: str | Path, device: str, trust_remote_code: bool = False) -> nn.Module:
-    """A causal language model in float32. Raises SourceError if transformers cannot load it."""
-    try:
-        return load_model(model, torch.float32, trust_remote_code=trust_remote_code).to(device)
-    except FermiSVDError:
-        raise
-    except (OSError, ValueError, KeyError) as error:
-        raise SourceError(f"{model}: transformers cannot load it: {str(error).strip().splitlines()[0]}") from None
+def context_length(config: PretrainedConfig) -> int | None:
+    """Tokens that a model was made for, by whatever name its config has for it; None where it has none."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def folder_name(folder: str | Path) -> str:
+    """The last name of a folder, also of `.`, `..` and `/`."""
+    name = Path(folder).name
+    return name if name not in ("", "..") else Path(folder).resolve().name or "model"
+
+
+def load_dense_or_compressed(folder: Path, device: str, trust_remote_code: bool = False) -> nn.Module:
+    """A causal language model in float32. Raises SourceError if transformers cannot load it, FormatError for a folder
+    that is not one model to everybody."""
+    with explained(SourceError, f"{folder}: transformers cannot load it"):
+        return load_model(folder, torch.float32, trust_remote_code=trust_remote_code).to(device)
 
 
 def open_streamed(folder: Path, device: str, trust_remote_code: bool = False, bounded: bool = False) -> nn.Module:
     """A causal language model in float32 that reads a decoder block's weights when it is called; whole, and said so,
     where transformers changes tensors on loading. Raises SourceError if transformers cannot load it."""
     try:
-        return stream_model(folder, device, trust_remote_code)
+        with explained(SourceError, f"{folder}: transformers cannot load it"):
+            return stream_model(folder, device, trust_remote_code)
     except StreamingError as error:
         if bounded:
             raise SourceError(
@@ -141,45 +166,82 @@ def open_streamed(folder: Path, device: str, trust_remote_code: bool = False, bo
             ) from None
         logger.warning("%s: transformers makes it of others; the model is held whole", error)
         return load_dense_or_compressed(folder, device, trust_remote_code)
-    except FermiSVDError:
-        raise
-    except (OSError, ValueError, KeyError) as error:
-        raise SourceError(f"{folder}: transformers cannot load it: {str(error).strip().splitlines()[0]}") from None
 
 
 def load_tokenizer(folder: str | Path, trust_remote_code: bool = False):
-    """The tokenizer of a folder or hub id. Raises SourceError if there is none."""
+    """The tokenizer of a folder or hub id. Raises SourceError if there is none that gives tokens."""
     from transformers import AutoTokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise SourceError(f"{folder}: no usable tokenizer: {str(error).strip().splitlines()[0]}") from None
+    path = Path(folder) / "tokenizer_config.json"
+    with explained(SourceError, f"{folder}: no usable tokenizer"):
+        settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if not trust_remote_code and (settings.get("auto_map") or {}).get("AutoTokenizer"):
+            raise SourceError(f"{path}: the tokenizer runs code of its own; read it, then pass --trust-remote-code")
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        if not tokenizer("a text of 8 words, one of them 42", add_special_tokens=False)["input_ids"]:
+            raise SourceError(
+                f"{folder}: no usable tokenizer: it gives no tokens for any text; its vocabulary is empty"
+            )
+        return tokenizer
+
+
+def find_folder(model: str, revision: str | None = None) -> tuple[Path, str | None]:
+    """The folder of a model, downloaded first if `model` is a hub id, and its commit there.
+
+    Raises SourceError if it is neither.
+    """
+    folder = Path(model)
+    check_name(folder)
+    if folder.is_dir():
+        if revision is not None:
+            raise SourceError(f"--revision {revision}: {model} is a folder, only models on the hub have revisions")
+        return folder, None
+    if folder.exists():
+        raise SourceError(f"{model}: a file; MODEL is a Hugging Face model folder or a hub id")
+    folder = _download(model, revision)
+    return folder, folder.name  # snapshots/COMMIT
 
 
 def open_source(model: str, revision: str | None = None, trust_remote_code: bool = False) -> Source:
-    """A folder, or a hub id that is downloaded first; its config and its files' headers are checked, no weight is read.
+    """A folder, or a hub id that is downloaded first; its config and its files' headers are checked, no weight is read
+    but those that are tied to others.
 
     Raises SourceError or FormatError naming what is wrong with it.
     """
-    folder = Path(model)
-    if not folder.is_dir():
-        folder = _download(model, revision)
-    elif revision is not None:
-        raise SourceError(f"--revision {revision}: {model} is a folder, only models on the hub have revisions")
+    folder, commit = find_folder(model, revision)
     config = _read_config(folder, trust_remote_code)
-    if not list(folder.glob("*.safetensors")):
-        raise SourceError(
-            f"{folder}: no safetensors file; pickled weights are never loaded, save the model as safetensors first"
-        )
-    headers = read_headers(folder, allow_pickles=True)
+    if commit is not None and constants.HF_HUB_OFFLINE and not any(folder.glob("*.safetensors")):
+        raise SourceError(f"{model}: the cache has no safetensors file of it; {offline(model)}")
+    headers = read_headers(folder)
     empty, vocabulary = _empty_model(folder, config, trust_remote_code)
     try:
         check_unshared(empty)
     except StructureError as error:
         raise SourceError(f"{folder}: {error}") from None
-    _check_tensors(empty, headers, folder)
-    return Source(model, folder, revision, trust_remote_code, config, headers, vocabulary)
+    found = model_tensors(empty, headers)
+    name = type(empty).__name__
+    if found.missing:  # transformers would fill it with random numbers
+        raise SourceError(
+            f"{folder}: no tensor {found.missing[0]}, which {name} needs; config.json and weights are not of one "
+            f"model, or not whole: {COPY}"
+        )
+    for parameter, tensor in empty.state_dict(keep_vars=True).items():
+        stored = found.whole.get(parameter)
+        if stored is not None and stored.shape != tuple(tensor.shape):
+            raise SourceError(
+                f"{stored.file}: {stored.name}: shape {stored.shape}, config.json says {tuple(tensor.shape)}"
+            )
+    return Source(
+        model,
+        folder,
+        commit,
+        trust_remote_code,
+        config,
+        empty.config,
+        found.written,
+        tuple(found.left_out),
+        vocabulary,
+    )
 
 
 def _read_config(folder: Path, trust_remote_code: bool) -> dict:
@@ -189,7 +251,7 @@ def _read_config(folder: Path, trust_remote_code: bool) -> dict:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise SourceError(f"{path}: not JSON ({error})") from None
+        raise SourceError(f"{path}: not JSON ({reason(error)})") from None
     if not isinstance(config, dict):
         raise SourceError(f"{path}: not a JSON object")
     if quantization := config.get("quantization_config") or config.get("compression_config"):
@@ -206,14 +268,9 @@ def _empty_model(folder: Path, config: dict, trust_remote_code: bool) -> tuple[n
     Raises SourceError if it describes none.
     """
     path = folder / "config.json"
-    try:
-        parsed = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(parsed, trust_remote_code=trust_remote_code)
+    with explained(SourceError, f"{path}: transformers makes no causal language model of it"):
+        model = empty_model(folder, trust_remote_code)
         vocabulary = len(model.get_input_embeddings().weight)
-    except Exception as error:  # whatever strange values, or a model's own code, make transformers raise
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise SourceError(f"{path}: transformers makes no causal language model of it: {reason}") from None
     named = config.get("architectures")
     if named and not config.get("auto_map") and type(model).__name__ not in named:
         # transformers would fill the head of such a model with random numbers, or let an encoder see what comes next
@@ -221,31 +278,21 @@ def _empty_model(folder: Path, config: dict, trust_remote_code: bool) -> tuple[n
     return model, vocabulary
 
 
-def _check_tensors(model: nn.Module, headers: Mapping[str, TensorInfo], folder: Path) -> None:
-    """Raises SourceError if a weight of the model is not in the files, or in another shape."""
-    loaded = {parameter for parameter, _ in parameters_of(model, headers).values()}
-    ties = (getattr(model, "all_tied_weights_keys", None) or {}).items()
-    for name, parameter in model.named_parameters():
-        copies = {name} | {a for a, b in ties if b == name} | {b for a, b in ties if a == name}
-        if not copies & (loaded | headers.keys()):  # transformers would fill it with random numbers
-            raise SourceError(f"{folder}: no tensor {name}, which {type(model).__name__} needs; {COPY}")
-        if name in headers and headers[name].shape != tuple(parameter.shape):
-            raise SourceError(
-                f"{headers[name].file}: {name}: shape {headers[name].shape}, config.json says {tuple(parameter.shape)}"
-            )
-
-
 def _download(model: str, revision: str | None) -> Path:
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise SourceError(f"{model}: no such folder")
     try:
-        return Path(
-            snapshot_download(
-                model, revision=revision, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.h5", "*.gguf", "*.onnx"]
-            )
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise SourceError(f"{model}: neither a folder nor a model on the hub ({error.__class__.__name__})") from None
+        return Path(snapshot_download(model, revision=revision, ignore_patterns=OTHER_WEIGHTS))
+    except Exception as error:  # of the hub's client, of what it talks through, of the disk
+        remedy = f"; {offline(model)}" if constants.HF_HUB_OFFLINE else ""
+        raise SourceError(
+            f"{model}: neither a folder nor a model on the hub ({type(error).__name__}: {reason(error)}){remedy}"
+        ) from None
+
+
+def offline(model: str) -> str:
+    """What to do where the environment keeps the hub's client from asking it."""
+    return f"HF_HUB_OFFLINE is set: unset it, or fetch the model first: hf download {model}"
 
 
 def resolve_device(device: str) -> str:

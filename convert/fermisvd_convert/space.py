@@ -65,7 +65,7 @@ def out_bytes(
     found = {"dense tensors": dense, "factors": kept_parameters(groups, remove) * storage.itemsize}
     if form == "pivga":
         found["permutations"] = sum(4 * (g.columns if g.side == "columns" else g.rows) for g in groups)
-    copied = sum(path.stat().st_size for path in copied_files(source.folder))
+    copied = sum((source.folder / path).stat().st_size for path in copied_files(source.folder)[0])
     return found | {"other files": copied + SMALL_FILES}
 
 

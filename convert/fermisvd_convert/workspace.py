@@ -8,7 +8,6 @@ says, is made again.
 import hashlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,10 +21,11 @@ from safetensors.torch import save_file
 
 from fermisvd import distributed
 from fermisvd.blocks import HiddenStates
-from fermisvd.errors import FermiSVDError
+from fermisvd.errors import FermiSVDError, reason
+from fermisvd_convert.places import ensure_own, make_own, remove_own
 
 MANIFEST = "manifest"
-PARTIAL = ".fermisvd-partial"
+SCRATCH = ".fermisvd-scratch"  # what is half-written, and hidden states
 METHOD = 1  # raised when the same settings no longer give the same result
 PROGRESS, PROGRESS_SECONDS = ".progress.json", 60
 
@@ -44,12 +44,11 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Write beside, then rename: the file is there whole or not at all.
+def write_whole(path: Path, partial: Path, write: Callable[[Path], None]) -> None:
+    """Write `partial`, on the same disk, then rename: the file is there whole or not at all.
 
     Raises WorkspaceError if there is no space, or no permission.
     """
-    partial = path.with_name(f".{path.name}{PARTIAL}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(partial)
@@ -57,7 +56,7 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
             os.fsync(stream.fileno())
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:
-        raise WorkspaceError(f"{path}: cannot be written ({error}); finished stages are kept") from None
+        raise WorkspaceError(f"{path}: cannot be written ({reason(error)}); finished stages are kept") from None
     finally:
         partial.unlink(missing_ok=True)
 
@@ -66,13 +65,22 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
 def only_one(lock: Path, subject: Path) -> Iterator[None]:
     """Hold the lock file while the block runs; the system frees it if the process dies.
 
-    Raises WorkspaceError if another process holds it.
+    Raises WorkspaceError if another process holds it, or the disk knows no locks.
     """
+    held = FileLock(lock, timeout=0)
     try:
-        with FileLock(lock, timeout=0):
-            yield
+        held.acquire()
     except Timeout:
         raise WorkspaceError(f"{subject}: in use by another conversion; wait for it, or choose another") from None
+    except (OSError, NotImplementedError) as error:
+        raise WorkspaceError(
+            f"{subject}: {lock} cannot be locked ({reason(error)}); without a lock two conversions could disturb each "
+            "other: choose a folder that can be written to, on a disk that can lock files (a local one)"
+        ) from None
+    try:
+        yield
+    finally:
+        held.release()
 
 
 class Workspace:
@@ -94,25 +102,30 @@ class Workspace:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise WorkspaceError(f"{self.folder}: cannot be made ({error}); choose another --work") from None
+            raise WorkspaceError(f"{self.folder}: cannot be made ({reason(error)}); choose another --work") from None
         with only_one(self.folder / ".lock", self.folder):
-            for left in [*self.folder.glob(f".*{PARTIAL}"), *self.folder.glob(f"*/.*{PARTIAL}")]:
-                left.unlink()
-            for left in self.folder.glob("hidden-*"):
-                shutil.rmtree(left)
-            self.read_manifest()  # another may just have finished
-            self.wait_for_all()
-            yield
+            make_own(self.scratch)
+            try:
+                self.read_manifest()  # another may just have finished
+                self.wait_for_all()
+                yield
+            finally:
+                remove_own(self.scratch)
+
+    @property
+    def scratch(self) -> Path:
+        """Removed with all that is in it, before and after a conversion."""
+        return self.folder / SCRATCH
 
     @contextmanager
     def hidden_states(self, room: int) -> Iterator[HiddenStates]:
         """A place for hidden states, `room` bytes of it in memory; empty before and after."""
-        folder = self.folder / f"hidden-{distributed.rank()}"
-        shutil.rmtree(folder, ignore_errors=True)
+        folder = self.scratch / f"hidden-{distributed.rank()}"
+        make_own(folder)
         try:
             yield HiddenStates(folder, room)
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            remove_own(folder)
 
     def wait_for_all(self) -> None:
         """Wait for the other processes, and learn what they have finished."""
@@ -192,7 +205,8 @@ class Workspace:
         path = self.folder / artefact
         if path.is_dir():
             raise WorkspaceError(f"{path}: a folder where an artefact goes; remove it")
-        write_whole(path, write)
+        ensure_own(self.scratch)
+        write_whole(path, self.scratch / f"half-{distributed.rank()}-{path.name}", write)
         entry = {
             "artefact": artefact,
             "settings": artefact.partition("/")[0].removesuffix(".json").removesuffix(".progress").rpartition("-")[2],
@@ -204,7 +218,7 @@ class Workspace:
             with manifest.open("ab") as file:
                 file.write(b"\n" + json.dumps(entry).encode() + b"\n")  # first a new line, if a kill cut off the last
         except OSError as error:
-            raise WorkspaceError(f"{manifest}: cannot be written ({error}); finished stages are kept") from None
+            raise WorkspaceError(f"{manifest}: cannot be written ({reason(error)}); finished stages are kept") from None
         self._manifest.setdefault(artefact, {})[entry["sha256"]] = entry["bytes"]
         self._checked.add(artefact)
 

@@ -1,21 +1,18 @@
 """The checkpoint writer: the source's files with the compressed groups in place of their weights."""
 
 import json
+import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from fermisvd import distributed
 from fermisvd.budget import Form
-from fermisvd.errors import FermiSVDError
+from fermisvd.files import ADAPTER_NAME, INDEX_NAME, WEIGHTS_NAME, TensorInfo, is_pickle, read_headers
 from fermisvd.format import (
-    INDEX_NAME,
     INTERPOLATION,
     LOWRANK_A,
     LOWRANK_B,
@@ -23,21 +20,18 @@ from fermisvd.format import (
     SKELETON,
     FermiSVDConfig,
     Group,
-    read_headers,
 )
 from fermisvd.groups import LinearGroup
 from fermisvd.pivga import fix_gauge
 from fermisvd_convert.memory import give_back
-from fermisvd_convert.source import TORCH_TYPES, WEIGHT_SUFFIXES, Source
-from fermisvd_convert.workspace import only_one
+from fermisvd_convert.source import TORCH_TYPES, Source
 
 SHARD_BYTES = 4 * 2**30
 SMALL_SHARD = 2**26  # a shard is a decoder block's size, but not less: a shard is held in memory
-OWN_FILES = {"README.md", "config.json", INDEX_NAME}
-
-
-class OutputError(FermiSVDError):
-    """OUT cannot be written there."""
+OWN_FILES = {"README.md", "config.json"}  # written anew
+# other forms of the same weights; .bin is also what some tokenizers call their vocabulary
+WEIGHT_SUFFIXES = {".safetensors", ".gguf", ".onnx", ".onnx_data", ".h5", ".msgpack", ".tflite", ".ot", ".npz"}
+WEIGHT_NAMES = {"openvino_model.bin", "weight.bin"}
 
 
 def config_group(group: LinearGroup, rank: int, form: Form) -> Group:
@@ -67,12 +61,27 @@ def balanced(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     return a * scale, b / scale[:, None]
 
 
-def copied_files(folder: Path) -> Iterator[Path]:
-    """The files of a dense model's folder that its compressed checkpoint has too, as they are."""
-    for path in folder.iterdir():
-        skipped = path.suffix in WEIGHT_SUFFIXES or path.name in OWN_FILES or path.name.endswith(".index.json")
-        if path.is_file() and not skipped and not path.name.startswith("."):
-            yield path
+def copied_files(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The files of a dense model's folder, in nested folders too, that its compressed checkpoint has as they are; and
+    those that it has not: weights of whatever form, indices of them, an adapter's config. Relative to the folder.
+
+    Hidden files and folders (.git, .cache) are neither.
+    """
+    copied, left = [], []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            path = Path(parent, name)
+            relative = path.relative_to(folder)
+            if name.startswith(".") or not path.is_file() or str(relative) in OWN_FILES:
+                continue
+            (left if _is_weights(path) else copied).append(relative)
+    return copied, left
+
+
+def _is_weights(path: Path) -> bool:
+    named = path.suffix in WEIGHT_SUFFIXES or path.name in WEIGHT_NAMES or path.name.endswith(".index.json")
+    return named or path.name == ADAPTER_NAME or is_pickle(path)
 
 
 def write_checkpoint(
@@ -93,8 +102,9 @@ def write_checkpoint(
     cast_dense: whether the other tensors take it too, or stay as they are.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for path in copied_files(source.folder):
-        shutil.copyfile(path, folder / path.name)
+    for path in copied_files(source.folder)[0]:
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source.folder / path, folder / path)
     groups = tuple(config_group(group, rank, form) for group, rank in compressed)
     replaced = {f"{name}.weight" for group, _ in compressed for name in group.members}
     provenance = provenance | {"dense_tensors": [name for name in source.headers if name not in replaced]}
@@ -116,7 +126,7 @@ def write_checkpoint(
                 yield from compressed_tensors(group, a, b, form, dtype).items()
                 give_back()
 
-    block = weight_bytes(source.folder) // max(1, source.config.get("num_hidden_layers") or 1)
+    block = weight_bytes(source.headers) // source.blocks()
     _write_shards(folder, tensors(), min(SHARD_BYTES, max(SMALL_SHARD, block)))
 
 
@@ -143,7 +153,7 @@ def _write_shards(folder: Path, tensors: Iterator[tuple[str, torch.Tensor]], sha
         total += size
     flush()
     if len(shards) == 1:
-        (folder / "shard-1.safetensors").rename(folder / "model.safetensors")
+        (folder / "shard-1.safetensors").rename(folder / WEIGHTS_NAME)
         return
     weight_map = {}
     for number, names in enumerate(shards, 1):
@@ -164,74 +174,9 @@ def replace_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
             file.chmod(0o644)
 
 
-@contextmanager
-def claimed(out: Path) -> Iterator[None]:
-    """OUT for this conversion alone. What a killed one left beside it is removed, a checkpoint that it had moved away
-    put back.
-
-    Raises WorkspaceError if another conversion has claimed OUT, OutputError if there can be no folder.
-    """
-    if distributed.rank():
-        yield
-        return
-    lock, (partial, old) = out.parent / ".fermisvd" / f"{out.name}.lock", beside(out)
-    try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{out}: cannot be written ({error})") from None
-    with only_one(lock, out):
-        shutil.rmtree(partial, ignore_errors=True)
-        if old.exists():
-            shutil.rmtree(old) if out.exists() else old.rename(out)
-        yield
-
-
-def beside(out: Path) -> tuple[Path, Path]:
-    """Where OUT is made, and where an earlier one is put while it is replaced."""
-    return out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
-
-
-@contextmanager
-def unfinished(out: Path) -> Iterator[Path]:
-    """An empty folder, to be moved to a claimed OUT by `move_into_place`; gone afterwards.
-
-    Raises OutputError if there is no space or no permission.
-    """
-    partial, _ = beside(out)
-    try:
-        partial.mkdir(parents=True)
-        try:
-            yield partial
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        raise OutputError(
-            f"{out}: cannot be written ({error}); it is left as it was, finished stages are kept"
-        ) from None
-
-
-def move_into_place(partial: Path, out: Path, overwrite: bool) -> None:
-    """Rename a finished folder to its name, an earlier one of that name out of the way first.
-
-    Raises OutputError if there is one that is not to be overwritten.
-    """
-    _, old = beside(out)
-    if out.exists():
-        if not overwrite:
-            raise OutputError(f"{out}: was made by another while the conversion ran; choose another OUT")
-        out.rename(old)
-    try:
-        partial.rename(out)
-    except OSError:
-        if old.exists():
-            old.rename(out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def weight_bytes(folder: Path) -> int:
-    """Bytes of the safetensors files of a folder."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+def weight_bytes(headers: Mapping[str, TensorInfo]) -> int:
+    """Bytes of a model's tensors."""
+    return sum(info.bytes for info in headers.values())
 
 
 def storage_type(dtype: str, source: Source) -> torch.dtype:

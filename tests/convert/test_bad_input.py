@@ -42,6 +42,7 @@ class Case:
     def __post_init__(self):
         self.model, self.out, self.work = (self.folder / name for name in ("model", "out", "work"))
         self.text = self.folder / "text.txt"
+        self.given_model = self.given_out = None  # where these are not the paths that messages are to show
         self.options = {
             "--remove": 0.3,
             "--calibration": self.text,
@@ -72,7 +73,7 @@ class Case:
 
     def arguments(self):
         given = [str(part) for pair in self.options.items() if pair[1] is not None for part in pair]
-        return ["convert", str(self.model), str(self.out), *given, *self.flags]
+        return ["convert", str(self.given_model or self.model), str(self.given_out or self.out), *given, *self.flags]
 
 
 def refused(row):
@@ -150,6 +151,29 @@ def _(case):
 @refused("no hub id at all")
 def _(case):
     case.model = Path("not a hub id")
+
+
+@refused("a hub model of which the cache has no weights, offline")
+def _(case):
+    from fermisvd_convert import source
+
+    commit = case.folder / "snapshots" / "0123abc"  # config and tokenizer, as vLLM's or transformers' first look leaves
+    commit.parent.mkdir()
+    case.model.rename(commit)
+    (commit / WEIGHTS).unlink()
+    case.model = Path("lab/base")
+    case.patch.setattr(source, "snapshot_download", lambda *args, **kwargs: str(commit))
+
+
+@refused("a file")
+def _(case):
+    case.given_model = case.model / "config.json"
+
+
+@refused("a folder whose name is not UTF-8")
+def _(case):
+    case.given_model = case.folder / "caf\udce9"
+    shutil.copytree(case.model, case.given_model)
 
 
 @refused("a folder without config.json")
@@ -264,7 +288,7 @@ def _(case):
 
 @refused("a safetensors file that is none")
 def _(case):
-    (case.model / WEIGHTS).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    (case.model / WEIGHTS).write_bytes(b"<html>404 not found</html>" * 100)
 
 
 def shards(case):
@@ -294,6 +318,56 @@ def _(case):
 def _(case):
     weight_map = shards(case)
     write_index(case, {name: file for name, file in weight_map.items() if file.startswith("model-00001")})
+
+
+@refused("shards without their index")
+def _(case):
+    shards(case)
+
+
+@refused("shards beside another model.safetensors")
+def _(case):
+    single = (case.model / WEIGHTS).read_bytes()
+    write_index(case, shards(case))
+    (case.model / WEIGHTS).write_bytes(single)
+
+
+@refused("a tensor in two shards")
+def _(case):
+    write_index(case, shards(case))
+    one, two = (case.model / f"model-0000{number}-of-00002.safetensors" for number in (1, 2))
+    both = load_file(one) | load_file(two)
+    save_file({name: both[name] for name in {*load_file(one), MLP}}, one, metadata={"format": "pt"})
+    save_file({name: both[name] for name in {*load_file(two), MLP}}, two, metadata={"format": "pt"})
+
+
+@refused("a git-lfs pointer in a weight file's place")
+def _(case):
+    (case.model / WEIGHTS).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+
+
+def adapter(case):
+    (case.model / "adapter_config.json").write_text('{"base_model_name_or_path": "lab/base", "peft_type": "LORA"}')
+
+
+CASES["an adapter beside the weights"] = adapter
+
+
+@refused("an adapter alone")
+def _(case):
+    adapter(case)
+    (case.model / WEIGHTS).rename(case.model / "adapter_model.safetensors")
+
+
+@refused("a config.json that names other weights")
+def _(case):
+    shutil.copy(case.model / WEIGHTS, case.model / "other.safetensors")
+    case.config(transformers_weights="other.safetensors")
+
+
+@refused("a head of its own that config.json ties to the embedding")
+def _(case):
+    case.config(tie_word_embeddings=True)
 
 
 @refused("a tensor that the index puts into the wrong shard")
@@ -340,6 +414,27 @@ def _(case):
 @refused("a broken tokenizer")
 def _(case):
     (case.model / "tokenizer.json").write_text('{"version": "1.0", "model":')
+
+
+def tokenizer(case, change):
+    path = case.model / "tokenizer.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+
+
+@refused("a tokenizer of a kind that the library does not know")
+def _(case):
+    tokenizer(case, lambda t: t | {"model": t["model"] | {"type": "NotAModel"}})
+
+
+@refused("a tokenizer without a vocabulary")
+def _(case):
+    tokenizer(case, lambda t: t | {"added_tokens": [], "model": t["model"] | {"vocab": {}, "merges": []}})
+
+
+@refused("a tokenizer with code of its own, without the flag")
+def _(case):
+    path = case.model / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": {"AutoTokenizer": ["tok.Tok", None]}}))
 
 
 @refused("the tokenizer of another model")
@@ -483,9 +578,30 @@ def _(case):
 # OUT and the work directory
 
 
-@refused("OUT exists")
+@refused("OUT exists, and is not empty")
 def _(case):
     case.out.mkdir()
+    (case.out / "thesis.txt").write_text("mine")
+
+
+@refused("OUT with a name that is not UTF-8")
+def _(case):
+    case.given_out = case.folder / "caf\udce9"
+
+
+def users_folder(place):
+    place.mkdir(parents=True)
+    (place / "thesis.txt").write_text("mine")
+
+
+@refused("something of the user's where OUT is to be made")
+def _(case):
+    users_folder(case.folder / ".fermisvd" / "out.new")
+
+
+@refused("something of the user's in the work directory, under the one name that is emptied")
+def _(case):
+    users_folder(case.work / ".fermisvd-scratch")
 
 
 @refused("OUT is a checkpoint of others, with --overwrite")

@@ -80,18 +80,13 @@ def test_the_lines_on_loading_run_as_they_stand(converted, monkeypatch):
 def test_hub_names_are_metadata(report, tmp_path):
     base = tmp_path / "models--lab--base" / "snapshots" / "0123abc"
     base.mkdir(parents=True)
-    report |= {"model": "lab/base", "revision": "main"}
+    report |= {"model": "lab/base", "revision": "0123abc"}
     report["settings"]["calibration"] = ["Salesforce/wikitext:wikitext-2-raw-v1@3", "a.txt@1", "b.jsonl"]
     card = card_of(report, tmp_path, base)
     assert card.data.base_model == "lab/base"
     assert card.data.datasets == ["Salesforce/wikitext"]
     assert card.data.license is None
     assert "[lab/base](https://huggingface.co/lab/base) (revision `0123abc`)" in card.text
-
-
-def test_revision_as_asked_where_the_commit_is_not_known(report, tmp_path):
-    report["revision"] = "v2"
-    assert "base-model (revision `v2`)" in card_of(report, tmp_path, tmp_path / "base").text
 
 
 def test_base_card_that_cannot_be_read_is_said(report, tmp_path, caplog):

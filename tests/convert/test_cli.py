@@ -1,4 +1,6 @@
 import json
+import os
+import shutil
 import subprocess
 import sys
 
@@ -131,3 +133,17 @@ def test_help_is_quick_and_names_the_commands():
     assert all(name in result.stdout for name in ("convert", "evaluate", "inspect"))
     code = "import sys, fermisvd_convert.cli; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("command", ["report", "inspect"])
+def test_a_terminal_that_cannot_show_a_name_ends_no_command(converted, tmp_path, command):
+    """ASCII alone, as in a container without a locale; the names are shown escaped."""
+    out = shutil.copytree(converted[0], tmp_path / "modèle-小")
+    more = ["--to", str(tmp_path / "fígures")] if command == "report" else []
+    result = subprocess.run(
+        [sys.executable, "-m", "fermisvd_convert", command, str(out), *more],
+        capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"},
+    )
+    assert result.returncode == 0, result.stderr
+    assert b"f\\xedgures" in result.stdout if command == "report" else b"total" in result.stdout

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from torch.nn import functional
@@ -43,6 +45,15 @@ def test_block_by_block_is_the_same(tiny_llama, tmp_path, room):
     expected = evaluate(load_model(tiny_llama), windows, batch_size=2)
     found = evaluate_by_blocks(stream_model(tiny_llama, "cpu"), windows, HiddenStates(tmp_path, room), batch_size=2)
     assert found.perplexity == pytest.approx(expected.perplexity, rel=1e-6) and found.tokens == expected.tokens
+
+
+def test_perplexity_beyond_all_numbers_is_infinite(tiny_llama):
+    """Logits a million times as large: hundreds of thousands of nats a token, where math.exp ends at 709."""
+    model = load_model(tiny_llama)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e6)
+    result = evaluate(model, torch.randint(2048, (2, 24)))
+    assert result.perplexity == math.inf and result.tokens == 46
 
 
 def test_missing_model_is_named():

@@ -9,8 +9,8 @@ import torch
 from fermisvd.blocks import HiddenStates, HiddenStatesError
 from fermisvd_convert import stages
 from fermisvd_convert.convert import convert
+from fermisvd_convert.output import OutputError, places
 from fermisvd_convert.workspace import Workspace, WorkspaceError
-from fermisvd_convert.writer import OutputError
 
 
 @contextmanager
@@ -35,7 +35,7 @@ def test_full_disk_is_one_clear_error_and_keeps_what_is_there(tmp_path, kind):
             workspace.save_tensors("s", "b", {"t": torch.ones(5000)})
     again = Workspace(tmp_path)
     assert again.json("a", lambda: 1 / 0) == {"x": 1}
-    assert not again.has_tensors("s", "b") and not [p for p in tmp_path.rglob(".*") if p.is_file()]
+    assert not again.has_tensors("s", "b") and not list(tmp_path.rglob("half-*"))
 
 
 def test_hidden_states(tmp_path):
@@ -69,7 +69,7 @@ def test_conversion_says_so_keeps_its_stages_and_goes_on_with_room(tiny_llama, t
     assert not out.exists() and list((tmp_path / "work").glob("structure-*.json"))
     with no_room_for(len(expected) - 1), pytest.raises(OutputError, match=r"out: cannot be written.*left as it was"):
         attempt()
-    assert not out.exists() and not (tmp_path / ".out.partial").exists()
+    assert not out.exists() and not places(out).new.exists()
     for stage in ("grams_by_blocks", "kfac_svd", "optimise_ranks", "join_groups"):
         monkeypatch.setattr(stages, stage, None)  # not called again
     attempt()

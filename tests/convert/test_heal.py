@@ -9,7 +9,7 @@ from fermisvd.errors import FermiSVDError
 from fermisvd.format import validate_checkpoint
 from fermisvd_convert.convert import convert
 from fermisvd_convert.heal import heal_checkpoint
-from fermisvd_convert.writer import OutputError
+from fermisvd_convert.output import OutputError
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from fermisvd.format import TensorInfo
+from fermisvd.files import TensorInfo
 from fermisvd.groups import LinearGroup
 from fermisvd_convert.convert import convert
 from fermisvd_convert.memory import (
@@ -57,10 +57,10 @@ def test_command_of_the_docs_converts_an_8b_model_in_24_gib():
     for block in range(32):
         for name, rows in [*shapes.items(), ("down_proj", hidden)]:
             columns, full = wide if name == "down_proj" else hidden, f"model.layers.{block}.{name}"
-            headers[f"{full}.weight"] = TensorInfo(Path("model.safetensors"), "BF16", (rows, columns))
+            headers[f"{full}.weight"] = TensorInfo(Path("model.safetensors"), "", "BF16", (rows, columns))
             groups.append(LinearGroup((full,), (rows,), columns, "columns", full))
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        headers[name] = TensorInfo(Path("model.safetensors"), "BF16", (vocabulary, hidden))
+        headers[name] = TensorInfo(Path("model.safetensors"), "", "BF16", (vocabulary, hidden))
     steps = {"form": "pivga", "ranks": "uniform", "groups": "joint", "refit": False, "heal_steps": 0, "remove": 0.2}
     one, eight = (model_sizes(headers, groups, vocabulary, windows, 2048) for windows in (1, 8))
     assert one.blocks == 4 * 32 * 218_103_808 and one.outside == 4 * 2 * vocabulary * hidden

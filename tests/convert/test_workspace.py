@@ -1,4 +1,7 @@
+import errno
+import fcntl
 import json
+import os
 import subprocess
 import sys
 
@@ -6,6 +9,7 @@ import pytest
 import torch
 
 from fermisvd_convert import workspace as workspace_module
+from fermisvd_convert.places import MARKER, PlaceError
 from fermisvd_convert.workspace import MANIFEST, Workspace, WorkspaceError, settings_key, write_whole
 
 
@@ -23,9 +27,9 @@ def test_file_appears_whole_or_not_at_all(tmp_path):
         raise RuntimeError
 
     with pytest.raises(RuntimeError):
-        write_whole(path, fail)
+        write_whole(path, tmp_path / "half", fail)
     assert list(tmp_path.iterdir()) == []
-    write_whole(path, lambda p: p.write_text("whole"))
+    write_whole(path, tmp_path / "half", lambda p: p.write_text("whole"))
     assert path.read_text() == "whole" and len(list(tmp_path.iterdir())) == 1
 
 
@@ -94,13 +98,54 @@ def test_second_converter_is_refused_and_a_dead_one_forgotten(tmp_path):
         other.kill()
         other.wait()
     (tmp_path / "s").mkdir()
-    (tmp_path / "s" / ".half.safetensors.fermisvd-partial").write_text("left by a kill")
-    (tmp_path / "hidden-1").mkdir()
-    (tmp_path / "hidden-1" / "before 0 0.safetensors").write_text("left by a kill")
-    (tmp_path / "s" / ".mine.partial").write_text("of another program")
+    scratch = Workspace(tmp_path).scratch
+    (scratch / "half-0-a.safetensors").write_text("left by a kill")
+    (scratch / "hidden-1").mkdir()
+    (scratch / "hidden-1" / "before 0 0.safetensors").write_text("left by a kill")
     with Workspace(tmp_path).locked():
-        assert [path.name for path in (tmp_path / "s").iterdir()] == [".mine.partial"]
-        assert not (tmp_path / "hidden-1").exists()
+        assert [path.name for path in scratch.iterdir()] == [MARKER]
+    assert not scratch.exists()
+
+
+def test_nothing_of_the_users_is_removed(tmp_path):
+    """Names like ours, in the folder that the user named: all of them stay, byte for byte."""
+    (tmp_path / "hidden-project").mkdir()
+    (tmp_path / "s").mkdir()
+    mine = [tmp_path / name for name in ("hidden-project/a", "hidden-notes.txt", "s/.mine.partial", "hidden-0")]
+    for path in mine:
+        path.write_text(path.name)
+    workspace = Workspace(tmp_path)
+    with workspace.locked(), workspace.hidden_states(0) as hidden:
+        hidden.put("last", 0, torch.ones(3))
+        workspace.save_tensors("s", "t", {"t": torch.ones(2)})
+    assert all(path.read_text() == path.name for path in mine)
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "link"])
+def test_something_else_under_the_scratch_folders_name_is_refused_and_kept(tmp_path, kind):
+    scratch = Workspace(tmp_path).scratch
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "a").write_text("mine")
+    if kind == "folder":
+        (tmp_path / "mine").rename(scratch)
+    elif kind == "file":
+        scratch.write_text("mine")
+    else:
+        scratch.symlink_to(tmp_path / "mine")
+    with pytest.raises(PlaceError, match=scratch.name), Workspace(tmp_path).locked():
+        pass
+    assert (scratch if kind == "file" else scratch / "a").read_text() == "mine"
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.EIO])
+def test_a_disk_without_locks_is_named_with_the_remedy(tmp_path, monkeypatch, number):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    expected = pytest.raises(WorkspaceError, match=r"\.lock cannot be locked.*on a disk that can lock")
+    with expected, Workspace(tmp_path).locked():
+        pass
 
 
 def test_progress_is_kept_once_a_minute_and_found_again(tmp_path, monkeypatch):

@@ -1,67 +1,88 @@
-from pathlib import Path
+"""What of a dense model's folder reaches OUT."""
+
+import json
+import shutil
 
 import pytest
+import torch
 
-from fermisvd_convert.workspace import WorkspaceError
-from fermisvd_convert.writer import OutputError, claimed, move_into_place, unfinished
+from fermisvd.files import is_pickle
+from fermisvd.format import validate_before_serving
+from fermisvd_convert.convert import convert
+from fermisvd_convert.writer import copied_files
 
-
-def names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()} - {".fermisvd"}
-
-
-def test_unfinished_folder_is_gone_or_in_place(tmp_path):
-    out = tmp_path / "out"
-    with pytest.raises(ZeroDivisionError), claimed(out), unfinished(out) as partial:
-        (partial / "a").write_text("half")
-        raise ZeroDivisionError
-    assert names(tmp_path) == set()
-    with claimed(out), unfinished(out) as partial:
-        (partial / "a").write_text("whole")
-        move_into_place(partial, out, overwrite=False)
-    assert names(tmp_path) == {"out"} and names(out) == {"a"}
-
-
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_output_that_another_made_meanwhile_is_kept_unless_it_may_be_replaced(tmp_path, overwrite):
-    out = tmp_path / "out"
-    with claimed(out), unfinished(out) as partial:
-        (partial / "a").write_text("new")
-        out.mkdir()
-        (out / "a").write_text("another's")
-        if overwrite:
-            move_into_place(partial, out, overwrite)
-        else:
-            with pytest.raises(OutputError, match="made by another"):
-                move_into_place(partial, out, overwrite)
-    assert (out / "a").read_text() == ("new" if overwrite else "another's") and names(tmp_path) == {"out"}
+COPIED = {
+    "chat_template.jinja": b"{{ messages }}",
+    "additional_chat_templates/tool_use.jinja": b"{{ tools }}",
+    "LICENSE": b"free",
+    "nested/deeper/notes.txt": b"notes",
+    "vocab.bin": b"\x00\x01a vocabulary of a tokenizer's own",
+    "tokenizer.model": b"\x0apieces",
+    "nested/README.md": b"of the folder, not of the model",
+    "preprocessor/config.json": b"{}",
+}
+LEFT = {
+    "consolidated.safetensors": b"",
+    "model.gguf": b"GGUF",
+    "onnx/model.onnx": b"",
+    "onnx/model.onnx_data": b"",
+    "original/consolidated.00.pth": b"PK",
+    "tf_model.h5": b"",
+    "pytorch_model-00001-of-00002.bin": b"PK\x03\x04",
+    "pytorch_model.bin.index.json": b"{}",
+    "training_args.bin": b"PK\x03\x04",
+    "adapter/adapter_config.json": b"{}",
+    "adapter/adapter_model.safetensors": b"",
+    "openvino/openvino_model.bin": b"\x00",
+}
+NEITHER = {".gitattributes": b"", ".git/config": b"", ".cache/huggingface/x": b"", "README.md": b"of the dense model"}
 
 
-@pytest.mark.parametrize("moved", [False, True])
-def test_what_a_killed_conversion_left_is_cleared(tmp_path, moved):
-    """It died while it wrote; between the two renames of --overwrite, or behind them."""
-    out = tmp_path / "out"
-    (tmp_path / ".out.partial" / "folder").mkdir(parents=True)
-    (tmp_path / ".out.old").mkdir()
-    (tmp_path / ".out.old" / "a").write_text("the earlier checkpoint")
-    if moved:
-        out.mkdir()
-        (out / "a").write_text("the new one")
-    with claimed(out):
-        assert (out / "a").read_text() == ("the new one" if moved else "the earlier checkpoint")
-        assert names(tmp_path) == {"out"}
+@pytest.fixture
+def folder(smallest_llama, tmp_path):
+    folder = shutil.copytree(smallest_llama, tmp_path / "model")
+    for name, content in (COPIED | LEFT | NEITHER).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
 
 
-def test_two_writers_of_one_output(tmp_path):
-    out = tmp_path / "out"
-    with claimed(out):
-        with pytest.raises(WorkspaceError, match=r"out: in use by another conversion"), claimed(out):
-            pass
-        with claimed(tmp_path / "other"), unfinished(out) as partial:
-            assert partial.is_dir()
+def test_all_but_weights_is_copied_whatever_its_folder(folder, tmp_path, caplog):
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"def f{i}(x):\n    return x * {i * i}\n\n" for i in range(400)))
+    options = dict(ranks="uniform", heal_steps=0, samples=8, sequence_length=32, calibration=[str(text)])
+    report = convert(str(folder), tmp_path / "out", 0.3, **options)
+    for name, content in COPIED.items():
+        assert (tmp_path / "out" / name).read_bytes() == content, name
+    assert not any((tmp_path / "out" / name).exists() for name in LEFT)
+    assert not any((tmp_path / "out" / name).exists() for name in NEITHER.keys() - {"README.md"})
+    assert "fermisvd" in (tmp_path / "out" / "README.md").read_text()
+    assert set(report["left_out"]["files"]) == LEFT.keys()
+    assert f"not copied to OUT: {len(LEFT)} files" in caplog.text
+    assert json.loads((tmp_path / "out" / "fermisvd.json").read_text())["left_out"] == report["left_out"]
+    validate_before_serving(tmp_path / "out")  # vocab.bin is no pickle
 
 
-def test_full_disk_leaves_no_output(tmp_path):
-    with pytest.raises(OutputError, match=r"No space left.*left as it was"), unfinished(tmp_path / "out"):
-        Path("/dev/full").write_text("x" * 10**6)
-    assert list(tmp_path.iterdir()) == []
+def test_files_that_are_links_are_copied_and_a_broken_one_is_passed_over(folder):
+    """As in the hub's cache, where each file is a link."""
+    (folder / "linked.txt").symlink_to(folder / "LICENSE")
+    (folder / "broken.txt").symlink_to(folder / "nowhere")
+    copied = {path.as_posix() for path in copied_files(folder)[0]}
+    assert "linked.txt" in copied and "broken.txt" not in copied
+
+
+def test_pickles_are_known_by_name_and_by_content(tmp_path):
+    """Reference: what torch.save and pickle write, in every protocol."""
+    import pickle
+
+    for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
+        (tmp_path / f"{protocol}.bin").write_bytes(pickle.dumps({"a": 1}, protocol))
+        assert is_pickle(tmp_path / f"{protocol}.bin")
+    for name in ("new.bin", "old.bin"):
+        torch.save({"a": torch.ones(2)}, tmp_path / name, _use_new_zipfile_serialization=name == "new.bin")
+        assert is_pickle(tmp_path / name)
+    (tmp_path / "vocab.bin").write_bytes(b"words")
+    (tmp_path / "model.pt").write_bytes(b"anything")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    assert not is_pickle(tmp_path / "vocab.bin")
+    assert is_pickle(tmp_path / "model.pt") and is_pickle(tmp_path / "pytorch_model.bin")

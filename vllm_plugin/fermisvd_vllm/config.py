@@ -11,7 +11,9 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
-from fermisvd.format import PICKLE_SUFFIXES, FormatError, Group, parse_config, validate_before_serving
+from fermisvd.errors import FormatError
+from fermisvd.files import holds_weights
+from fermisvd.format import Group, parse_config, validate_before_serving
 from fermisvd_vllm.layout import numbers_held, parts_of
 from fermisvd_vllm.linear import FermiSVDLinearMethod
 from fermisvd_vllm.versions import DRAFT_PREFIX, check_loading_order, check_online_quantization
@@ -61,7 +63,7 @@ class FermiSVDConfig(QuantizationConfig):
         """
         check_online_quantization(self)
         folder = Path(model_name)
-        if folder.is_dir() and any(p.suffix in {".safetensors", *PICKLE_SUFFIXES} for p in folder.iterdir()):
+        if folder.is_dir() and holds_weights(folder):
             self._check_folder(folder)
 
     def _check_folder(self, folder: Path) -> None:

@@ -1,0 +1,119 @@
+"""Which tensors of a model's files are the parameters of the model that transformers makes of its config.
+
+Names are mapped as from_pretrained maps them, in both directions: a parameter without a tensor and a tensor without a
+parameter are both found. Tied parameters are looked at from every end.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from fermisvd.errors import FormatError
+from fermisvd.files import TensorInfo
+
+ROWS = 2**14  # compared together
+
+
+@dataclass
+class ModelTensors:
+    """A model's files seen from its parameters.
+
+    whole: parameter or buffer -> the tensor that it is, as it is; tied ones share theirs.
+    made: parameters that transformers makes of several tensors, or of one in another shape (stacked experts).
+    written: name -> tensor, of all that belong to the model, once each, under the names that both transformers and
+    vLLM look for. missing: parameters without a tensor. left_out: tensors without a parameter.
+    """
+
+    whole: dict[str, TensorInfo] = field(default_factory=dict)
+    made: set[str] = field(default_factory=set)
+    written: dict[str, TensorInfo] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+
+def model_tensors(model: nn.Module, headers: Mapping[str, TensorInfo]) -> ModelTensors:
+    """headers: name -> TensorInfo of the files (fermisvd.files); model: on any device, its weights are not looked at.
+
+    Raises FormatError, naming both, for two stored tensors that differ though config.json ties them: transformers would
+    take each as it is, vLLM the one for the other.
+    """
+    found, state = ModelTensors(), model.state_dict(keep_vars=True)
+    parameter_of = {}
+    for name, (parameter, as_it_is) in parameters_of(model, headers).items():
+        if parameter not in state:
+            found.left_out.append(name)
+            continue
+        parameter_of[name] = parameter
+        if as_it_is:
+            found.whole[parameter] = headers[name]
+        else:
+            found.made.add(parameter)
+    names = {parameter: name for name, parameter in parameter_of.items()}
+    rename: dict[str, str | None] = {}
+    for source, members in ties(model).items():
+        stored = [member for member in (source, *members) if member in found.whole]
+        if not stored:
+            continue
+        first = found.whole[stored[0]]
+        for other in stored[1:]:
+            check_equal(first, found.whole[other])
+            rename[names[other]] = None  # once is enough
+        if stored[0] != source:
+            rename[names[stored[0]]] = source
+        found.whole |= dict.fromkeys((source, *members), first)
+    for name in parameter_of:
+        written = rename.get(name, name)
+        if written is not None:
+            found.written[written] = headers[name]
+    parameters = (name for name, tensor in state.items() if isinstance(tensor, nn.Parameter))
+    found.missing = [name for name in parameters if name not in found.whole and name not in found.made]
+    return found
+
+
+def ties(model: nn.Module) -> dict[str, list[str]]:
+    """Parameter -> those that are to be one with it: as transformers ties them by config.json, or as the model's own
+    code made them."""
+    found: dict[str, list[str]] = {}
+    declared = getattr(model, "all_tied_weights_keys", None) or {}
+    for target, source in declared.items():
+        found.setdefault(source, []).append(target)
+    covered, first = found.keys() | declared.keys(), {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        source = first.setdefault(id(tensor), name)
+        if source != name and name not in covered:
+            found.setdefault(source, []).append(name)
+    return found
+
+
+def parameters_of(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[str, bool]]:
+    """Tensor name -> the parameter that transformers fills from it, and whether it is taken as it is, be it under
+    another name, or made into another (stacked experts)."""
+    conversions = get_model_conversion_mapping(model)
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    prefix, meta = model.base_model_prefix, model.state_dict()
+    found = {}
+    for name in names:
+        parameter, converter = rename_source_key(name, renamings, converters, prefix, meta)
+        found[name] = parameter, converter is None
+    return found
+
+
+def check_equal(one: TensorInfo, other: TensorInfo) -> None:
+    """Raises FormatError if two tensors that are to be one have different values."""
+    with safe_open(one.file, framework="pt") as first, safe_open(other.file, framework="pt") as second:
+        a, b = first.get_tensor(one.name), second.get_tensor(other.name)
+    equal = a.shape == b.shape and all(
+        torch.equal(x.float(), y.float()) for x, y in zip(a.split(ROWS), b.split(ROWS), strict=True)
+    )
+    if not equal:
+        raise FormatError(
+            f"{other.file}: {other.name} is not {one.name}, but config.json ties them (tie_word_embeddings): "
+            f"transformers would use each, vLLM {one.name} for both; set tie_word_embeddings to false, or remove "
+            f"{other.name}, whichever the model was trained with"
+        )

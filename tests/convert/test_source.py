@@ -1,0 +1,187 @@
+"""Where a model is, what it is called and what its config says, by whatever names."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import transformers
+
+from fermisvd_convert import source
+from fermisvd_convert.convert import convert
+from fermisvd_convert.source import SourceError, context_length, folder_name, load_tokenizer, open_source
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"def f{i}(x):\n    return x * {i * i}\n\n" for i in range(400)))
+    return path
+
+
+QUICK = dict(ranks="uniform", groups="joint", heal_steps=0, refit=False, samples=8, sequence_length=32)
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [("a/model", "model"), ("a/model/", "model"), (".", "here"), ("..", "above"), ("sub/..", "here"), ("./", "here")],
+)
+def test_a_folder_has_its_last_name_however_it_is_written(tmp_path, monkeypatch, given, name):
+    (tmp_path / "above" / "here" / "sub").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "above" / "here")
+    assert folder_name(given) == name
+
+
+def test_model_as_dot_and_dot_dot(smallest_llama, tmp_path, monkeypatch, text):
+    """Its name is in card and report, and the work directory is below .fermisvd, not OUT's parent."""
+    model = shutil.copytree(smallest_llama, tmp_path / "a" / "model")
+    (model / "sub").mkdir()
+    mine = tmp_path / "b" / "hidden-project"
+    mine.mkdir(parents=True)
+    (mine / "a").write_text("mine")
+    for given, here in ((".", model), ("..", model / "sub")):
+        monkeypatch.chdir(here)
+        out = tmp_path / "b" / f"out{len(given)}"
+        report = convert(given, out, 0.3, calibration=[str(text)], **QUICK)
+        assert report["model"] == "model"
+        assert "# model, " in (out / "README.md").read_text()
+    assert {path.name for path in (tmp_path / "b").iterdir()} == {".fermisvd", "hidden-project", "out1", "out2"}
+    assert (mine / "a").read_text() == "mine"
+    assert (tmp_path / "b" / ".fermisvd" / "model" / "manifest.jsonl").is_file()
+
+
+def test_a_hub_models_commit_is_recorded_and_a_folders_is_not(smallest_llama, tmp_path, monkeypatch, text):
+    commit = tmp_path / "snapshots" / "0123abc"
+    shutil.copytree(smallest_llama, commit)
+    asked = []
+    monkeypatch.setattr(
+        source, "snapshot_download", lambda *args, **kwargs: asked.append((args, kwargs)) or str(commit)
+    )
+    report = convert("lab/base", tmp_path / "out", 0.3, revision="main", calibration=[str(text)], **QUICK)
+    assert asked[0][0] == ("lab/base",) and asked[0][1]["revision"] == "main"
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert report["revision"] == config["quantization_config"]["provenance"]["revision"] == "0123abc"
+    assert "(revision `0123abc`)" in (tmp_path / "out" / "README.md").read_text()
+    assert open_source(str(smallest_llama)).revision is None
+
+
+def test_a_tokenizers_bin_file_is_downloaded_and_pickles_are_not():
+    from huggingface_hub.utils import filter_repo_objects
+
+    files = ["vocab.bin", "pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "model.gguf", "model.safetensors"]
+    assert list(filter_repo_objects(files, ignore_patterns=source.OTHER_WEIGHTS)) == ["vocab.bin", "model.safetensors"]
+
+
+CONTEXTS = {
+    "LlamaConfig": dict(max_position_embeddings=77),
+    "GPT2Config": dict(n_positions=77),
+    "GPTJConfig": dict(n_positions=77),
+    "CodeGenConfig": dict(n_positions=77),
+    "GPTBigCodeConfig": dict(n_positions=77),
+    "OPTConfig": dict(max_position_embeddings=77),
+    "BloomConfig": {},
+    "Gemma3Config": dict(text_config=dict(max_position_embeddings=77, num_hidden_layers=5)),
+}
+
+
+@pytest.mark.parametrize("kind", CONTEXTS)
+def test_context_is_found_under_every_name(kind, tmp_path):
+    """Also after config.json was written and read again, which is what a converter sees."""
+    config = getattr(transformers, kind)(**CONTEXTS[kind])
+    config.save_pretrained(tmp_path)
+    read = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert context_length(config) == context_length(read) == (77 if CONTEXTS[kind] else None)
+
+
+@pytest.mark.parametrize("asked", [None, 64, 129])
+@pytest.mark.parametrize("kind", ["GPTBigCodeConfig", "GPTJConfig", "CodeGenConfig"])
+def test_models_with_n_positions_convert_with_default_length(kind, asked, demo_model, tmp_path, text):
+    """Learnt or rotary positions of 128: beyond them is refused, not an IndexError."""
+    settings = dict(vocab_size=2048, n_positions=128, n_embd=64, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0)
+    more = {} if kind == "GPTBigCodeConfig" else dict(rotary_dim=8, tie_word_embeddings=False)
+    config = getattr(transformers, kind)(**settings, **more)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    transformers.AutoTokenizer.from_pretrained(demo_model).save_pretrained(tmp_path / "model")
+    options = QUICK | dict(sequence_length=asked, calibration=[str(text)])
+    if asked == 129:
+        with pytest.raises(SourceError, match="--sequence-length 129: must be 2 to 128"):
+            convert(str(tmp_path / "model"), tmp_path / "out", 0.3, **options)
+        return
+    report = convert(str(tmp_path / "model"), tmp_path / "out", 0.3, **options)
+    assert report["settings"]["sequence_length"] == (asked or 128)
+
+
+def damaged(kind: str):
+    def change(folder: Path) -> None:
+        path = folder / "tokenizer.json"
+        content = json.loads(path.read_text())
+        if kind == "list":
+            content = [1]
+        elif kind == "no such model":
+            content["model"]["type"] = "NotAModel"
+        elif kind == "no such pre-tokenizer":
+            content["pre_tokenizer"] = {"type": "Nope"}
+        elif kind == "empty object":
+            content = {}
+        elif kind == "empty vocabulary":
+            content |= {"added_tokens": [], "model": content["model"] | {"vocab": {}, "merges": []}}
+        path.write_text(json.dumps(content))
+
+    return change
+
+
+def settings_of(**entries):
+    def change(folder: Path) -> None:
+        path = folder / "tokenizer_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+    return change
+
+
+def sentencepiece(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.model").write_bytes(b"\x00\x01garbage")
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+
+
+def none(folder: Path) -> None:
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+
+
+TOKENIZERS = {
+    "a list": damaged("list"),
+    "a kind that tokenizers does not know": damaged("no such model"),
+    "a pre-tokenizer that it does not know": damaged("no such pre-tokenizer"),
+    "an empty object": damaged("empty object"),
+    "an empty vocabulary": damaged("empty vocabulary"),
+    "special tokens as a list": settings_of(extra_special_tokens=["a"]),
+    "code of its own": settings_of(auto_map={"AutoTokenizer": ["tok.Tok", None]}),
+    "settings that are no JSON": lambda folder: (folder / "tokenizer_config.json").write_text("{"),
+    "settings that are no object": lambda folder: (folder / "tokenizer_config.json").write_text("[1]"),
+    "a sentencepiece model that is none": sentencepiece,
+    "none": none,
+}
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_a_tokenizer_either_gives_tokens_or_is_refused_in_one_line(smallest_llama, tmp_path, kind):
+    folder = shutil.copytree(smallest_llama, tmp_path / "model")
+    TOKENIZERS[kind](folder)
+    try:
+        tokenizer = load_tokenizer(folder)
+    except SourceError as error:
+        assert str(error).startswith((f"{folder}: no usable tokenizer: ", f"{folder}/tokenizer_config.json: "))
+        assert "\n" not in str(error)
+        assert "trust_remote_code" not in str(error)  # the option is called --trust-remote-code
+    else:
+        assert len(tokenizer("def f(x): return x")["input_ids"]) > 3
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_a_file_that_may_not_be_read_is_no_truncated_one(smallest_llama, tmp_path):
+    folder = shutil.copytree(smallest_llama, tmp_path / "model")
+    (folder / "model.safetensors").chmod(0)
+    with pytest.raises(Exception, match=r"model\.safetensors: cannot be read \(.*[Pp]ermission"):
+        open_source(str(folder))
