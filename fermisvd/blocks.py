@@ -84,7 +84,7 @@ class DecoderBlocks:
         def see(block, args, kwargs, output):
             nonlocal behind
             rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-            calls.append((self.blocks.index(block), args[1:], rest, isinstance(output, tuple)))
+            calls.append((self.blocks.index(block), args[1:], rest, isinstance(output, tuple | list)))
             behind = _hidden_of(output)
 
         hooks = [block.register_forward_hook(see, with_kwargs=True) for block in self.blocks]
@@ -160,11 +160,14 @@ class HiddenStates:
 
 @torch.no_grad()
 def logits_by_blocks(
-    blocks: DecoderBlocks, batches: Sequence[torch.Tensor], hidden: HiddenStates
+    blocks: DecoderBlocks,
+    batches: Sequence[torch.Tensor],
+    hidden: HiddenStates,
+    on_block: Callable[[], object] = lambda: None,
 ) -> Iterator[torch.Tensor]:
-    """Logits of each batch in turn, every block having been run over all of them before the next."""
+    """Logits of each batch in turn, every block having been run over all of them before the next; see `sweep`."""
     numbered, device = list(enumerate(batches)), device_of(blocks.model)
-    sweep(blocks, numbered, hidden)
+    sweep(blocks, numbered, hidden, on_block=on_block)
     for number, batch in numbered:
         yield blocks.head(batch.to(device), hidden.get("last", number, device))
         hidden.drop("last", [(number, batch)])
@@ -172,10 +175,15 @@ def logits_by_blocks(
 
 @torch.no_grad()
 def sweep(
-    blocks: DecoderBlocks, batches: Sequence[tuple[int, torch.Tensor]], hidden: HiddenStates, keep: bool = False
+    blocks: DecoderBlocks,
+    batches: Sequence[tuple[int, torch.Tensor]],
+    hidden: HiddenStates,
+    keep: bool = False,
+    on_block: Callable[[], object] = lambda: None,
 ) -> None:
     """Forward through all blocks, one at a time: leaves the states behind the last as "last" and, with `keep`, those
-    before block i as "before i". batches: numbered. Raises HiddenStatesError naming a block whose output is not finite.
+    before block i as "before i". batches: numbered; on_block: called when each is done. Raises HiddenStatesError naming
+    a block whose output is not finite.
     """
     device = device_of(blocks.model)
     for number, batch in batches:
@@ -189,6 +197,7 @@ def sweep(
                 if keep:
                     hidden.move("last", f"before {index}", number)
                 hidden.put("last", number, states)
+        on_block()
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -208,7 +217,7 @@ def _stop(*args, **kwargs):
 
 
 def _hidden_of(output) -> torch.Tensor:
-    return output[0] if isinstance(output, tuple) else output
+    return output[0] if isinstance(output, tuple | list) else output  # GPT's blocks give a list
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Calibration sums: Gram matrices C = sum X X^T of inputs and G = sum g g^T of output gradients."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -10,7 +10,7 @@ from fermisvd.blocks import DecoderBlocks, HiddenStates, device_of, sweep
 from fermisvd.decomposition import OutputGram
 from fermisvd.distributed import share, sum_over_processes
 from fermisvd.errors import FermiSVDError
-from fermisvd.groups import linear_layer
+from fermisvd.linear import linear_layer, weight_of
 
 Grams = dict[str, torch.Tensor]
 OutputGrams = dict[str, OutputGram]
@@ -32,7 +32,7 @@ class GramSums:
         self.model = model
         self.layers = {name: linear_layer(model, name) for name in members}
         device = device_of(model)
-        self.grams = {name: _zeros(linear_layer(model, name).in_features, device) for name in sources}
+        self.grams = {name: _zeros(weight_of(linear_layer(model, name)).shape[1], device) for name in sources}
         self.outputs = {name: _zeros(min(layer.weight.shape), device) for name, layer in self.layers.items()}
         self.totals = {name: torch.zeros((), dtype=torch.float64, device=device) for name in members}
 
@@ -62,7 +62,7 @@ class GramSums:
         self.grams[name].addmm_(x.T, x)
 
     def _see_gradient(self, name: str, gradient: torch.Tensor) -> None:
-        weight, g = self.layers[name].weight, gradient.flatten(0, -2).double()  # (tokens, m)
+        weight, g = weight_of(self.layers[name]), gradient.flatten(0, -2).double()  # (tokens, m)
         self.totals[name] += g.square().sum()
         g = g @ weight.detach().double() if weight.shape[0] > weight.shape[1] else g
         self.outputs[name].addmm_(g.T, g)
@@ -76,7 +76,7 @@ class GramSums:
         for name, matrix in self.outputs.items():
             if not sum_over_processes(matrix).isfinite().all():
                 raise CalibrationError(f"the gradient at the output of {name} is NaN or infinite during calibration")
-            mean = sum_over_processes(self.totals[name]).item() / self.layers[name].out_features
+            mean = sum_over_processes(self.totals[name]).item() / len(weight_of(self.layers[name]))
             found[name] = OutputGram(matrix, mean)
         return self.grams, found
 
@@ -126,11 +126,13 @@ def grams_by_blocks(
     hidden: HiddenStates,
     seed: int = 0,
     limit_bytes: int | None = None,
+    on_block: Callable[[], object] = lambda: None,
 ) -> Iterator[tuple[Grams, OutputGrams]]:
     """As `calibration_grams`, a decoder block at a time and its results at once, blocks in the order that they are
     done: with gradients wanted from the last to the first, which is why the states before every block are kept.
 
-    limit_bytes: of the matrices gathered in one pass over a block; it is run again for the others.
+    limit_bytes: of the matrices gathered in one pass over a block; it is run again for the others. on_block: called for
+    every block on the way there and, with gradients, for every one on the way back.
     """
     mine, device = _of_this_process(batches), device_of(blocks.model)
     wanted = [_inside(blocks, index, sources, members) for index in range(len(blocks.blocks))]
@@ -146,9 +148,10 @@ def grams_by_blocks(
                         yield _there(blocks, index, part, mine, hidden)
                 for number, _ in mine:
                     hidden.move("behind", "before", number)
+                on_block()
             hidden.drop("before", mine)
             return
-        sweep(blocks, mine, hidden, keep=True)
+        sweep(blocks, mine, hidden, True, on_block)
         for number, batch in mine:
             states = hidden.get("last", number, device).detach().requires_grad_()
             logits = blocks.head(batch.to(device), states)
@@ -163,6 +166,7 @@ def grams_by_blocks(
                 for number, _ in mine:
                     hidden.move("gradient before", "gradient behind", number)
             hidden.drop(f"before {index}", mine)
+            on_block()
         hidden.drop("gradient behind", mine)
 
 
@@ -201,8 +205,8 @@ def _parts(model: nn.Module, sources: list[str], members: list[str], limit_bytes
     room = limit_bytes
     for kind, names in enumerate((sources, members)):
         for name in names:
-            layer = linear_layer(model, name)
-            size = 8 * (min(layer.weight.shape) if kind else layer.in_features) ** 2
+            shape = weight_of(linear_layer(model, name)).shape
+            size = 8 * (min(shape) if kind else shape[1]) ** 2
             if room is not None:
                 assert limit_bytes is not None
                 if size > room and any(parts[-1]):

@@ -23,6 +23,7 @@ from fermisvd.budget import Form
 from fermisvd.distributed import rank, sum_over_processes, world
 from fermisvd.errors import FermiSVDError
 from fermisvd.groups import LinearGroup, decoder_blocks
+from fermisvd.linear import linear_layer
 from fermisvd.losses import kl_divergence
 from fermisvd.streaming import fill_for_good
 
@@ -87,7 +88,7 @@ class GatedGroup(nn.Module):
         self._projected: torch.Tensor | None = None
         self._reads = 0
 
-    def project(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """F B x, (..., open_rank), remembered until all members have read it."""
         if self._projected is None or self._input is not x:
             projected = functional.linear(x, self.b[: self.open_rank])
@@ -108,7 +109,7 @@ class GatedLinear(nn.Module):
         self.a, self.group, self.bias = nn.Parameter(a, requires_grad=False), group, bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return functional.linear(self.group.project(x), self.a[:, : self.group.open_rank], self.bias)
+        return functional.linear(self.group(x), self.a[:, : self.group.open_rank], self.bias)
 
 
 def install_gates(
@@ -129,7 +130,7 @@ def install_gates(
         for group in groups:
             if not group.name.startswith(f"{prefix}.{number}."):
                 continue
-            layers = [model.get_submodule(name) for name in group.members]
+            layers = [linear_layer(model, name) for name in group.members]
             a, b = (factor.to(layers[0].weight).contiguous() for factor in factors_of(group))
             gated[group.name] = shared = GatedGroup(b, len(layers))
             for name, layer, rows in zip(group.members, layers, a.split(list(group.member_rows)), strict=True):

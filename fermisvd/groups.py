@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fermisvd.errors import FermiSVDError
+from fermisvd.linear import Conv1D, Linear, linear_layer, weight_of
 
 Side = Literal["columns", "rows"]
 Partition = Literal["joint", "separate"]
@@ -22,7 +23,8 @@ class LinearGroup:
 
     members: module names, in stacking order; member_rows: output width of each member;
     columns: input width; side: where the PivGa skeleton is chosen, i.e. the side that tensor
-    parallelism replicates; source: first layer that reads this input, the key of its Gram matrix.
+    parallelism replicates; source: first layer that reads this input, the key of its Gram matrix; transposed: whether
+    the members' weights are stored the other way round, (columns x rows of the member), as GPT-2's.
     """
 
     members: tuple[str, ...]
@@ -30,6 +32,7 @@ class LinearGroup:
     columns: int
     side: Side
     source: str
+    transposed: bool = False
 
     @property
     def name(self) -> str:
@@ -91,7 +94,7 @@ def find_groups(model: nn.Module, partition: Partition = "joint") -> list[Linear
     layers = {
         name: module
         for name, module in model.named_modules()
-        if name.startswith(f"{blocks}.") and isinstance(module, nn.Linear) and not is_router(model, name)
+        if name.startswith(f"{blocks}.") and isinstance(module, Linear) and not is_router(model, name)
     }
     calls: list[tuple[str, torch.Tensor]] = []  # holds the inputs, so that no address is used twice
     hooks = [
@@ -109,7 +112,7 @@ def find_groups(model: nn.Module, partition: Partition = "joint") -> list[Linear
             raise ActivationsError(f"the input of {name} holds NaN or infinite values; the weights before it are wrong")
     seen = Counter()
     for name, x in calls:  # two calls or a part of the tokens: no
-        seen[name] += 1 if x.numel() == PROBE_TOKENS * layers[name].in_features else 2
+        seen[name] += 1 if x.numel() == PROBE_TOKENS * weight_of(layers[name]).shape[1] else 2
     lists = {list_of(model, blocks, name) for name in layers if seen[name] != 1} - {None}
     calls = [(name, x) for name, x in calls if seen[name] == 1 and list_of(model, blocks, name) not in lists]
     if not calls:
@@ -119,7 +122,8 @@ def find_groups(model: nn.Module, partition: Partition = "joint") -> list[Linear
         tuple, list[str]
     ] = {}  # the parent belongs to the key: a parallel block's MLP is no part of attention
     for name, x in calls:
-        readers.setdefault((parent_of(name), x.data_ptr(), x.shape, x.stride()), []).append(name)
+        kind = isinstance(layers[name], Conv1D)
+        readers.setdefault((parent_of(name), x.data_ptr(), x.shape, x.stride(), kind), []).append(name)
     inputs_of: dict[str, list[str]] = {}
     for names in readers.values():
         inputs_of.setdefault(parent_of(names[0]), []).append(names[0])
@@ -132,10 +136,11 @@ def find_groups(model: nn.Module, partition: Partition = "joint") -> list[Linear
             groups.append(
                 LinearGroup(
                     members=tuple(members),
-                    member_rows=tuple(layers[name].out_features for name in members),
-                    columns=layers[members[0]].in_features,
+                    member_rows=tuple(len(weight_of(layers[name])) for name in members),
+                    columns=weight_of(layers[members[0]]).shape[1],
                     side="rows" if is_output else "columns",
                     source=names[0],
+                    transposed=isinstance(layers[members[0]], Conv1D),
                 )
             )
     return groups
@@ -152,7 +157,7 @@ def check_unshared(model: nn.Module) -> None:
         for parameter in module.parameters(recurse=False):
             holders[id(parameter)].append((name, module))
     for sharing in holders.values():
-        linear = [n for n, m in sharing if n.startswith(f"{blocks}.") and isinstance(m, nn.Linear)]
+        linear = [n for n, m in sharing if n.startswith(f"{blocks}.") and isinstance(m, Linear)]
         if len(sharing) > 1 and linear:
             other = next(name for name, _ in sharing if name != linear[0])
             raise StructureError(
@@ -180,7 +185,7 @@ def is_router(model: nn.Module, name: str) -> bool:
         counts = {p.shape[0] for p in child.parameters(recurse=False) if p.dim() == 3}
         if isinstance(child, nn.ModuleList):
             counts.add(len(child))
-        if model.get_submodule(name).out_features in counts:
+        if len(weight_of(linear_layer(model, name))) in counts:
             return True
     return False
 
@@ -206,13 +211,6 @@ def block_of(name: str) -> str:
     return re.sub(r"(\.\d+)\..*", r"\1", name)
 
 
-def linear_layer(model: nn.Module, name: str) -> nn.Linear:
-    """The linear layer of that name."""
-    layer = model.get_submodule(name)
-    assert isinstance(layer, nn.Linear), name
-    return layer
-
-
 def stacked_weight(model: nn.Module, group: LinearGroup) -> torch.Tensor:
     """W of a group: the members' weights stacked by rows, (rows x columns)."""
-    return torch.cat([model.get_submodule(name).weight.detach() for name in group.members])
+    return torch.cat([weight_of(linear_layer(model, name)).detach() for name in group.members])

@@ -16,7 +16,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from fermisvd.errors import FormatError, reason
+from fermisvd.errors import FermiSVDError, FormatError, reason
 from fermisvd.files import MEND, TensorInfo, read_headers
 from fermisvd.format import (
     PERMUTATION,
@@ -27,10 +27,15 @@ from fermisvd.format import (
     read_config,
     validate_checkpoint,
 )
-from fermisvd.modules import replace_group
+from fermisvd.linear import Linear, weight_of
+from fermisvd.modules import CompressedLinear, replace_group
 from fermisvd.tensors import ModelTensors, model_tensors
 
 logger = logging.getLogger("fermisvd")
+
+
+class ParallelismError(FermiSVDError):
+    """A way of dividing the model that the compressed layers cannot follow."""
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -58,14 +63,30 @@ class FermiSVDQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, checkpoint_files=None, **kwargs) -> None:
         config = self.quantization_config.fermisvd
-        if not checkpoint_files:
+        if (getattr(getattr(model.config, "distributed_config", None), "tp_size", None) or 1) > 1:
+            # its plans know one weight a layer: they would split shared factors, and what a member gets of its first
+            raise ParallelismError(
+                "tp_plan, tp_size: transformers' tensor parallelism does not fit shared factors; "
+                "use fsdp_size or a device_map, or serve with vLLM"
+            )
+        if checkpoint_files:
+            # transformers fills what a checkpoint lacks with random numbers; so everything is checked beforehand
+            folder = Path(checkpoint_files[0]).parent
+            validate_checkpoint(folder)
+            replace_groups(model, config, read_headers(folder), folder)
+        else:
             for group in config.groups:
                 replace_group(model, group)
-            return
-        # transformers fills what a checkpoint lacks with random numbers; so everything is checked beforehand
-        folder = Path(checkpoint_files[0]).parent
-        validate_checkpoint(folder)
-        replace_groups(model, config, read_headers(folder), folder)
+        nothing = torch.empty(0)
+        nothing._is_hf_initialized = True  # pyright: ignore
+        for group in config.groups:
+            for member in group.members:  # while it loads: GPT-2's _init_weights reaches for its children's weights
+                model.get_submodule(member).weight = nothing
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs) -> None:
+        for layer in model.modules():
+            if isinstance(layer, CompressedLinear):
+                del layer.weight
 
     def is_serializable(self) -> bool:
         return True
@@ -105,7 +126,7 @@ def replace_groups(
 
     Raises FormatError if groups, tensors and model do not fit each other, in both directions.
     """
-    linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    linear = {name: m for name, m in model.named_modules() if isinstance(m, Linear)}
     own = {name for name, _ in model.named_parameters()}
     for group in config.groups:
         for member in group.members:
@@ -119,8 +140,8 @@ def replace_groups(
                     f"{folder / 'config.json'}: group {group.name}: {member} shares its weight with another layer and "
                     "cannot be compressed alone; convert again"
                 )
-        rows = [linear[name].out_features for name in group.members]
-        expected_tensors(group, rows, linear[group.name].in_features)  # refuses a rank that is too large
+        rows = [len(weight_of(linear[name])) for name in group.members]
+        expected_tensors(group, rows, weight_of(linear[group.name]).shape[1])  # refuses a rank that is too large
     for group in config.groups:
         replace_group(model, group)
     found = model_tensors(model, headers)

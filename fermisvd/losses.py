@@ -5,6 +5,7 @@ from torch import nn
 from torch.nn import functional
 
 from fermisvd.groups import LinearGroup
+from fermisvd.linear import linear_layer, weight_of
 
 KL_SLICE = 1024  # tokens
 KEPT_LOGITS = 2**30  # bytes
@@ -64,4 +65,4 @@ def set_weight(model: nn.Module, group: LinearGroup, weight: torch.Tensor) -> No
     """Copy the stacked weight (m x n) into the group's dense layers."""
     with torch.no_grad():
         for name, rows in zip(group.members, weight.split(list(group.member_rows)), strict=True):
-            model.get_submodule(name).weight.copy_(rows)
+            weight_of(linear_layer(model, name)).copy_(rows)

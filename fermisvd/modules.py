@@ -5,13 +5,15 @@ from torch import nn
 from torch.nn import functional
 
 from fermisvd.format import PERMUTATION, Group
+from fermisvd.linear import Linear, weight_of
 
 
 class CompressedLinear(nn.Module):
-    """Base of the three layers: y = (the group's shared part of x) seen through this member's rows.
+    """Base of the three layers: y = t, the group's shared part of x, seen through this member's rows.
 
     `first` is the group's first member, which holds the shared tensors; kept in a tuple, so that torch does not
-    register them a second time.
+    register them a second time. A forward touches its own parameters alone: a further member gets t by calling
+    `first`, since wrappers (accelerate's offloading, FSDP2, DeepSpeed) bring a layer's parameters for its call only.
     """
 
     def __init__(self, in_features: int, out_features: int, rank: int, bias: bool, first: "CompressedLinear | None"):
@@ -23,6 +25,20 @@ class CompressedLinear(nn.Module):
     @property
     def first(self) -> "CompressedLinear":
         return self._first[0] if self._first else self
+
+    def forward(self, x: torch.Tensor, shared_only: bool = False) -> torch.Tensor:
+        """x: (..., n) -> (..., m); of a group's first member, with `shared_only`, t: (..., r)."""
+        # .to: a device_map may split a group
+        t = self.shared(x) if self.first is self else self.first(x, shared_only=True).to(x.device)
+        return t if shared_only else self.outputs(t)
+
+    def shared(self, x: torch.Tensor) -> torch.Tensor:
+        """t of x, on the device of the shared tensors."""
+        raise NotImplementedError
+
+    def outputs(self, t: torch.Tensor) -> torch.Tensor:
+        """y of t."""
+        raise NotImplementedError
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
@@ -37,8 +53,11 @@ class LowRankLinear(CompressedLinear):
         if first is None:
             self.lowrank_b = _parameter(rank, in_features)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return functional.linear(functional.linear(x, self.first.lowrank_b), self.lowrank_a, self.bias)
+    def shared(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.linear(x.to(self.lowrank_b.device), self.lowrank_b)
+
+    def outputs(self, t: torch.Tensor) -> torch.Tensor:
+        return functional.linear(t, self.lowrank_a, self.bias)
 
 
 class PivGaColumnsLinear(CompressedLinear):
@@ -51,10 +70,13 @@ class PivGaColumnsLinear(CompressedLinear):
             self.interpolation = _parameter(rank, in_features - rank)
             self.register_buffer(PERMUTATION, torch.arange(in_features, dtype=torch.int32))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        permuted = x[..., self.first.permutation]
+    def shared(self, x: torch.Tensor) -> torch.Tensor:
+        permuted = x.to(self.interpolation.device)[..., self.permutation]
         kept, rest = permuted[..., : self.rank], permuted[..., self.rank :]
-        return functional.linear(kept + functional.linear(rest, self.first.interpolation), self.skeleton, self.bias)
+        return kept + functional.linear(rest, self.interpolation)
+
+    def outputs(self, t: torch.Tensor) -> torch.Tensor:
+        return functional.linear(t, self.skeleton, self.bias)
 
 
 class PivGaRowsLinear(CompressedLinear):
@@ -66,9 +88,11 @@ class PivGaRowsLinear(CompressedLinear):
         self.interpolation = _parameter(out_features - rank, rank)
         self.register_buffer(PERMUTATION, torch.arange(out_features, dtype=torch.int32))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        z = functional.linear(x, self.skeleton)
-        y = torch.cat([z, functional.linear(z, self.interpolation)], dim=-1)
+    def shared(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.linear(x, self.skeleton)
+
+    def outputs(self, t: torch.Tensor) -> torch.Tensor:
+        y = torch.cat([t, functional.linear(t, self.interpolation)], dim=-1)
         y = y[..., torch.argsort(self.permutation)]
         return y if self.bias is None else y + self.bias
 
@@ -81,7 +105,7 @@ def module_class(group: Group) -> type[CompressedLinear]:
 
 
 def replace_group(model: nn.Module, group: Group) -> None:
-    """Replace the members' nn.Linear by empty compressed layers, on their device and in their type.
+    """Replace the members' linear layers by empty compressed layers, on their device and in their type.
 
     Raises KeyError naming a member that the model does not have as a linear layer.
     """
@@ -91,12 +115,11 @@ def replace_group(model: nn.Module, group: Group) -> None:
             dense = model.get_submodule(name)
         except AttributeError:
             dense = None
-        if not isinstance(dense, nn.Linear):
+        if not isinstance(dense, Linear):
             raise KeyError(f"group {group.name}: the model has no linear layer {name}")
         with dense.weight.device:
-            layer = module_class(group)(
-                dense.in_features, dense.out_features, group.rank, dense.bias is not None, first
-            )
+            rows, columns = weight_of(dense).shape
+            layer = module_class(group)(columns, rows, group.rank, dense.bias is not None, first)
         model.set_submodule(name, layer.to(dense.weight.dtype))
         first = first or layer
 

@@ -14,7 +14,8 @@ from torch import nn
 
 from fermisvd.blocks import DecoderBlocks
 from fermisvd.decomposition import Factors
-from fermisvd.groups import LinearGroup, linear_layer, stacked_weight
+from fermisvd.groups import LinearGroup, stacked_weight
+from fermisvd.linear import linear_layer, weight_of
 from fermisvd.losses import StudentLoss, set_weight
 
 MIXTURES = (0.0, 0.5)  # alpha, tried in turn
@@ -98,7 +99,7 @@ def _input_grams(
         )
         for blocks in models
     ]
-    width = linear_layer(models[0].model, source).in_features
+    width = weight_of(linear_layer(models[0].model, source)).shape[1]
     cross = torch.zeros(width, width, dtype=torch.float64, device=hidden[0][0].device)
     gram = torch.zeros_like(cross)
     try:

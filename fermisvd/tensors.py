@@ -66,8 +66,11 @@ def model_tensors(model: nn.Module, headers: Mapping[str, TensorInfo]) -> ModelT
         if stored[0] != source:
             rename[names[stored[0]]] = source
         found.whole |= dict.fromkeys((source, *members), first)
-    for name in parameter_of:
-        written = rename.get(name, name)
+    prefix = f"{model.base_model_prefix}."
+    for name, parameter in parameter_of.items():
+        # saved without the prefix of the model below the head: groups name their members with it
+        own = parameter if parameter == prefix + name else name
+        written = rename.get(name, own)
         if written is not None:
             found.written[written] = headers[name]
     parameters = (name for name, tensor in state.items() if isinstance(tensor, nn.Parameter))

@@ -159,6 +159,14 @@ def convert(
                 f"dense-{settings_key(key, stages.windows_key(text.held_back))}",
                 lambda: perplexity(workspace, stream(), text.held_back, batch_size, limit, "evaluate dense"),
             )
+        if before["perplexity"] >= source.vocabulary:
+            logger.warning(
+                "%s: perplexity %.1f on the held-back text, no better than a guess among its %d tokens: the tokenizer, "
+                "the text or the weights are not this model's",
+                source.folder,
+                before["perplexity"],
+                source.vocabulary,
+            )
         with _timed(seconds, "decompose"):
             decomposition.decompose(linear)
         # windows that decide between alternatives, neither refitted nor healed on; the report's are others again

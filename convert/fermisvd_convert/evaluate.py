@@ -57,10 +57,11 @@ def evaluate(
     """Mean over the L-1 predicted tokens of each window. windows: (windows, L) token ids."""
     batches, device = windows.split(batch_size), device_of(model)
     logits = (model(input_ids=batch.to(device), use_cache=False).logits for batch in batches)
-    if reference is None:
-        return _measure(batches, logits, repeat(None), label)
-    expected = (reference(input_ids=batch.to(device), use_cache=False).logits for batch in batches)
-    return _measure(batches, logits, expected, label)
+    expected = repeat(None)
+    if reference is not None:
+        expected = (reference(input_ids=batch.to(device), use_cache=False).logits for batch in batches)
+    with tqdm(total=len(batches), desc=label, leave=False) as bar:
+        return _measure(batches, logits, expected, bar)
 
 
 @torch.no_grad()
@@ -75,30 +76,31 @@ def evaluate_by_blocks(
         logger.warning("%s; the model is run whole", error)
         return evaluate(model, windows, None, batch_size, label)
     batches = windows.split(batch_size)
-    return _measure(batches, logits_by_blocks(blocks, batches, hidden), repeat(None), label)
+    with tqdm(total=len(blocks.blocks) + len(batches), desc=label, leave=False) as bar:
+        return _measure(batches, logits_by_blocks(blocks, batches, hidden, bar.update), repeat(None), bar)
 
 
 def _measure(
     batches: Sequence[torch.Tensor],
     logits: Iterable[torch.Tensor],
     expected: Iterable[torch.Tensor | None],
-    label: str,
+    bar: tqdm,
 ) -> Evaluation:
-    """expected: the reference's logits, or None."""
+    """expected: the reference's logits, or None; bar: moved once a batch."""
     loss = kl = agreement = 0.0
     compared = False
-    shown = tqdm(zip(batches, logits, expected, strict=False), total=len(batches), desc=label, leave=False)
-    for batch, given, wanted in shown:
+    for batch, given, wanted in zip(batches, logits, expected, strict=False):
         given, batch = given[:, :-1].float(), batch.to(given.device)
         loss -= given.log_softmax(-1).gather(-1, batch[:, 1:, None]).double().sum().item()
         if wanted is not None:
             compared, wanted = True, wanted[:, :-1].float()
             kl += kl_divergence(wanted, given).item() * batch[:, 1:].numel()
             agreement += (wanted.argmax(-1) == given.argmax(-1)).sum().item()
+        bar.update()
     tokens = sum(batch[:, 1:].numel() for batch in batches)
     mean = loss / tokens
     if math.isnan(mean):
-        raise EvaluationError(f"{label}: the model's logits hold NaN or infinite values on this text")
+        raise EvaluationError("the model's logits hold NaN or infinite values on this text")
     return Evaluation(
         math.exp(mean) if mean < math.log(sys.float_info.max) else math.inf,
         tokens,

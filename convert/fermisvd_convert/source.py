@@ -82,8 +82,9 @@ class Source:
         for group in groups:
             for member, rows in zip(group.members, group.member_rows, strict=True):
                 info = self.headers.get(f"{member}.weight")
-                if info is None or info.shape != (rows, group.columns):
-                    raise SourceError(f"{self.folder}: no tensor {member}.weight of shape {(rows, group.columns)}")
+                shape = (group.columns, rows) if group.transposed else (rows, group.columns)
+                if info is None or info.shape != shape:
+                    raise SourceError(f"{self.folder}: no tensor {member}.weight of shape {shape}")
                 if info.dtype not in TORCH_TYPES:
                     raise SourceError(
                         f"{info.file}: {member}.weight is of type {info.dtype}; only dense floating-point models are "

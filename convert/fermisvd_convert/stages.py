@@ -77,6 +77,7 @@ def structure(
 def linear_group(entry: dict) -> LinearGroup:
     """A group from its JSON form."""
     fields = {name: entry[name] for name in ("columns", "side", "source")}
+    fields["transposed"] = entry.get("transposed", False)  # kept by an older version, which had none
     return LinearGroup(tuple(entry["members"]), tuple(entry["member_rows"]), **fields)
 
 
@@ -151,10 +152,13 @@ def calibrate(
             keep(*calibration_grams(model, *names(items), shown, seed))
     else:
         with workspace.hidden_states(limits.hidden_bytes) as hidden:
-            parts = grams_by_blocks(blocks, *names(missing), batches, hidden, seed, limits.gram_bytes)
-            for part in tqdm(parts, desc="calibrate", unit="block", leave=False):
-                keep(*part)
-                give_back()
+            sources, members = names(missing)
+            passes = len(blocks.blocks) * (2 if members else 1)  # there and, for gradients, back
+            with tqdm(total=passes, desc="calibrate", unit="block", leave=False) as bar:
+                limit = limits.gram_bytes
+                for part in grams_by_blocks(blocks, sources, members, batches, hidden, seed, limit, bar.update):
+                    keep(*part)
+                    give_back()
     workspace.wait_for_all()
 
 
@@ -173,7 +177,8 @@ def in_parts(items: list[tuple[str, str, int]], limit_bytes: int) -> list[list[t
 
 def group_weight(source: Source, group: LinearGroup) -> torch.Tensor:
     """W of a group, read from the source's files, (rows x columns)."""
-    return torch.cat([source.tensor(f"{name}.weight") for name in group.members])
+    stored = [source.tensor(f"{name}.weight") for name in group.members]
+    return torch.cat([weight.T if group.transposed else weight for weight in stored])
 
 
 @dataclass(frozen=True)

@@ -137,7 +137,7 @@ def test_inspect(converted):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["inspect", "nowhere"], "config.json"),
+        (["inspect", "nowhere"], "nowhere: no folder"),
         (["evaluate", "./nowhere", "--text", "x"], "./nowhere"),
         (["convert", "./nowhere", "out", "--remove", "0.2"], "no such folder"),
         (["convert", "m", "out"], "--remove"),

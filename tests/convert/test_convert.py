@@ -307,7 +307,7 @@ def test_unknown_architecture_is_named(tiny_llama, tmp_path, settings):
 
 def test_bad_models_are_named(tiny_llama, tmp_path, settings):
     def refused(model, match, **kwargs):
-        with pytest.raises(SourceError, match=match):
+        with pytest.raises(FermiSVDError, match=match):
             convert(str(model), tmp_path / "out", 0.3, **{**settings, "ranks": "uniform", **kwargs})
 
     refused(tmp_path / "nowhere", "no such folder")

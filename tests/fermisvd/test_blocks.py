@@ -56,8 +56,10 @@ def test_block_that_is_told_of_the_tokens_is_refused(tiny_llama):
 def test_states_in_files_and_in_memory_give_the_same(tiny_llama, tmp_path, room):
     model = load_model(tiny_llama)
     batches = torch.randint(100, (5, 12)).split(2)
-    blocks, hidden = DecoderBlocks(model), HiddenStates(tmp_path / "hidden", room)
-    for batch, logits in zip(batches, logits_by_blocks(blocks, batches, hidden), strict=True):
+    blocks, hidden, done = DecoderBlocks(model), HiddenStates(tmp_path / "hidden", room), []
+    found = logits_by_blocks(blocks, batches, hidden, lambda: done.append(None))
+    for batch, logits in zip(batches, found, strict=True):
+        assert len(done) == 2  # blocks
         torch.testing.assert_close(logits, model(input_ids=batch, use_cache=False).logits)
     assert hidden.room == room and not list(tmp_path.rglob("*.safetensors"))
 

@@ -115,8 +115,9 @@ def test_block_by_block_is_the_pass_of_the_whole_model(model, tiny_llama, tmp_pa
     batches = torch.randint(2048, (5, 16)).split(2)
     expected, expected_outputs = calibration_grams(model, sources, members, batches, seed=1)
     streamed, hidden = stream_model(tiny_llama, "cpu"), HiddenStates(tmp_path, 4000)
-    grams, outputs = {}, {}
-    for part in grams_by_blocks(DecoderBlocks(streamed), sources, members, batches, hidden, 1, limit):
+    grams, outputs, done = {}, {}, []
+    blocks, on_block = DecoderBlocks(streamed), lambda: done.append(len(grams) + len(outputs))
+    for part in grams_by_blocks(blocks, sources, members, batches, hidden, 1, limit, on_block):
         assert limit != 1 or len(part[0]) + len(part[1]) == 1
         grams |= part[0]
         outputs |= part[1]
@@ -129,6 +130,9 @@ def test_block_by_block_is_the_pass_of_the_whole_model(model, tiny_llama, tmp_pa
         torch.testing.assert_close(output.matrix, reference.matrix, rtol=1e-4, atol=1e-5 * scale)
         assert output.mean == pytest.approx(reference.mean, rel=1e-5)
     assert hidden.room == 4000 and not list(tmp_path.iterdir())
+    there = [0, 0] if gradients else []  # the way there gathers nothing, and is told of
+    half, everything = (len(grams) + len(outputs)) // 2, len(grams) + len(outputs)
+    assert done == [*there, half, everything]
 
 
 @pytest.mark.parametrize("gradients", [False, True])

@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import families
-from families import FAMILIES, dense_twin
+from families import FAMILIES, UNSERVED, dense_twin
 from fermisvd.groups import find_groups, left_dense
 from fermisvd.hf import load_model
 
@@ -17,11 +17,16 @@ KINDS = {
     "opt": ["q_proj k_proj v_proj", "out_proj", "fc1", "fc2"],
     "falcon": ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"],
     "gpt_neox": ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"],
+    "gpt2": ["c_attn", "c_proj", "c_fc", "c_proj"],
     "qwen3_moe": ATTENTION,
+    "openai_gpt": ["c_attn", "c_proj", "c_fc", "c_proj"],
+    "gpt_bigcode": ["c_attn", "c_proj", "c_fc", "c_proj"],
+    "gptj": ["q_proj k_proj v_proj", "out_proj", "fc_in", "fc_out"],
+    "codegen": ["qkv_proj", "out_proj", "fc_in", "fc_out"],
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *(family for family in UNSERVED if family in KINDS)])
 def test_groups_come_from_the_structure(family, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(families.save(family, tmp_path)).eval()
     groups = find_groups(model)
@@ -29,13 +34,13 @@ def test_groups_come_from_the_structure(family, tmp_path):
     expected = KINDS.get(family, ATTENTION + GATED)
     assert kinds == expected * 2
     assert [group.side for group in groups] == ["columns", "rows"] * (len(groups) // 2), "as tensor parallelism splits"
-    others = {name.partition("layers.0.")[2] for name in left_dense(model, groups) if "layers.0." in name}
+    others = {name.partition(".0.")[2] for name in left_dense(model, groups) if ".0." in name}
     moe = {"mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.gate.weight"}
     assert others == (moe if "moe" in family else set())
 
 
 @pytest.mark.parametrize("form", ["pivga", "svd"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *UNSERVED])
 def test_reloaded_logits_equal_the_dense_product(family, form, family_checkpoints, tmp_path):
     source, compressed = family_checkpoints(family, form)
     ids = torch.randint(2048, (2, 40))

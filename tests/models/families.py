@@ -11,6 +11,7 @@ import transformers
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers.pytorch_utils import Conv1D
 
 from fermisvd.format import validate_checkpoint
 from fermisvd.pivga import PivGa, dense_product
@@ -50,13 +51,30 @@ FAMILIES: dict[str, tuple[str, dict]] = {
         "FalconConfig",
         COMMON | dict(hidden_size=128, num_kv_heads=2, new_decoder_architecture=True, bias=False),
     ),
+    "gpt2": (  # Conv1D: weights transposed on disk, q/k/v fused there; vLLM transposes what ends in .weight
+        "GPT2Config",
+        COMMON | dict(hidden_size=128, n_inner=136, tie_word_embeddings=True),
+    ),
     "qwen3_moe": ("Qwen3MoeConfig", GATED | MOE),
+}
+
+# as above, of models that are tried in transformers alone
+GPT = dict(vocab_size=2048, n_embd=128, n_layer=2, n_head=4, n_positions=256, bos_token_id=0, eos_token_id=0)
+UNSERVED: dict[str, tuple[str, dict]] = {
+    "openai_gpt": ("OpenAIGPTConfig", GPT),  # Conv1D; its blocks give lists
+    "gpt_bigcode": ("GPTBigCodeConfig", GPT | dict(multi_query=True)),
+    "gptj": ("GPTJConfig", GPT | dict(rotary_dim=8, tie_word_embeddings=False)),  # attention and MLP side by side
+    "codegen": ("CodeGenConfig", GPT | dict(rotary_dim=8, n_ctx=256, tie_word_embeddings=False)),  # q/k/v fused on disk
+    "recurrent_gemma": (  # its _init_weights reaches for its children's weights, as GPT-2's
+        "RecurrentGemmaConfig",
+        GATED | dict(lru_width=96, attention_window_size=64, block_types=("recurrent", "attention")),
+    ),
 }
 
 
 def save(family: str, folder: Path, seed: int = 0) -> Path:
     """A random float32 model of the family. Weights are large and biases non-zero, so that every mistake shows."""
-    class_name, settings = FAMILIES[family]
+    class_name, settings = (FAMILIES | UNSERVED)[family]
     torch.manual_seed(seed)
     config: PretrainedConfig = getattr(transformers, class_name)(**settings)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -114,6 +132,7 @@ def dense_twin(source: Path, compressed: Path) -> nn.Module:
             gauge = PivGa(skeleton, tensors[f"{first}.interpolation"], tensors[f"{first}.permutation"], group.side)
             weight = dense_product(gauge)
         layers = [model.get_submodule(m) for m in group.members]
-        for layer, part in zip(layers, weight.split([layer.out_features for layer in layers]), strict=True):
-            layer.weight.copy_(part)
+        rows = [layer.nf if isinstance(layer, Conv1D) else layer.out_features for layer in layers]
+        for layer, part in zip(layers, weight.split(rows), strict=True):
+            layer.weight.copy_(part.T if isinstance(layer, Conv1D) else part)
     return model

@@ -11,6 +11,7 @@ from torch import nn
 
 pytest.importorskip("vllm")
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 
 from fermisvd.format import FermiSVDConfig as CheckpointConfig
@@ -490,3 +491,30 @@ def test_models_that_reorder_shared_tensors_are_refused(model_type, impl, refuse
         return
     with pytest.raises(FormatError, match="--model-impl transformers"):
         check_loading_order(config, "h.0.self_attention.query_key_value")
+
+
+ONLINE = {  # options of vLLM 0.32 that would quantise a layer's `weight`, and what is said
+    "linear": ({"quantization_config": {"linear": "fp8_per_channel"}}, "--quantization-config: linear:"),
+    "linear by key": ({"quantization_config": {"linear": {"weight": "mxfp8"}}}, "--quantization-config: linear:"),
+    "targets": ({"quantization_config": {"targets": {"*o_proj": "mxfp8"}}}, "--quantization-config: targets:"),
+    "ours named": (
+        {"quantization": "fermisvd", "quantization_config": {"linear": "mxfp8"}},
+        "--quantization-config: linear:",
+    ),
+    "shorthand": ({"quantization": "fp8_per_channel"}, r"\(fermisvd\) does not match"),  # vLLM's own refusal
+    "online": ({"quantization": "online", "quantization_config": {"linear": "mxfp8"}}, r"\(fermisvd\) does not match"),
+    "experts": ({"quantization_config": {"moe": "int8_per_channel_weight_only"}}, None),  # no layer of ours
+}
+
+
+@pytest.mark.parametrize("option", ONLINE)
+def test_online_quantization_of_factors_is_refused(option, family_checkpoints):
+    if not hasattr(FermiSVDConfig, "online_quantization_config"):
+        pytest.skip("this vLLM does not quantise beside a checkpoint's own method")
+    options, message = ONLINE[option]
+    engine = EngineArgs(str(family_checkpoints("llama", "pivga")[1]), dtype="float32", **options)
+    if message is None:
+        assert isinstance(engine.create_engine_config().quant_config, FermiSVDConfig)
+        return
+    with pytest.raises(ValueError, match=message):
+        engine.create_engine_config()

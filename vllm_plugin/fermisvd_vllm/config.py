@@ -16,7 +16,7 @@ from fermisvd.files import holds_weights
 from fermisvd.format import Group, parse_config, validate_before_serving
 from fermisvd_vllm.layout import numbers_held, parts_of
 from fermisvd_vllm.linear import FermiSVDLinearMethod
-from fermisvd_vllm.versions import DRAFT_PREFIX, check_loading_order
+from fermisvd_vllm.versions import DRAFT_PREFIX, check_loading_order, check_online_quantization
 
 logger = init_logger("vllm.fermisvd")
 
@@ -59,8 +59,9 @@ class FermiSVDConfig(QuantizationConfig):
         """Refuses a broken folder before any process is started for it; vLLM passes over a missing tensor in silence.
 
         A folder without weights is one for --load-format dummy. A hub model, which may not be here yet, is checked
-        before its first tensor is taken. Raises FormatError.
+        before its first tensor is taken. Raises FormatError, also for options that do not go with compressed layers.
         """
+        check_online_quantization(self)
         folder = Path(model_name)
         if folder.is_dir() and holds_weights(folder):
             self._check_folder(folder)

@@ -51,6 +51,18 @@ def check_loading_order(model_config, layer: str) -> None:
         )
 
 
+def check_online_quantization(config) -> None:
+    """Raises FormatError where vLLM (from 0.32 on) is to quantise linear layers as they load: it would look for the
+    `weight` of each. config: our quantization config, on which vLLM hangs the option."""
+    online = getattr(config, "online_quantization_config", None)
+    for name in ("linear", "targets"):
+        if online is not None and getattr(online.args, name):
+            raise FormatError(
+                f"--quantization-config: {name}: a compressed layer has factors, which vLLM cannot quantise; "
+                "serve without that option, or quantise the dense model"
+            )
+
+
 def checkpoint_folder(loader, model_config) -> Path:
     """Where vLLM's default loader has the checkpoint, downloaded if need be: three values until 0.30, then four."""
     return Path(loader._prepare_weights(model_config.model, None, model_config.revision, False, None)[0])
