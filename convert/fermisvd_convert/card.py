@@ -94,7 +94,7 @@ def body_lines(report: dict, figure: list[str]) -> list[str]:
         "## Load",
         "",
         "```python",
-        "import fermisvd  # pip install fermisvd; registers the format with transformers",
+        "import fermisvd  # pip install fermisvd; without it transformers fills the layers with random numbers",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
         'model = AutoModelForCausalLM.from_pretrained(".")',

@@ -5,7 +5,7 @@ The model's own checks are in source.py, the text's in text.py, the disk's in sp
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, ParamSpec, TypeVar
@@ -26,7 +26,7 @@ LARGEST = 2**31 - 1  # of any count
 LONGEST_NAME = 250  # bytes: what is made beside OUT is called by up to five more
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
 CountOrNone = Annotated[int, Field(ge=0, le=LARGEST)]  # 0: without
-Texts = Annotated[list[Annotated[str, Field(min_length=1)]] | tuple[str, ...], Field(min_length=1)]
+Texts = Annotated[Sequence[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
 
 
 class OptionError(FermiSVDError):

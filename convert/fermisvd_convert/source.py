@@ -85,11 +85,6 @@ class Source:
                 shape = (group.columns, rows) if group.transposed else (rows, group.columns)
                 if info is None or info.shape != shape:
                     raise SourceError(f"{self.folder}: no tensor {member}.weight of shape {shape}")
-                if info.dtype not in TORCH_TYPES:
-                    raise SourceError(
-                        f"{info.file}: {member}.weight is of type {info.dtype}; only dense floating-point models are "
-                        "converted"
-                    )
 
     def weight_type(self) -> torch.dtype:
         """Type of the largest tensor: that of the linear layers, whatever norms are kept in.
@@ -99,9 +94,7 @@ class Source:
         largest = max(self.headers, key=lambda name: self.headers[name].numel)
         for name, info in self.headers.items():
             if info.dtype not in TORCH_TYPES and (name == largest or info.dtype.startswith("F")):
-                raise SourceError(
-                    f"{info.file}: {name} is of type {info.dtype}; only dense floating-point models are converted"
-                )
+                raise _not_dense(info)
         return TORCH_TYPES[self.headers[largest].dtype]
 
     def check_values(self, cast: torch.dtype | None = None) -> None:
@@ -139,6 +132,12 @@ class Source:
     def tokenizer(self):
         """Raises SourceError if the folder has none."""
         return load_tokenizer(self.folder, self.trust_remote_code)
+
+
+def _not_dense(info: TensorInfo) -> SourceError:
+    return SourceError(
+        f"{info.file}: {info.name} is of type {info.dtype}; only dense floating-point models are converted"
+    )
 
 
 def context_length(config: PretrainedConfig) -> int | None:
@@ -258,10 +257,14 @@ def open_source(model: str, revision: str | None = None, trust_remote_code: bool
         )
     for parameter, tensor in empty.state_dict(keep_vars=True).items():
         stored = found.whole.get(parameter)
-        if stored is not None and stored.shape != tuple(tensor.shape):
+        if stored is None:
+            continue
+        if stored.shape != tuple(tensor.shape):
             raise SourceError(
                 f"{stored.file}: {stored.name}: shape {stored.shape}, config.json says {tuple(tensor.shape)}"
             )
+        if tensor.is_floating_point() and stored.dtype not in TORCH_TYPES:
+            raise _not_dense(stored)
     return Source(
         model,
         folder,

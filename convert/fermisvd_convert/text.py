@@ -76,9 +76,7 @@ def calibration_text(
     weighted = [weighted_source(source) for source in sources]
     names = [os.path.realpath(name) if Path(name).exists() else name for name, _ in weighted]
     if twice := [name for name in names if names.count(name) > 1]:
-        raise TextError(
-            f"--calibration {twice[0]}: given twice; a text that is to count for more takes a weight, TEXT@2"
-        )
+        raise TextError(f"--calibration {twice[0]}: given twice; to count for more it takes a weight, TEXT@2")
     total = sum(weight for _, weight in weighted)
     placed, rows, measured, with_bos = [], [], 0, False
     for name, weight in weighted:

@@ -348,6 +348,27 @@ def _(case):
     (case.model / WEIGHTS).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
 
 
+@refused("a git-lfs pointer in a tokenizer file's place")
+def _(case):
+    (case.model / "tokenizer.json").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+
+
+@refused("a link to nowhere in a weight file's place")
+def _(case):
+    (case.model / WEIGHTS).unlink()
+    (case.model / WEIGHTS).symlink_to("../../blobs/0123")
+
+
+@refused("a wrapper's names of tensors")
+def _(case):
+    case.tensors(lambda tensors: [tensors.update({f"module.{name}": tensors.pop(name)}) for name in list(tensors)])
+
+
+@refused("a linear layer of whole numbers")
+def _(case):
+    case.tensors(lambda tensors: tensors.update({MLP: tensors[MLP].to(torch.int8)}))
+
+
 def adapter(case):
     (case.model / "adapter_config.json").write_text('{"base_model_name_or_path": "lab/base", "peft_type": "LORA"}')
 
@@ -598,6 +619,19 @@ CASES["tools that are no functions"] = partial(
 )
 
 
+@refused("a text given twice")
+def _(case):
+    case.flags += ["--calibration", str(case.text)]
+
+
+@refused("a pipe")
+def _(case):
+    import os
+
+    os.mkfifo(case.folder / "pipe")
+    case.set(calibration=case.folder / "pipe")
+
+
 @refused("a weight of a text that is not positive")
 def _(case):
     case.set(calibration=f"{case.text}@0")
@@ -619,6 +653,7 @@ CASES["--plateau inf"] = partial(Case.set, plateau="inf")
 CASES["--penalty-growth beyond numbers"] = partial(Case.set, constraint="penalty", penalty_growth=10, steps=1000)
 CASES["--penalty-growth without the penalty"] = partial(Case.set, penalty_growth=1.1)
 CASES["--align 0"] = partial(Case.set, align=0)
+CASES["--work of a variable that was not set"] = partial(Case.set, work="")
 CASES["--form of another name"] = partial(Case.set, form="qr")
 CASES["--revision of a folder"] = partial(Case.set, revision="main")
 
@@ -667,6 +702,11 @@ def _(case):
 def _(case):
     case.out.mkdir()
     (case.out / "thesis.txt").write_text("mine")
+
+
+@refused("OUT with a name that leaves no room for what is made beside it")
+def _(case):
+    case.out = case.folder / ("o" * 251)
 
 
 @refused("OUT with a name that is not UTF-8")

@@ -178,3 +178,48 @@ def test_a_terminal_that_cannot_show_a_name_ends_no_command(converted, tmp_path,
     )
     assert result.returncode == 0, result.stderr
     assert b"f\\xedgures" in result.stdout if command == "report" else b"total" in result.stdout
+
+
+@pytest.mark.parametrize("option", ["--work", "--calibration"])
+def test_the_home_folder_is_meant_also_where_a_shell_leaves_it(tiny_llama, tmp_path, monkeypatch, option):
+    """bash does not expand ~ behind =, so that a folder of that name would be made."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("def f(x):\n    return x\n" * 300)
+    given = {"--work": str(tmp_path / "work"), "--calibration": str(tmp_path / "text.txt")}
+    given[option] = "~/" + given[option].rpartition("/")[2]
+    options = [f"{name}={value}" for name, value in given.items()]
+    quick = "--remove 0.3 --ranks uniform --heal-steps 0 --no-refit --groups joint --samples 8 --sequence-length 32"
+    result = run("convert", tiny_llama, "~/out", *quick.split(), *options)
+    assert result.exit_code == 0, result.output
+    assert {path.name for path in tmp_path.iterdir()} == {"text.txt", "out", "work", ".fermisvd"}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["convert", "", "out", "--remove", "0.2"],
+        ["convert", "m", "", "--remove", "0.2"],
+        ["convert", "m", "out", "--remove", "0.2", "--work", ""],
+        ["convert", "m", "out", "--remove", "0.2", "--calibration", " "],
+        ["evaluate", "m", "--text", ""],
+        ["heal", "out", "", "--text", "a.txt"],
+        ["inspect", ""],
+    ],
+)
+def test_an_empty_path_is_a_variable_that_was_not_set(tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    result = run(*arguments)
+    assert result.exit_code == 2 and "is empty" in result.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_version():
+    assert run("--version").output.startswith("fermisvd 0.")
+
+
+def test_a_pipe_that_is_closed_is_no_error(converted):
+    """`fermisvd report | head`: the reader has seen enough."""
+    command = f"{sys.executable} -m fermisvd_convert inspect {converted[0]} | head -1; echo ${{PIPESTATUS[0]}}"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert "Traceback" not in result.stderr and "fermisvd:" not in result.stderr, result.stderr

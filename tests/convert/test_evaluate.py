@@ -1,14 +1,18 @@
 import math
+import shutil
 
 import pytest
 import torch
 from torch.nn import functional
 
+from faults import edit_config, edit_tensors
 from fermisvd.blocks import HiddenStates
+from fermisvd.errors import FermiSVDError
 from fermisvd.hf import load_model
 from fermisvd.streaming import stream_model
-from fermisvd_convert.evaluate import evaluate, evaluate_by_blocks, evaluate_files
+from fermisvd_convert.evaluate import EvaluationError, evaluate, evaluate_by_blocks, evaluate_files
 from fermisvd_convert.source import SourceError
+from folders import TWO_MODELS
 
 
 def test_perplexity_is_the_mean_over_predicted_tokens(tiny_llama):
@@ -59,3 +63,50 @@ def test_perplexity_beyond_all_numbers_is_infinite(tiny_llama):
 def test_missing_model_is_named():
     with pytest.raises(SourceError, match=r"\./nowhere"):
         evaluate_files("./nowhere", "text", None, None, None, 8, "cpu")
+
+
+BROKEN = {
+    "a tensor missing": (lambda f: edit_tensors(f, lambda t: t.pop("model.norm.weight")), r"no tensor model\.norm"),
+    "more layers than stored": (lambda f: edit_config(f, lambda c: c.update(num_hidden_layers=3)), "no tensor model"),
+    "a classifier": (
+        lambda f: edit_config(f, lambda c: c.update(architectures=["LlamaForSequenceClassification"])),
+        "no causal language model",
+    ),
+    "NaN in a weight": (
+        lambda f: edit_tensors(f, lambda t: t["model.norm.weight"].fill_(math.nan)),
+        "holds NaN or infinite values",
+    ),
+    "two sets of weights": (TWO_MODELS["one file and shards of others"][0], "two sets of weights"),
+}
+
+
+@pytest.mark.parametrize("role", ["model", "reference"])
+@pytest.mark.parametrize("kind", BROKEN)
+def test_what_a_conversion_refuses_is_not_evaluated(smallest_llama, tmp_path, kind, role):
+    """transformers fills what is missing with random numbers, and a perplexity comes out."""
+    spoil, message = BROKEN[kind]
+    broken = shutil.copytree(smallest_llama, tmp_path / "model")
+    spoil(broken)
+    text = tmp_path / "text.txt"
+    text.write_text("def f(x):\n    return x\n" * 100)
+    model, reference = (broken, None) if role == "model" else (smallest_llama, str(broken))
+    with pytest.raises(FermiSVDError, match=message):
+        evaluate_files(str(model), str(text), reference, 32, 4, 8, "cpu")
+
+
+def test_logits_that_are_no_numbers_are_no_perplexity(tiny_llama):
+    model = load_model(tiny_llama)
+    with torch.no_grad():
+        model.lm_head.weight.fill_(math.nan)
+    with pytest.raises(EvaluationError, match="logits hold NaN"):
+        evaluate(model, torch.randint(2048, (2, 24)))
+
+
+@torch.no_grad()
+def test_a_config_that_asks_for_tuples_is_evaluated_all_the_same(smallest_llama, tmp_path):
+    folder = shutil.copytree(smallest_llama, tmp_path / "model")
+    windows = torch.randint(2048, (2, 24))
+    expected = evaluate(load_model(folder), windows).perplexity
+    edit_config(folder, lambda config: config.update(return_dict=False))
+    assert evaluate(load_model(folder), windows).perplexity == expected
+    assert evaluate(stream_model(folder, "cpu"), windows).perplexity == pytest.approx(expected)

@@ -1,5 +1,6 @@
 import copy
 import json
+import os
 
 import pytest
 import torch
@@ -245,3 +246,37 @@ def test_a_data_set_that_is_not_there_is_named(tokenizer, tmp_path):
     pytest.importorskip("datasets")
     with pytest.raises(TextError, match="nobody/nothing"):
         windows_of(tokenizer, "nobody/nothing", 16, 5)
+
+
+def test_a_text_given_twice_is_refused_however_it_is_written(tokenizer, code, tmp_path):
+    """Its windows would be calibrated on twice, and one held back."""
+    (tmp_path / "link.txt").symlink_to(code)
+    for again in (code, f"{code}@2", f"{code.parent}/./{code.name}", tmp_path / "link.txt"):
+        with pytest.raises(TextError, match=r"code\.txt: given twice"):
+            calibration_text(tokenizer, [str(code), str(again)], 4, 16)
+
+
+def test_a_pipe_is_refused(tokenizer, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(TextError, match=r"pipe: a pipe or device"):
+        windows_of(tokenizer, str(tmp_path / "pipe"), 16)
+
+
+def test_a_folder_of_texts_is_its_files_one_after_the_other(tokenizer, tmp_path):
+    """Not line by line, with an end of text behind each, as data sets' own reader has it."""
+    folder, documents = tmp_path / "texts", [f"class C{i}:\n\n    x = {i}\n" * 30 for i in range(3)]
+    (folder / "deeper").mkdir(parents=True)
+    for name, document in zip(("a.txt", "b.jsonl", "deeper/c.TXT"), documents, strict=True):
+        (folder / name).write_text(json.dumps({"text": document}) if name.endswith("jsonl") else document)
+    (folder / "README.md").write_text("not a text to calibrate on")
+    expected = []
+    for document in documents:
+        expected += [tokenizer.eos_token_id] * bool(expected) + tokenizer(document)["input_ids"]
+    windows = windows_of(tokenizer, str(folder), 16)
+    assert windows.flatten().tolist() == expected[: windows.numel()]
+    (folder / "train.txt").write_text("while True:\n    break\n" * 100)
+    assert tokenizer.decode(windows_of(tokenizer, str(folder), 16)[0]).startswith("while True")
+
+
+def test_more_windows_than_memory_may_be_asked_for(tokenizer, code):
+    assert torch.equal(windows_of(tokenizer, str(code), 32, 2**31 - 1), windows_of(tokenizer, str(code), 32))

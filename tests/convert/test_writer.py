@@ -1,6 +1,7 @@
 """What of a dense model's folder reaches OUT."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -86,3 +87,17 @@ def test_pickles_are_known_by_name_and_by_content(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     assert not is_pickle(tmp_path / "vocab.bin")
     assert is_pickle(tmp_path / "model.pt") and is_pickle(tmp_path / "pytorch_model.bin")
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_weights_are_for_those_who_may_read_new_files(tmp_path, mask):
+    from fermisvd_convert.writer import usual_mode
+
+    before = os.umask(mask)
+    try:
+        assert usual_mode() == 0o666 & ~mask
+        (tmp_path / "new").touch()
+        assert (tmp_path / "new").stat().st_mode & 0o777 == usual_mode()
+        assert os.umask(mask) == mask
+    finally:
+        os.umask(before)
