@@ -12,8 +12,8 @@ class FormatError(FermiSVDError):
     """A model's folder or a checkpoint is not what it says of itself."""
 
 
-def reason(error: BaseException) -> str:
-    """All that an error says, in one line; with the name of its kind where its words alone would say nothing."""
+def reason(error: object) -> str:
+    """All that an error, or a library's message, says, in one line; with its kind where the words alone say nothing."""
     text = " ".join(str(error).split())
     told = isinstance(error, (KeyError, IndexError, AttributeError, TypeError)) or not text
     return f"{type(error).__name__}{': ' if text else ''}{text}" if told else text

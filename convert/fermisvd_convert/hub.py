@@ -14,7 +14,7 @@ from huggingface_hub.errors import (  # HTTPError: httpx's or httpx2's, whicheve
 )
 from huggingface_hub.utils import validate_repo_id
 
-from fermisvd.errors import FermiSVDError
+from fermisvd.errors import FermiSVDError, reason
 from fermisvd.files import INDEX_NAME
 from fermisvd.format import validate_checkpoint
 from fermisvd_convert.card import name_repository
@@ -37,7 +37,7 @@ def check_repository(repository: str, private: bool = False) -> None:
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
-        raise HubError(f"{repository}: not a repository's name: {_one_line(error)}") from None
+        raise HubError(f"{repository}: not a repository's name: {reason(error)}") from None
     owner, slash, _ = repository.partition("/")
     if not slash:
         raise HubError(f"{repository}: not a repository's name: must be OWNER/NAME")
@@ -93,14 +93,10 @@ def _clear_errors(repository: str, remedy: str = "") -> Iterator[None]:
         yield
     except HfHubHTTPError as error:
         status = error.response.status_code
-        reason = {
+        said = {
             401: "the hub does not take the login; run `hf auth login`, or set HF_TOKEN",
             403: "the login may not write there",
-        }.get(status, _one_line(error.server_message or error.response.reason_phrase))
-        raise HubError(f"{repository}: {reason} (HTTP {status}){remedy}") from None
+        }.get(status, reason(error.server_message or error.response.reason_phrase))
+        raise HubError(f"{repository}: {said} (HTTP {status}){remedy}") from None
     except (HTTPError, OSError, ValueError, RuntimeError) as error:
-        raise HubError(f"{repository}: the hub cannot be used: {_one_line(error)}{remedy}") from None
-
-
-def _one_line(error: object) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+        raise HubError(f"{repository}: the hub cannot be used: {reason(error)}{remedy}") from None

@@ -194,7 +194,8 @@ def load_tokenizer(folder: str | Path, trust_remote_code: bool = False):
     from transformers import AutoTokenizer
 
     path = Path(folder) / "tokenizer_config.json"
-    with explained(SourceError, f"{folder}: no usable tokenizer"):
+    remedy = "; copy its files again, or update transformers if they are newer"
+    with explained(SourceError, f"{folder}: no usable tokenizer", remedy):
         settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         if not trust_remote_code and (settings.get("auto_map") or {}).get("AutoTokenizer"):
             raise SourceError(f"{path}: the tokenizer runs code of its own; read it, then pass --trust-remote-code")

@@ -33,13 +33,17 @@ def holds(folder: Path, word: str) -> bool:
     return len(contents) == 3 and all(word in content for content in contents)
 
 
-@pytest.fixture(params=["beside", "inside"])
+@pytest.fixture(params=["beside", "mount point", "parent not writable"])
 def out(request, tmp_path, monkeypatch):
-    """OUT that is made beside itself, and one that is there as a mount point, so that it is made inside."""
+    """OUT that is made beside itself, and ones that are there already and can only be made inside."""
     out = tmp_path / "out"
-    if request.param == "inside":
+    if request.param == "mount point":
         out.mkdir()
         monkeypatch.setattr(output.os.path, "ismount", lambda path: Path(path) == out)
+    elif request.param == "parent not writable":
+        out.mkdir()
+        writable = output.writable
+        monkeypatch.setattr(output, "writable", lambda folder: folder != tmp_path and writable(folder))
     return out
 
 
