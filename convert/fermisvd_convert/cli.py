@@ -279,11 +279,13 @@ def convert(
             overwrite=overwrite,
             max_memory=None if max_memory is None else parse_bytes(max_memory),
         )
-        address = hub.push(out, push_to, private) if first and push_to is not None else None
-    if first:
-        print_report(report, Console())
-    if address is not None:
-        print(f"pushed to {address}")
+        if first:
+            try:
+                print_report(report, Console())
+            except OSError as error:  # a full disk, a reader that is gone: OUT is there all the same
+                console.print(f"{out} is complete; its table cannot be printed ({error})", markup=False)
+            if push_to is not None:
+                print(f"pushed to {hub.push(out, push_to, private)}")
 
 
 @app.command()

@@ -59,6 +59,7 @@ def heal_checkpoint(
     """
     checkpoint, healed = Path(checkpoint), Path(healed).resolve()
     check_place(healed, "choose another HEALED")
+    check_free(healed, "choose another HEALED")
     if checkpoint.resolve() in healed.parents:
         raise OutputError(f"{healed}: lies inside {checkpoint}; choose another HEALED")
     if teacher is not None and Path(teacher).is_dir() and Path(teacher).resolve() in healed.parents:

@@ -44,6 +44,7 @@ def test_healed_checkpoint_is_whole_and_better(models, settings, tmp_path):
 def test_refusals_leave_nothing_behind(models, settings, tmp_path):
     dense, compressed = models
     (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "mine.txt").write_text("mine")
     with pytest.raises(OutputError, match="there: exists"):
         heal_checkpoint(compressed, tmp_path / "there", **settings)
     with pytest.raises(FermiSVDError, match=r"config\.json"):
