@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import distributed
 
-from fermisvd.errors import FermiSVDError
+from fermisvd.errors import FermiSVDError, reason
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=2)  # what one process does alone, the others wait for
@@ -84,9 +84,10 @@ def share(items: Sequence[T]) -> list[T]:
 
 
 def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, added up in place."""
+    """The tensor, added up in place. Raises ProcessError if another process has ended."""
     if world() > 1:
-        distributed.all_reduce(tensor)
+        with _all_there():
+            distributed.all_reduce(tensor)
     return tensor
 
 
@@ -95,11 +96,19 @@ def from_first(value: T) -> T:
     if world() == 1:
         return value
     box = [value]
-    try:
+    with _all_there():
         distributed.broadcast_object_list(box, src=0, device=torch.device("cpu"))
-    except RuntimeError as error:
-        raise ProcessError(f"process {rank()}: another process has ended, see its message ({error})") from None
     return box[0]
+
+
+@contextmanager
+def _all_there() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise ProcessError(
+            f"process {distributed.get_rank()}: another process has ended, see its message ({reason(error)})"
+        ) from None
 
 
 def wait_for_all() -> None:

@@ -39,8 +39,8 @@ class ModelTensors:
 def model_tensors(model: nn.Module, headers: Mapping[str, TensorInfo]) -> ModelTensors:
     """headers: name -> TensorInfo of the files (fermisvd.files); model: on any device, its weights are not looked at.
 
-    Raises FormatError, naming both, for two stored tensors that differ though config.json ties them: transformers would
-    take each as it is, vLLM the one for the other.
+    Raises FormatError, naming both, for two stored tensors of one parameter that differ, by their names or because
+    config.json ties them: which one is taken depends on who reads.
     """
     found, state = ModelTensors(), model.state_dict(keep_vars=True)
     parameter_of = {}
@@ -48,6 +48,9 @@ def model_tensors(model: nn.Module, headers: Mapping[str, TensorInfo]) -> ModelT
         if parameter not in state:
             found.left_out.append(name)
             continue
+        if as_it_is and parameter in found.whole:
+            check_equal(found.whole[parameter], headers[name], f"both are {parameter}", "remove the one that is stale")
+            continue  # once is enough
         parameter_of[name] = parameter
         if as_it_is:
             found.whole[parameter] = headers[name]
@@ -61,7 +64,13 @@ def model_tensors(model: nn.Module, headers: Mapping[str, TensorInfo]) -> ModelT
             continue
         first = found.whole[stored[0]]
         for other in stored[1:]:
-            check_equal(first, found.whole[other])
+            check_equal(
+                first,
+                found.whole[other],
+                f"config.json ties them (tie_word_embeddings): transformers would use each, vLLM {first.name} for both",
+                f"set tie_word_embeddings to false, or remove {found.whole[other].name}, whichever the model was "
+                "trained with",
+            )
             rename[names[other]] = None  # once is enough
         if stored[0] != source:
             rename[names[stored[0]]] = source
@@ -107,7 +116,7 @@ def parameters_of(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[str
     return found
 
 
-def check_equal(one: TensorInfo, other: TensorInfo) -> None:
+def check_equal(one: TensorInfo, other: TensorInfo, why: str, remedy: str) -> None:
     """Raises FormatError if two tensors that are to be one have different values."""
     with safe_open(one.file, framework="pt") as first, safe_open(other.file, framework="pt") as second:
         a, b = first.get_tensor(one.name), second.get_tensor(other.name)
@@ -115,8 +124,4 @@ def check_equal(one: TensorInfo, other: TensorInfo) -> None:
         torch.equal(x.float(), y.float()) for x, y in zip(a.split(ROWS), b.split(ROWS), strict=True)
     )
     if not equal:
-        raise FormatError(
-            f"{other.file}: {other.name} is not {one.name}, but config.json ties them (tie_word_embeddings): "
-            f"transformers would use each, vLLM {one.name} for both; set tie_word_embeddings to false, or remove "
-            f"{other.name}, whichever the model was trained with"
-        )
+        raise FormatError(f"{other.file}: {other.name} is not {one.name}, but {why}; {remedy}")

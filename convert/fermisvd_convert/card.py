@@ -7,7 +7,8 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 from yaml import YAMLError
 
-from fermisvd_convert.figures import MatplotlibMissing, draw_ranks, save, style
+from fermisvd.errors import reason
+from fermisvd_convert.figures import draw_ranks, save, style
 from fermisvd_convert.record import Record
 from fermisvd_convert.report import left_dense_lines
 from fermisvd_convert.text import weighted_source
@@ -27,8 +28,8 @@ def write_card(report: dict, folder: Path, base: Path) -> None:
         with style():
             save(draw_ranks(Record.model_validate(report)), folder / FIGURE)
         figure = [f"![rank and kept energy of every group]({FIGURE})", ""]
-    except MatplotlibMissing as error:
-        logger.warning("the model card has no ranks figure: %s", error)
+    except Exception as error:  # matplotlib missing, or whatever it makes of a name
+        logger.warning("the model card has no ranks figure: %s", reason(error))
         figure = []
     front = metadata(report, base).to_yaml()
     body = "\n".join(body_lines(report, figure))

@@ -79,7 +79,7 @@ def _text(tokenizer, row: dict) -> str:
 
 
 def _alpaca(tokenizer, row: dict) -> str:
-    asked = [_string(row, name) for name in ("instruction", "input") if row.get(name) is not None]
+    asked = [_string(row, name) for name in ("instruction", "input", "context") if row.get(name) is not None]
     return _exchange(tokenizer, row, "\n".join(filter(None, asked)), _string(row, _first(row, "output", "response")))
 
 

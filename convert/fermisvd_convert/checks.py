@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from functools import wraps
+from inspect import signature
 from pathlib import Path
 from typing import Annotated, ParamSpec, TypeVar
 
@@ -15,9 +16,9 @@ from pydantic import Field, ValidationError, validate_call
 from fermisvd.budget import check_fraction
 from fermisvd.errors import FermiSVDError
 from fermisvd.files import check_name
-from fermisvd_convert.output import OutputError, check_free, places, writable
-from fermisvd_convert.places import check_own
-from fermisvd_convert.space import existing
+from fermisvd_convert.output import OutputError, check_free, place_of, writable
+from fermisvd_convert.places import check_own, real_path
+from fermisvd_convert.space import device_of, existing
 from fermisvd_convert.workspace import SCRATCH
 
 P = ParamSpec("P")
@@ -25,7 +26,7 @@ R = TypeVar("R")
 LARGEST = 2**31 - 1  # of any count
 LONGEST_NAME = 250  # bytes: what is made beside OUT is called by up to five more
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
-CountOrNone = Annotated[int, Field(ge=0, le=LARGEST)]  # 0: without
+Natural = Annotated[int, Field(ge=0, le=LARGEST)]  # with 0
 Texts = Annotated[Sequence[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
 
 
@@ -46,8 +47,10 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
             if error.title != function.__name__:
                 raise
             first = error.errors()[0]
-            name = str(first["loc"][0]).replace("_", "-")
-            raise OptionError(f"--{name}: {first['msg']}, got {first['input']!r}") from None
+            place = first["loc"][0]
+            name = list(signature(function).parameters)[place] if isinstance(place, int) else str(place)
+            got = "" if first["type"].startswith("missing") else f", got {first['input']!r}"
+            raise OptionError(f"--{name.replace('_', '-')}: {first['msg']}{got}") from None
 
     return call
 
@@ -75,12 +78,15 @@ def check_out(out: Path, model: str, work: Path, overwrite: bool) -> None:
     Raises OutputError if OUT or the work directory cannot be there, PlaceError if something else has a name that we
     need.
     """
-    source = Path(model).resolve()
+    source = real_path(model)
     if Path(model).is_dir():
         if source in (out, *out.parents) or out in source.parents:
             raise OutputError(f"{out}: lies inside MODEL, or MODEL inside it; choose another OUT")
         if source in (work, *work.parents):
             raise OutputError(f"{work}: the work directory lies inside MODEL; choose another --work")
+    place = place_of(out)
+    if any(own in (work, *work.parents) for own in (place.new, place.old, place.lock)):
+        raise OutputError(f"{work}: where OUT is made; choose another --work")
     if out in (work, *work.parents):
         raise OutputError(f"{work}: the work directory lies inside OUT; choose another --work")
     check_place(out, "choose another OUT")
@@ -96,8 +102,10 @@ def check_place(out: Path, remedy: str) -> None:
     check_name(out)
     if len(os.fsencode(out.name)) > LONGEST_NAME:
         raise OutputError(f"{out}: a name of more than {LONGEST_NAME} bytes; {remedy}")
-    place = places(out)
+    place = place_of(out)
     if not writable(there := existing(place.ours)):
         raise OutputError(f"{out}: {there} is no folder that can be written to; {remedy}")
+    if device_of(there) != device_of(existing(out)):
+        raise OutputError(f"{out}: {there} is on another disk, and nothing can be moved from there at once; {remedy}")
     for folder in (place.new, place.old):
         check_own(folder)

@@ -205,7 +205,7 @@ def convert(
     work: Annotated[
         Path | None,
         typer.Option(
-            parser=_place, help="Stages are kept here and found again.", show_default=".fermisvd/MODEL beside OUT"
+            parser=_place, help="Stages are kept here and found again.", show_default=".fermisvd/work/MODEL beside OUT"
         ),
     ] = None,
     max_memory: Annotated[

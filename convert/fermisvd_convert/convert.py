@@ -17,16 +17,16 @@ from torch import nn
 from fermisvd import distributed
 from fermisvd.budget import Form, check_budget, kept_parameters, stays_dense
 from fermisvd.fermigrad import Constraint, FermiGradSettings
-from fermisvd.files import INDEX_NAME, read_headers
+from fermisvd.files import INDEX_NAME, check_name, read_headers
 from fermisvd.healing import HealingSettings
 from fermisvd.hf import load_model
 from fermisvd_convert import stages
 from fermisvd_convert.card import write_card
-from fermisvd_convert.checks import Count, CountOrNone, Texts, check_options, check_out, checked
+from fermisvd_convert.checks import Count, Natural, Texts, check_options, check_out, checked
 from fermisvd_convert.evaluate import evaluate_by_blocks
 from fermisvd_convert.memory import Limits, check_memory, gated_bytes, limits, memory_of, model_sizes, needs
-from fermisvd_convert.output import claimed, complete, move_into_place, unfinished
-from fermisvd_convert.places import OURS
+from fermisvd_convert.output import RECORD, claimed, complete, list_files, move_into_place, unfinished
+from fermisvd_convert.places import OURS, real_path
 from fermisvd_convert.report import calibration_name, group_rows, totals
 from fermisvd_convert.rows import DEFAULT_DATASET
 from fermisvd_convert.source import Source, folder_name, open_source, open_streamed, resolve_device, window_length
@@ -66,11 +66,11 @@ def convert(
     penalty_growth: Annotated[float, Field(ge=1)] = 1.03,
     plateau: Annotated[float, Field(ge=0)] = 0.0,
     count: Form | None = None,
-    heal_steps: CountOrNone = 128,
+    heal_steps: Natural = 128,
     align: Count | None = None,
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
     device: str = "auto",
-    seed: CountOrNone = 0,
+    seed: Natural = 0,
     work: str | Path | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -83,13 +83,15 @@ def convert(
     text.windows_of; sequence_length: tokens a window, None for
     the model's context up to 2048; count: form whose parameters FermiGrad counts, None for `form`; heal_steps: of the
     closing distillation on the calibration windows; refit: None for only where there is none; align: step of the ranks,
-    None for a power of two near k/64; work: where stages are kept and found again, None for .fermisvd/<model> beside
-    `out`; max_memory: bytes that no step may take more of. `out` appears whole or not at all.
+    None for a power of two near k/64; work: where stages are kept and found again, None for .fermisvd/work/<model>
+    beside `out`; max_memory: bytes that no step may take more of. `out` appears whole or not at all.
     Started by torchrun, the processes share the work; `out` and `work` must be folders that they all see.
     Raises FermiSVDError for bad input, naming it.
     """
-    model, ranks, out, seconds = str(model), str(ranks), Path(out).resolve(), {}
-    workspace = Workspace((Path(work) if work else out.parent / OURS / folder_name(model)).resolve())
+    model, ranks, out, seconds = str(model), str(ranks), real_path(out), {}
+    workspace = Workspace(real_path(work or out.parent / OURS / "work" / folder_name(model)))
+    for name in (*calibration, ranks):
+        check_name(Path(name))
     check_options(remove, temperature=temperature, penalty_growth=penalty_growth, plateau=plateau, steps=steps)
     check_out(out, model, workspace.folder, overwrite)
     device = resolve_device(device)
@@ -114,7 +116,7 @@ def convert(
         source.check_values(None if dtype == "auto" else storage)
         key = source.key
 
-    with distributed.processes(device) as device, claimed(out), workspace.locked():
+    with distributed.processes(device) as device, claimed(out) as place, workspace.locked():
         check_out(out, model, workspace.folder, overwrite)  # with what was put back
 
         def load():
@@ -256,7 +258,7 @@ def convert(
             "trace": {"groups": traced, "steps": trace},
             "choices": choices,
         }
-        with distributed.alone(), unfinished(out) as partial:
+        with distributed.alone(), unfinished(place) as partial:
 
             def load_student():
                 return load_model(partial, torch.float32, trust_remote_code=trust_remote_code).to(device)
@@ -284,7 +286,7 @@ def convert(
                         workspace, key, partial, storage, training, aside, healing, load, load_student
                     )
                     replace_tensors(partial, factors)
-            with complete(out):
+            with complete(place):
                 with _timed(seconds, "evaluate"):
                     student = open_streamed(partial, device, trust_remote_code)
                     after = perplexity(workspace, student, text.held_back, batch_size, limit, "evaluate compressed")
@@ -294,11 +296,12 @@ def convert(
                     "tokens": after["tokens"],
                 }
                 report["bytes"] = {"before": weight_bytes(source.headers), "after": weight_bytes(read_headers(partial))}
-                (partial / "fermisvd.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
                 write_card(report, partial, source.folder)
                 # apart, so that the same settings give the same files, however long it took
                 (partial / "timing.json").write_text(json.dumps(seconds, indent=1) + "\n", encoding="utf-8")
-                move_into_place(out, overwrite)
+                report["files"] = list_files(partial)
+                (partial / RECORD).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+                move_into_place(place, overwrite)
         return distributed.from_first(report | {"seconds": seconds})
 
 

@@ -14,9 +14,19 @@ from fermisvd.files import read_headers
 from fermisvd.format import read_config, validate_checkpoint
 from fermisvd.healing import HealingSettings, heal, rounded_factors, trained_factors
 from fermisvd.hf import load_model
-from fermisvd_convert.checks import Count, CountOrNone, Texts, check_place, checked
+from fermisvd_convert.checks import Count, Natural, Texts, check_place, checked
 from fermisvd_convert.evaluate import evaluate
-from fermisvd_convert.output import OutputError, check_free, claimed, complete, move_into_place, unfinished
+from fermisvd_convert.output import (
+    RECORD,
+    OutputError,
+    check_free,
+    claimed,
+    complete,
+    list_files,
+    move_into_place,
+    unfinished,
+)
+from fermisvd_convert.places import OURS, real_path
 from fermisvd_convert.report import calibration_name
 from fermisvd_convert.source import (
     TORCH_TYPES,
@@ -48,7 +58,7 @@ def heal_checkpoint(
     batch_size: Count = 8,
     learning_rate: Annotated[float, Field(ge=0)] = 0.1,
     device: str = "auto",
-    seed: CountOrNone = 0,
+    seed: Natural = 0,
     trust_remote_code: bool = False,
 ) -> dict:
     """Write `healed`, a copy of `checkpoint` with trained factors; returns the record that `healed`/healing.json holds.
@@ -57,12 +67,12 @@ def heal_checkpoint(
     bos, skip_bad_rows: as of text.windows_of; samples: windows to train on, over and over; learning_rate: as in
     HealingSettings. `healed` appears whole or not at all. Raises FermiSVDError for bad input, naming it.
     """
-    checkpoint, healed = Path(checkpoint), Path(healed).resolve()
+    checkpoint, healed = Path(checkpoint), real_path(healed)
     check_place(healed, "choose another HEALED")
     check_free(healed, "choose another HEALED")
-    if checkpoint.resolve() in healed.parents:
+    if real_path(checkpoint) in healed.parents:
         raise OutputError(f"{healed}: lies inside {checkpoint}; choose another HEALED")
-    if teacher is not None and Path(teacher).is_dir() and Path(teacher).resolve() in healed.parents:
+    if teacher is not None and Path(teacher).is_dir() and real_path(teacher) in healed.parents:
         raise OutputError(f"{healed}: lies inside {teacher}; choose another HEALED")
     validate_checkpoint(checkpoint)
     provenance = read_config(checkpoint).provenance
@@ -77,7 +87,7 @@ def heal_checkpoint(
         raise TextError(
             f"{', '.join(text)}: one window of {length} tokens to train on, two are needed; give more text or --samples"
         )
-    with claimed(healed):
+    with claimed(healed) as place:
         check_free(healed, "choose another HEALED")  # with what was put back
         before = evaluate(student, chosen.held_back, dense, batch_size, label="evaluate")
         begin = time.perf_counter()
@@ -92,11 +102,11 @@ def heal_checkpoint(
             # the last decide whether it helped: the first may be those that the checkpoint was calibrated on
             outcome = heal(dense, student, chosen.windows[:-held], chosen.windows[-held:], settings, show)
         seconds = round(time.perf_counter() - begin, 2)
-        with unfinished(healed) as partial:
-            shutil.copytree(checkpoint, partial, dirs_exist_ok=True)
+        with unfinished(place) as partial:
+            shutil.copytree(checkpoint, partial, dirs_exist_ok=True, ignore=shutil.ignore_patterns(OURS))
             stored = read_headers(checkpoint)[next(iter(trained_factors(student)))]  # all factors have one type
             replace_tensors(partial, rounded_factors(student, TORCH_TYPES[stored.dtype]))
-            with complete(healed):
+            with complete(place):
                 final = load_model(partial, torch.float32, trust_remote_code=trust_remote_code).to(device)
                 after = evaluate(final, chosen.held_back, dense, batch_size, label="evaluate healed")
                 record = {
@@ -118,7 +128,11 @@ def heal_checkpoint(
                 note = f"\nHealed: {steps} steps of distillation from {record['teacher']}, held-back perplexity "
                 note += f"{before.perplexity:.4f} before and {after.perplexity:.4f} after (healing.json).\n"
                 card.write_text((card.read_text(encoding="utf-8") if card.exists() else "") + note, encoding="utf-8")
-                move_into_place(healed, overwrite=False)
+                if (partial / RECORD).exists():
+                    conversion = json.loads((partial / RECORD).read_text(encoding="utf-8"))
+                    conversion["files"] = list_files(partial)
+                    (partial / RECORD).write_text(json.dumps(conversion, indent=1) + "\n", encoding="utf-8")
+                move_into_place(place, overwrite=False)
     return record
 
 

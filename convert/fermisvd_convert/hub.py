@@ -18,6 +18,7 @@ from fermisvd.errors import FermiSVDError, reason
 from fermisvd.files import INDEX_NAME
 from fermisvd.format import validate_checkpoint
 from fermisvd_convert.card import name_repository
+from fermisvd_convert.places import OURS
 
 # Weights of an earlier upload that are in other files than OUT's would be loaded along with them.
 EARLIER_WEIGHTS = ["model.safetensors", "model-*-of-*.safetensors", INDEX_NAME]
@@ -81,6 +82,7 @@ def push(out: Path, repository: str, private: bool = False) -> str:
             repo_id=repository,
             folder_path=out,
             commit_message="Upload FermiSVD checkpoint",
+            ignore_patterns=[f"{OURS}/*"],
             delete_patterns=EARLIER_WEIGHTS,
         )
     return str(address)

@@ -1,6 +1,7 @@
 """Folders of our own beside or below what the user names. Nothing else is ever removed: a folder is ours by its exact
 name and by a marker file in it, which is written before anything else."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,11 @@ OURS = ".fermisvd"  # beside OUT: the lock, what is being written, and by defaul
 
 class PlaceError(FermiSVDError):
     """Something of the user's lies where a folder of ours should go."""
+
+
+def real_path(path: str | Path) -> Path:
+    """The path without links; one through a loop of links stays as it is, which pathlib refuses."""
+    return Path(os.path.realpath(path))
 
 
 def make_own(folder: Path) -> Path:

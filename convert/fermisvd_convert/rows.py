@@ -45,6 +45,8 @@ BEGINNINGS = {
 }
 CHUNK, TEXT_CHUNK = 2**16, 2**24
 LONGEST = 2**28  # characters of one JSON value
+SAVED = ("state.json", "dataset_dict.json")  # what a data set's save_to_disk leaves
+TRAIN = re.compile(r"(^|[/_.-])train([/_.-]|$)", re.IGNORECASE)  # a split's name
 BETWEEN = re.compile(r"[\s,]*")  # two JSON values
 
 
@@ -99,12 +101,12 @@ def rows_of(source: str, characters: int | None = None) -> Iterator[tuple[str, o
 def texts_in(folder: Path) -> list[Path]:
     """The files of a folder that are texts by their names; those of a train split alone where files are called so.
 
-    None for a data set that `datasets` has saved, which reads it itself.
+    Empty for a data set of Arrow files that `datasets` has saved.
     """
-    if (folder / "dataset_info.json").exists() or (folder / "dataset_dict.json").exists():
+    if any((folder / name).exists() for name in SAVED):
         return []
     known = [path for path in sorted(folder.rglob("*")) if path.is_file() and _is_text(path)]
-    return [path for path in known if "train" in str(path.relative_to(folder)).lower()] or known
+    return [path for path in known if TRAIN.search(str(path.relative_to(folder)))] or known
 
 
 def _is_text(path: Path) -> bool:
@@ -256,9 +258,13 @@ def _data_set(source: str) -> Iterator[tuple[str, object]]:
     try:
         import datasets  # pyright: ignore[reportMissingImports]  (an extra)
     except ImportError:
-        raise TextError(f"--calibration {source}: no such file; for data sets, pip install datasets") from None
+        raise TextError(f'{source}: no such file; for data sets, pip install "fermisvd[convert]"') from None
     try:
-        rows = datasets.load_dataset(name, configuration or None, split="train", streaming=True)
+        if any((Path(name) / saved).exists() for saved in SAVED):
+            saved = datasets.load_from_disk(name)
+            rows = saved["train"] if isinstance(saved, dict) else saved
+        else:
+            rows = datasets.load_dataset(name, configuration or None, split="train", streaming=True)
         for number, row in enumerate(rows, 1):
             yield f"{source}: row {number}", row
     except Exception as error:  # of the hub's client, of the data set's own reader

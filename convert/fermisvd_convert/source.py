@@ -14,7 +14,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PretrainedConfig
 
-from fermisvd.errors import FermiSVDError, explained, reason
+from fermisvd.errors import FermiSVDError, FormatError, explained, reason
 from fermisvd.files import COPY, TensorInfo, check_name, is_lfs_pointer, read_headers
 from fermisvd.format import quantization_method
 from fermisvd.groups import LinearGroup, StructureError, check_unshared
@@ -237,7 +237,12 @@ def open_source(model: str, revision: str | None = None, trust_remote_code: bool
     pointers = [path for path in sorted(folder.iterdir()) if is_lfs_pointer(path)]
     if pointers:
         raise SourceError(f"{pointers[0]}: a git-lfs pointer, not the file itself; run git lfs pull in its folder")
-    headers = read_headers(folder)
+    try:
+        headers = read_headers(folder)
+    except FormatError as error:
+        if commit is None or not constants.HF_HUB_OFFLINE:
+            raise
+        raise SourceError(f"{error}; {offline(model)}") from None
     empty, vocabulary = _empty_model(folder, config, trust_remote_code)
     try:
         check_unshared(empty)
@@ -326,7 +331,7 @@ def _download(model: str, revision: str | None) -> Path:
 
 def offline(model: str) -> str:
     """What to do where the environment keeps the hub's client from asking it."""
-    return f"HF_HUB_OFFLINE is set: unset it, or fetch the model first: hf download {model}"
+    return f"HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set: unset it, or fetch the model first: hf download {model}"
 
 
 def resolve_device(device: str) -> str:
@@ -343,5 +348,6 @@ def window_length(asked: int | None, context: int | None) -> int:
     if asked is None:
         return min(2048, context or 2048)
     if asked < 2 or (context is not None and asked > context):
-        raise SourceError(f"--sequence-length {asked}: must be 2 to {context}, the model's context")
+        most = "" if context is None else f" to {context}, the model's context"
+        raise SourceError(f"--sequence-length {asked}: must be 2{most or ' or more'}")
     return asked

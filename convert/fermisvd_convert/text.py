@@ -76,7 +76,7 @@ def calibration_text(
     weighted = [weighted_source(source) for source in sources]
     names = [os.path.realpath(name) if Path(name).exists() else name for name, _ in weighted]
     if twice := [name for name in names if names.count(name) > 1]:
-        raise TextError(f"--calibration {twice[0]}: given twice; to count for more it takes a weight, TEXT@2")
+        raise TextError(f"{twice[0]}: given twice; to count for more it takes a weight, TEXT@2")
     total = sum(weight for _, weight in weighted)
     placed, rows, measured, with_bos = [], [], 0, False
     for name, weight in weighted:
@@ -111,7 +111,7 @@ def weighted_source(source: str) -> tuple[str, float]:
     except ValueError:
         return source, 1.0
     if not 0 < weight < math.inf:
-        raise TextError(f"--calibration {source}: a weight must be positive")
+        raise TextError(f"{source}: a weight must be positive")
     return name, weight
 
 
@@ -146,16 +146,35 @@ def read_windows(
     tokenizer, source: str, length: int, limit: int | None, bos: bool = True, skip_bad_rows: bool = False
 ) -> Windows:
     """As windows_of, with what became of the rows."""
-    needed = None if limit is None else limit * length
-    counts, ids = RowCounts(), []
+    needed, characters = None if limit is None else limit * length, CHARACTERS
+    ids, counts, cut_off = _token_ids(tokenizer, source, needed, characters, skip_bad_rows)
+    while cut_off:  # a tokenizer of longer tokens
+        characters *= 8
+        ids, counts, cut_off = _token_ids(tokenizer, source, needed, characters, skip_bad_rows)
+    first = added_bos(tokenizer) if bos else None
+    windows = cut(ids, length, limit, first)
+    if not windows:
+        left_out = f" ({counts})" if counts.skipped or counts.refused else ""
+        raise TextError(f"{source}: {len(ids)} tokens, shorter than one window of {length}{left_out}")
+    return Windows(torch.tensor(windows), counts, first is not None)
+
+
+def _token_ids(
+    tokenizer, source: str, needed: int | None, characters: int, skip_bad_rows: bool
+) -> tuple[list[int], RowCounts, bool]:
+    """Token ids of a source until there are as many as needed; and whether there are fewer because a text was cut off
+    at so many characters a token."""
+    counts, ids, cut_off = RowCounts(), [], False
     with (
-        closing(rows_of(source, None if needed is None else CHARACTERS * needed)) as rows,
+        closing(rows_of(source, None if needed is None else characters * needed)) as rows,
         tqdm(total=needed, desc="read text", unit="token", unit_scale=True, leave=False) as bar,
     ):
         for where, row in rows:
+            room = None if needed is None else characters * (needed - len(ids))
             try:
                 text = row_text(tokenizer, row)
-                tokens = _tokens(tokenizer, text if needed is None else text[: CHARACTERS * (needed - len(ids))])
+                cut_off |= room is not None and len(text) >= room
+                tokens = _tokens(tokenizer, text[:room])
             except RowError as error:
                 if not skip_bad_rows:
                     raise TextError(f"{where}: {error}") from None
@@ -171,12 +190,7 @@ def read_windows(
             bar.update(len(ids) - bar.n)
             if needed is not None and len(ids) >= needed:
                 break
-    first = added_bos(tokenizer) if bos else None
-    windows = cut(ids, length, limit, first)
-    if not windows:
-        left_out = f" ({counts})" if counts.skipped or counts.refused else ""
-        raise TextError(f"{source}: {len(ids)} tokens, shorter than one window of {length}{left_out}")
-    return Windows(torch.tensor(windows), counts, first is not None)
+    return ids, counts, cut_off and needed is not None and len(ids) < needed
 
 
 def cut(ids: list[int], length: int, limit: int | None, bos: int | None) -> list[list[int]]:

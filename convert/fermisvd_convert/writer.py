@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from fermisvd.budget import Form
+from fermisvd.errors import reason
 from fermisvd.files import ADAPTER_NAME, INDEX_NAME, WEIGHTS_NAME, TensorInfo, is_pickle, read_headers
 from fermisvd.format import (
     INTERPOLATION,
@@ -24,14 +26,14 @@ from fermisvd.format import (
 from fermisvd.groups import LinearGroup
 from fermisvd.pivga import fix_gauge
 from fermisvd_convert.memory import give_back
-from fermisvd_convert.source import TORCH_TYPES, Source
+from fermisvd_convert.source import TORCH_TYPES, Source, SourceError
 
 SHARD_BYTES = 4 * 2**30
 SMALL_SHARD = 2**26  # a shard is a decoder block's size, but not less: a shard is held in memory
 OWN_FILES = {"README.md", "config.json"}  # written anew
 # other forms of the same weights; .bin is also what some tokenizers call their vocabulary
-WEIGHT_SUFFIXES = {".safetensors", ".gguf", ".onnx", ".onnx_data", ".h5", ".msgpack", ".tflite", ".ot", ".npz"}
-WEIGHT_NAMES = {"openvino_model.bin", "weight.bin"}
+WEIGHT_SUFFIXES = {".safetensors", ".gguf", ".onnx", ".h5", ".msgpack", ".tflite", ".ot", ".npz"}
+WEIGHT_NAMES = re.compile(r"openvino.*\.bin|ggml.*\.bin|weight\.bin|.*\.onnx[._]data.*|.*\.index\.json")
 
 
 def config_group(group: LinearGroup, rank: int, form: Form) -> Group:
@@ -67,21 +69,31 @@ def copied_files(folder: Path) -> tuple[list[Path], list[Path]]:
 
     Hidden files and folders (.git, .cache) are neither.
     """
-    copied, left = [], []
-    for parent, folders, names in os.walk(folder):
+    copied, left, seen = [], [], set()
+    for parent, folders, names in os.walk(folder, followlinks=True, onerror=_raise):
+        if (real := os.path.realpath(parent)) in seen:  # a loop of links
+            folders.clear()
+            continue
+        seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             path = Path(parent, name)
             relative = path.relative_to(folder)
             if name.startswith(".") or not path.is_file() or str(relative) in OWN_FILES:
                 continue
+            if not os.access(path, os.R_OK):  # before long work
+                raise SourceError(f"{path}: cannot be read (permission denied), and is to be copied to OUT")
             (left if _is_weights(path) else copied).append(relative)
     return copied, left
 
 
+def _raise(error: OSError) -> None:
+    raise SourceError(f"{error.filename}: cannot be read ({reason(error)})")
+
+
 def _is_weights(path: Path) -> bool:
-    named = path.suffix in WEIGHT_SUFFIXES or path.name in WEIGHT_NAMES or path.name.endswith(".index.json")
-    return named or path.name == ADAPTER_NAME or is_pickle(path)
+    named = path.suffix in WEIGHT_SUFFIXES or WEIGHT_NAMES.fullmatch(path.name)
+    return bool(named) or path.name == ADAPTER_NAME or is_pickle(path)
 
 
 def write_checkpoint(

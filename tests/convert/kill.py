@@ -61,7 +61,7 @@ def command(model: Path, folder: Path, form: str, more: str = "") -> list[str]:
 
 def written(out: Path) -> dict[str, bytes]:
     """All files but the one that holds times."""
-    return {file.name: file.read_bytes() for file in out.iterdir() if file.name != "timing.json"}
+    return {file.name: file.read_bytes() for file in out.iterdir() if file.is_file() and file.name != "timing.json"}
 
 
 def last_stage(folder: Path) -> str:
@@ -98,7 +98,7 @@ def kill_and_resume(model: Path, folder: Path, form: str, delay: float, expected
     process.send_signal(signal.SIGKILL)
     process.wait()
     stage = last_stage(folder)
-    if (folder / "out").exists():  # whole, at any moment
+    if (folder / "out" / "config.json").exists():  # whole, at any moment
         found = written(folder / "out")
         assert found == expected or (earlier is not None and found == written(earlier)), f"OUT is neither, {stage}"
     subprocess.run(command(model, folder, form, "--overwrite"), check=True, capture_output=True, text=True)

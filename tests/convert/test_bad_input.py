@@ -369,6 +369,11 @@ def _(case):
     case.tensors(lambda tensors: tensors.update({MLP: tensors[MLP].to(torch.int8)}))
 
 
+@refused("two tensors for one parameter")
+def _(case):
+    case.tensors(lambda tensors: tensors.update({"norm.weight": tensors["model.norm.weight"] * 2}))
+
+
 def adapter(case):
     (case.model / "adapter_config.json").write_text('{"base_model_name_or_path": "lab/base", "peft_type": "LORA"}')
 
@@ -727,6 +732,16 @@ def _(case):
 @refused("something of the user's in the work directory, under the one name that is emptied")
 def _(case):
     users_folder(case.work / ".fermisvd-scratch")
+
+
+@refused("OUT holds something of the user's, with --overwrite")
+def _(case):
+    case.out.mkdir()
+    entry = {"quant_method": "fermisvd", "format_version": 1, "groups": []}
+    (case.out / "config.json").write_text(json.dumps({"quantization_config": entry}))
+    (case.out / "fermisvd.json").write_text('{"files": ["config.json", "fermisvd.json"]}')
+    (case.out / "thesis.txt").write_text("mine")
+    case.flags.append("--overwrite")
 
 
 @refused("OUT is a checkpoint of others, with --overwrite")

@@ -9,7 +9,7 @@ import torch
 from fermisvd.blocks import HiddenStates, HiddenStatesError
 from fermisvd_convert import stages
 from fermisvd_convert.convert import convert
-from fermisvd_convert.output import OutputError, places
+from fermisvd_convert.output import OutputError, place_of
 from fermisvd_convert.workspace import Workspace, WorkspaceError
 
 
@@ -69,7 +69,7 @@ def test_conversion_says_so_keeps_its_stages_and_goes_on_with_room(tiny_llama, t
     assert not out.exists() and list((tmp_path / "work").glob("structure-*.json"))
     with no_room_for(len(expected) - 1), pytest.raises(OutputError, match=r"out: cannot be written.*left as it was"):
         attempt()
-    assert not out.exists() and not places(out).new.exists()
+    assert not out.exists() and not place_of(out).new.exists()
     for stage in ("grams_by_blocks", "kfac_svd", "optimise_ranks", "join_groups"):
         monkeypatch.setattr(stages, stage, None)  # not called again
     attempt()

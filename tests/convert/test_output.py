@@ -1,5 +1,6 @@
 """OUT is whole or not there, whatever happens; only folders of our own are ever removed."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fermisvd_convert import output
-from fermisvd_convert.output import OutputError, check_free, claimed, complete, move_into_place, places, unfinished
+from fermisvd_convert.output import OutputError, check_free, claimed, complete, move_into_place, place_of, unfinished
 from fermisvd_convert.places import MARKER, PlaceError
 from fermisvd_convert.workspace import WorkspaceError
 
@@ -20,72 +21,70 @@ def names(folder: Path) -> set[str]:
 
 
 def fill(folder: Path, word: str) -> None:
-    """A checkpoint of three files, one in a nested folder."""
+    """A checkpoint of four files, one in a nested folder."""
     (folder / "nested").mkdir(parents=True)
     (folder / "nested" / "a").write_text(word)
     (folder / "weights").write_text(word)
+    files = ["nested/a", "weights", "config.json", "fermisvd.json"]
+    (folder / "fermisvd.json").write_text(json.dumps({"files": files, "word": word}))
     (folder / "config.json").write_text(CONFIG.replace("}}", f', "provenance": {{"word": "{word}"}}}}}}'))
 
 
 def holds(folder: Path, word: str) -> bool:
     files = [path for path in folder.rglob("*") if path.is_file() and ".fermisvd" not in path.relative_to(folder).parts]
     contents = [path.read_text() for path in files]
-    return len(contents) == 3 and all(word in content for content in contents)
+    return len(contents) == 4 and all(word in content for content in contents)
 
 
-@pytest.fixture(params=["beside", "mount point", "parent not writable"])
-def out(request, tmp_path, monkeypatch):
-    """OUT that is made beside itself, and ones that are there already and can only be made inside."""
+@pytest.fixture(params=["beside", "inside"])
+def out(request, tmp_path):
+    """OUT that is not there, and one that is there, empty."""
     out = tmp_path / "out"
-    if request.param == "mount point":
-        out.mkdir()
-        monkeypatch.setattr(output.os.path, "ismount", lambda path: Path(path) == out)
-    elif request.param == "parent not writable":
-        out.mkdir()
-        writable = output.writable
-        monkeypatch.setattr(output, "writable", lambda folder: folder != tmp_path and writable(folder))
+    if request.param == "inside":
+        out.mkdir(mode=0o2770)
     return out
 
 
 def write(out: Path, word: str, overwrite: bool = False) -> None:
-    with claimed(out), unfinished(out) as partial:
+    with claimed(out) as place, unfinished(place) as partial:
         fill(partial, word)
-        move_into_place(out, overwrite)
+        move_into_place(place, overwrite)
 
 
 def test_unfinished_folder_is_gone_or_in_place(out):
-    with pytest.raises(ZeroDivisionError), claimed(out), unfinished(out) as partial:
+    with pytest.raises(ZeroDivisionError), claimed(out) as place, unfinished(place) as partial:
         (partial / "a").write_text("half")
         raise ZeroDivisionError
     assert not out.exists() or not names(out)
     write(out, "whole")
     assert holds(out, "whole")
-    assert not list(out.parent.rglob("*.new")) and not list(out.parent.rglob("*.old"))
+    assert not list(out.parent.rglob("*new")) and not list(out.parent.rglob("*old"))
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_output_that_another_made_meanwhile_is_kept_unless_it_may_be_replaced(out, overwrite):
-    with claimed(out), unfinished(out) as partial:
+    with claimed(out) as place, unfinished(place) as partial:
         fill(partial, "new")
         if not out.exists():
             out.mkdir()
         fill(out, "another's")
         if overwrite:
-            move_into_place(out, overwrite)
+            move_into_place(place, overwrite)
         else:
             with pytest.raises(OutputError, match="made by another"):
-                move_into_place(out, overwrite)
+                move_into_place(place, overwrite)
     assert holds(out, "new" if overwrite else "another's")
 
 
 class Killed(BaseException):
-    """What no handler of the program's catches."""
+    """What no handler of the program's catches, as Ctrl-C."""
 
 
 @pytest.mark.parametrize("step", range(12))
 @pytest.mark.parametrize("earlier", [False, True])
-def test_killed_at_any_rename_the_next_run_finds_one_checkpoint_whole(out, earlier, step, monkeypatch):
-    """The finished one is put into place, or the earlier one is there as it was."""
+@pytest.mark.parametrize("cleared", [False, True])
+def test_stopped_at_any_rename_the_next_run_finds_one_checkpoint_whole(out, earlier, step, cleared, monkeypatch):
+    """The finished one is put into place. cleared: by Ctrl-C, after which the program clears up; a kill leaves all."""
     if earlier:
         write(out, "earlier")
     renames, rename = [], Path.rename
@@ -98,24 +97,25 @@ def test_killed_at_any_rename_the_next_run_finds_one_checkpoint_whole(out, earli
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", counted)
-        patch.setattr(output, "remove_own", lambda folder: None)  # nor does a killed one clear up
+        if not cleared:
+            patch.setattr(output, "remove_own", lambda folder: None)
         try:
             write(out, "new", overwrite=True)
         except Killed:
             assert not (out / "config.json").exists() or holds(out, "new") or holds(out, "earlier")
     with claimed(out):
         assert holds(out, "new")
-    assert not list(out.parent.rglob("*.new")) and not list(out.parent.rglob("*.old"))
+    assert not list(out.parent.rglob("*new")) and not list(out.parent.rglob("*old"))
 
 
 def test_what_a_killed_conversion_left_half_written_is_cleared(out):
-    with pytest.raises(Killed), claimed(out), unfinished(out) as partial:
-        (places(out).new / "kept").touch()  # stands for the kill: nothing is cleared
+    with pytest.raises(Killed), claimed(out) as place, unfinished(place) as partial:
+        (place.new / "kept").touch()  # stands for the kill: nothing is cleared
         fill(partial, "half")
         raise Killed
     with claimed(out):
         assert not out.exists() or not names(out)
-        assert not places(out).new.exists()
+        assert not place_of(out).new.exists()
 
 
 @pytest.mark.parametrize("kind", ["new", "old"])
@@ -133,23 +133,23 @@ def test_two_writers_of_one_output(tmp_path):
     with claimed(out):
         with pytest.raises(WorkspaceError, match=r"out: in use by another conversion"), claimed(out):
             pass
-        with claimed(tmp_path / "other"), unfinished(tmp_path / "other") as partial:
+        with claimed(tmp_path / "other") as place, unfinished(place) as partial:
             assert partial.is_dir()
 
 
 def test_full_disk_leaves_no_output(tmp_path):
-    with pytest.raises(OutputError, match=r"No space left.*left as it was"), unfinished(tmp_path / "out"):
+    with pytest.raises(OutputError, match=r"No space left.*left as it was"), unfinished(place_of(tmp_path / "out")):
         Path("/dev/full").write_text("x" * 10**6)
     assert names(tmp_path) == set()
 
 
 def test_what_fails_when_the_weights_are_written_leaves_them_and_says_where(out):
-    with pytest.raises(OutputError) as error, claimed(out), unfinished(out) as partial:
+    with pytest.raises(OutputError) as error, claimed(out) as place, unfinished(place) as partial:
         fill(partial, "whole")
-        with complete(out):
+        with complete(place):
             raise RuntimeError("no room for a card")
     said = str(error.value)
-    kept = places(out).new / "checkpoint"
+    kept = place.checkpoint
     assert said.startswith(f"{out}: no room for a card") and str(kept) in said
     assert holds(kept, "whole")
 
@@ -163,10 +163,10 @@ def test_what_cannot_be_put_into_place_waits_for_the_next_run(tmp_path, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", busy)
         expected = pytest.raises(OutputError, match=r"resource busy.*whole, in .*moved there by the next conversion")
-        with expected, claimed(out), unfinished(out) as partial:
+        with expected, claimed(out) as place, unfinished(place) as partial:
             fill(partial, "whole")
-            with complete(out):
-                move_into_place(out, overwrite=False)
+            with complete(place):
+                move_into_place(place, overwrite=False)
     assert not out.exists()
     with claimed(out):
         assert holds(out, "whole")
@@ -176,7 +176,7 @@ def test_hidden_name_is_not_told(tmp_path):
     from fermisvd.errors import FormatError
 
     out = tmp_path / "out"
-    with pytest.raises(FormatError, match=rf"^{out}/x: broken$"), claimed(out), unfinished(out) as partial:
+    with pytest.raises(FormatError, match=rf"^{out}/x: broken$"), claimed(out) as place, unfinished(place) as partial:
         raise FormatError(f"{partial}/x: broken")
 
 
@@ -194,11 +194,57 @@ def test_an_empty_folder_is_as_good_as_none(tmp_path):
         check_free(tmp_path / "link", "choose another")
 
 
-@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("mount"), reason="mounts a disk of its own")
-def test_a_real_mount_point(tmp_path):
+def test_what_waits_is_not_put_over_something_of_the_users(tmp_path):
+    """A killed run had finished; meanwhile OUT has become a folder of the user's."""
     out = tmp_path / "out"
+    with pytest.raises(Killed), claimed(out) as place, unfinished(place) as partial:
+        fill(partial, "whole")
+        (place.new / "finished").touch()
+        raise Killed
     out.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "none", out], capture_output=True).returncode:
+    (out / "thesis.txt").write_text("years of work")
+    with pytest.raises(OutputError, match=r"out: --overwrite replaces FermiSVD"), claimed(out):
+        pass
+    assert (out / "thesis.txt").read_text() == "years of work" and holds(place.checkpoint, "whole")
+    (out / "thesis.txt").unlink()
+    out.rmdir()
+    with claimed(out):
+        assert holds(out, "whole")
+
+
+@pytest.mark.parametrize("name", ["thesis.txt", "nested/thesis.txt", "another/config.json", "dangling"])
+def test_overwrite_removes_nothing_but_the_checkpoints_own_files(out, name):
+    write(out, "earlier")
+    check_free(out, "choose another", overwrite=True)
+    (out / name).parent.mkdir(exist_ok=True)
+    (out / name).symlink_to("nowhere") if name == "dangling" else (out / name).write_text("years of work")
+    with pytest.raises(OutputError, match=rf"would remove {name}, which is not the checkpoint's"):
+        check_free(out, "choose another", overwrite=True)
+    (out / "fermisvd.json").unlink()  # a checkpoint without a list: what lies at the top may be its own
+    if "/" in name:
+        with pytest.raises(OutputError, match="would remove"):
+            check_free(out, "choose another", overwrite=True)
+
+
+def test_a_folder_that_is_there_stays_the_same_folder(tmp_path):
+    """With its permissions, and with those who stand in it."""
+    out = tmp_path / "out"
+    out.mkdir(mode=0o750)
+    before = out.stat()
+    write(out, "first")
+    write(out, "second", overwrite=True)
+    assert (out.stat().st_ino, out.stat().st_mode) == (before.st_ino, before.st_mode) and holds(out, "second")
+    assert not (out / ".fermisvd").exists()
+
+
+@pytest.mark.parametrize("kind", ["tmpfs", "bind"])
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("mount"), reason="mounts a disk of its own")
+def test_a_real_mount_point(tmp_path, kind):
+    out, source = tmp_path / "out", tmp_path / "source"
+    out.mkdir()
+    source.mkdir()
+    command = ["mount", "-t", "tmpfs", "none", out] if kind == "tmpfs" else ["mount", "--bind", source, out]
+    if subprocess.run(command, capture_output=True).returncode:
         pytest.skip("mounts are not allowed here")
     try:
         write(out, "first")

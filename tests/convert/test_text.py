@@ -274,9 +274,33 @@ def test_a_folder_of_texts_is_its_files_one_after_the_other(tokenizer, tmp_path)
         expected += [tokenizer.eos_token_id] * bool(expected) + tokenizer(document)["input_ids"]
     windows = windows_of(tokenizer, str(folder), 16)
     assert windows.flatten().tolist() == expected[: windows.numel()]
+    (folder / "the strained relation.txt").write_text("")
     (folder / "train.txt").write_text("while True:\n    break\n" * 100)
     assert tokenizer.decode(windows_of(tokenizer, str(folder), 16)[0]).startswith("while True")
 
 
 def test_more_windows_than_memory_may_be_asked_for(tokenizer, code):
     assert torch.equal(windows_of(tokenizer, str(code), 32, 2**31 - 1), windows_of(tokenizer, str(code), 32))
+
+
+def test_long_tokens_are_read_on_for(demo_model, tmp_path):
+    """A tokenizer of tokens longer than is reckoned with: the same windows, however many are asked for."""
+    tokenizer = load_tokenizer(demo_model)
+    tokenizer.add_tokens(["-" * 64])
+    path = tmp_path / "dashes.txt"
+    path.write_text("-" * 64 * 64 * 400)
+    texts = [calibration_text(tokenizer, [str(path)], samples, 64) for samples in (16, 256)]
+    assert torch.equal(texts[0].held_back, texts[1].held_back)
+    assert [len(text.windows) for text in texts] == [16, 256]
+
+
+def test_a_data_set_saved_to_disk(tokenizer, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_list([{"text": f"row {i} of the data set, with some words in it"} for i in range(40)])
+    rows.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": rows}).save_to_disk(tmp_path / "splits")
+    expected = tmp_path / "rows.jsonl"
+    expected.write_text("\n".join(json.dumps(row) for row in rows))
+    for folder in ("one", "splits"):
+        found = windows_of(tokenizer, str(tmp_path / folder), 16, 5)
+        assert torch.equal(found, windows_of(tokenizer, str(expected), 16, 5))

@@ -42,7 +42,7 @@ def unlisted(folder: Path) -> None:
 
 
 def beside(name: str) -> Callable[[Path], None]:
-    """A file of other weights that neither reader looks at."""
+    """A file of other weights at which transformers does not look (vLLM may; it is not copied, and named)."""
     return lambda folder: write(spoilt(folder), folder / name)
 
 
@@ -85,6 +85,11 @@ def old_buffers(tensors: Tensors) -> None:
     tensors.update({f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(2)})
 
 
+def named_twice(factor: float) -> Callable[[Tensors], object]:
+    """With and without the prefix of the model below the head: one parameter."""
+    return lambda tensors: tensors.update({"norm.weight": tensors[NORM] * factor})
+
+
 SAME: dict[str, Callable[[Path], object]] = {
     "one file": lambda folder: None,
     "shards": split_in_two,
@@ -95,6 +100,7 @@ SAME: dict[str, Callable[[Path], object]] = {
     "a variant beside": beside("model.fp16.safetensors"),
     "a pickle beside": pickle_beside,
     "names without their prefix": without_prefix,
+    "a tensor under two names": lambda folder: edit_tensors(folder, named_twice(1.0)),
     "bfloat16": lambda folder: edit_tensors(folder, lambda t: t.update({n: v.bfloat16() for n, v in t.items()})),
     "tied, no head": lambda folder: tie(folder, lambda t: t.pop(HEAD)),
     "tied, the head a copy": lambda folder: tie(folder, lambda t: t.update({HEAD: t[EMBEDDING].clone()})),
@@ -152,6 +158,10 @@ TWO_MODELS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
         ("adapter_config.json", "merge"),
     ),
     "other weights named by the config": (named_elsewhere, ("transformers_weights", "other.safetensors")),
+    "two tensors of one parameter": (
+        lambda folder: edit_tensors(folder, named_twice(2.0)),
+        ("norm.weight is not", NORM, "stale"),
+    ),
     "a tensor in two shards": (twice, (SECOND, "is also in")),
     "tied, a head of its own": (lambda folder: tie(folder, lambda t: None), (HEAD, EMBEDDING, "tie_word_embeddings")),
 }
