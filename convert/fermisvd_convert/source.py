@@ -193,18 +193,31 @@ def load_tokenizer(folder: str | Path, trust_remote_code: bool = False):
     """The tokenizer of a folder or hub id. Raises SourceError if there is none that gives tokens."""
     from transformers import AutoTokenizer
 
-    path = Path(folder) / "tokenizer_config.json"
     remedy = "; copy its files again, or update transformers if they are newer"
+    try:
+        with explained(SourceError, f"{folder}: no usable tokenizer", remedy):
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except SourceError:
+        path = Path(folder) / "tokenizer_config.json"
+        if not trust_remote_code and _has_code(path):  # transformers may do without, with a class of its own
+            raise SourceError(
+                f"{path}: the tokenizer runs code of its own; read it, then pass --trust-remote-code"
+            ) from None
+        raise
     with explained(SourceError, f"{folder}: no usable tokenizer", remedy):
-        settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        if not trust_remote_code and (settings.get("auto_map") or {}).get("AutoTokenizer"):
-            raise SourceError(f"{path}: the tokenizer runs code of its own; read it, then pass --trust-remote-code")
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         if not tokenizer("a text of 8 words, one of them 42", add_special_tokens=False)["input_ids"]:
             raise SourceError(
                 f"{folder}: no usable tokenizer: it gives no tokens for any text; its vocabulary is empty"
             )
-        return tokenizer
+    return tokenizer
+
+
+def _has_code(path: Path) -> bool:
+    """Whether a tokenizer_config.json names code that the model brings."""
+    try:
+        return bool(json.loads(path.read_text(encoding="utf-8"))["auto_map"]["AutoTokenizer"])
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return False
 
 
 def find_folder(model: str, revision: str | None = None) -> tuple[Path, str | None]:

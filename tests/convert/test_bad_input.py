@@ -461,8 +461,10 @@ def _(case):
 
 @refused("a tokenizer with code of its own, without the flag")
 def _(case):
+    (case.model / "tokenizer.json").unlink()  # with it transformers does without the code
     path = case.model / "tokenizer_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": {"AutoTokenizer": ["tok.Tok", None]}}))
+    settings = {"tokenizer_class": "Tok", "auto_map": {"AutoTokenizer": ["tok.Tok", None]}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
 
 
 @refused("the tokenizer of another model")
