@@ -29,9 +29,9 @@ from fermisvd.groups import LinearGroup, find_groups, stacked_weight
 from fermisvd.losses import StudentLoss
 from fermisvd.modules import replace_group
 from fermisvd.pivga import PivGa, dense_product, fix_gauge
+from fermisvd.storage import compressed_tensors, config_group
 from fermisvd_convert.source import load_tokenizer
 from fermisvd_convert.text import windows_of
-from fermisvd_convert.writer import compressed_tensors, config_group
 
 REMOVE, WINDOWS = 0.3, 32
 BOUNDS = (2.0, 1.3, 1.1, 1.02, 1.0001)

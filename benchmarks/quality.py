@@ -24,11 +24,11 @@ from pathlib import Path
 from records import RESULTS, commit, new_record, write_record
 
 from fermisvd import load_model
+from fermisvd.decomposition import DAMPING, OUTPUT_DAMPING
 from fermisvd.healing import HealingSettings
 from fermisvd_convert.convert import convert
 from fermisvd_convert.evaluate import evaluate
 from fermisvd_convert.source import load_tokenizer
-from fermisvd_convert.stages import DAMPING, OUTPUT_DAMPING
 from fermisvd_convert.text import windows_of
 
 ROOT = Path(__file__).parent.parent

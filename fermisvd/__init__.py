@@ -4,8 +4,22 @@ Importing the package registers the checkpoint format with transformers.
 """
 
 from fermisvd import hf as hf
-from fermisvd.format import FermiSVDConfig, FormatError, validate_checkpoint
+from fermisvd.compress import compress
+from fermisvd.errors import FermiSVDError, FormatError
+from fermisvd.fermigrad import FermiGradSettings
+from fermisvd.format import FermiSVDConfig, validate_checkpoint
+from fermisvd.healing import HealingSettings
 from fermisvd.hf import load_model
 
 __version__ = "0.1.0"
-__all__ = ["FermiSVDConfig", "FormatError", "__version__", "load_model", "validate_checkpoint"]
+__all__ = [
+    "FermiGradSettings",
+    "FermiSVDConfig",
+    "FermiSVDError",
+    "FormatError",
+    "HealingSettings",
+    "__version__",
+    "compress",
+    "load_model",
+    "validate_checkpoint",
+]

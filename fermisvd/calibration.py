@@ -260,19 +260,5 @@ def _differentiable_embeddings(model: nn.Module) -> Iterator[None]:
         hook.remove()
 
 
-def group_output_gram(members: Sequence[OutputGram], weights: Sequence[torch.Tensor]) -> OutputGram:
-    """The members' gradient covariances as the group's, one output space per member: block-diagonal, without the
-    correlation between members. weights: W_i, (m_i x n)."""
-    rows, columns = sum(len(w) for w in weights), weights[0].shape[1]
-    mean = sum(g.mean * len(w) for g, w in zip(members, weights, strict=True)) / rows
-    if rows <= columns:
-        return OutputGram(torch.block_diag(*[g.matrix for g in members]), mean)
-    total = torch.zeros(columns, columns, dtype=torch.float64, device=weights[0].device)
-    for gram, weight in zip(members, weights, strict=True):
-        w = weight.double()
-        total += gram.matrix if len(w) > columns else w.T @ gram.matrix @ w
-    return OutputGram(total, mean)
-
-
 def _zeros(width: int, device: torch.device) -> torch.Tensor:
     return torch.zeros(width, width, dtype=torch.float64, device=device)

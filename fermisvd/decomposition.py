@@ -8,10 +8,13 @@ What is summed, factorised and decomposed is float64; only the factors' products
 C, which may be by far the largest matrix, no second one is made where it is not the side that is decomposed.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+DAMPING = 1e-6  # of mean(diag C): orders the directions that calibration never saw, changes no other
+OUTPUT_DAMPING = 0.1  # of mean(diag G); measured, docs/decisions.md
 SLICE = 1024  # columns of C, or rows of W, that are multiplied at a time
 SMALLEST_RIDGE = 1e-9  # of mean(diag C): what `kfac` adds at least before it factorises C
 NEGLIGIBLE = 1e-15  # eigenvalues of a square root below this share of the largest are rounding
@@ -84,6 +87,41 @@ def kfac_svd(
     sigma, v = _descending_eigenbasis(right.T @ _output_response(weight, output, output_ridge) @ right)
     b = torch.linalg.solve_triangular(right.T, v, upper=True).T.to(product)
     return Factors(weight.to(product) @ (right @ v).to(product), b, sigma)
+
+
+def group_output_gram(members: Sequence[OutputGram], weights: Sequence[torch.Tensor]) -> OutputGram:
+    """The members' gradient covariances as the group's, one output space per member: block-diagonal, without the
+    correlation between members. weights: W_i, (m_i x n)."""
+    rows, columns = sum(len(w) for w in weights), weights[0].shape[1]
+    mean = sum(g.mean * len(w) for g, w in zip(members, weights, strict=True)) / rows
+    if rows <= columns:
+        return OutputGram(torch.block_diag(*[g.matrix for g in members]), mean)
+    total = torch.zeros(columns, columns, dtype=torch.float64, device=weights[0].device)
+    for gram, weight in zip(members, weights, strict=True):
+        w = weight.double()
+        total += gram.matrix if len(w) > columns else w.T @ gram.matrix @ w
+    return OutputGram(total, mean)
+
+
+def group_factors(
+    weights: Sequence[torch.Tensor],
+    gram: torch.Tensor,
+    outputs: Sequence[OutputGram] | None,
+    change: torch.Tensor | None = None,
+) -> Factors:
+    """Factors of a group's W, its members' W_i (m_i x n) stacked, or of W M where `change` is M (n x n).
+
+    gram: C of the inputs, (n x n); outputs: the members' gradient covariances, None for `input` whitening.
+    """
+    dense = weight = torch.cat(list(weights))  # as stored: made wider where it must be
+    if change is not None:
+        weight = dense.double() @ change
+    if outputs is None:
+        return data_aware_svd(weight, gram, DAMPING)
+    output = group_output_gram(outputs, weights)
+    if change is not None and len(dense) > dense.shape[1]:  # W^T G W becomes M^T W^T G W M
+        output = OutputGram(change.T @ output.matrix @ change, output.mean)
+    return kfac_svd(weight, gram, output, DAMPING, OUTPUT_DAMPING)
 
 
 def _product_type(weight: torch.Tensor) -> torch.dtype:

@@ -96,6 +96,13 @@ class FermiSVDQuantizer(HfQuantizer):
         return False
 
 
+def mark_compressed(model: nn.Module, config: FermiSVDConfig) -> None:
+    """A model whose layers are in place already: save_pretrained writes its config's groups from now on."""
+    entry = FermiSVDQuantizationConfig(**config.model_dump(mode="json", exclude_none=True, exclude={"quant_method"}))
+    model.config.quantization_config = entry
+    model.hf_quantizer = FermiSVDQuantizer(entry)
+
+
 def check_architecture(folder: Path) -> None:
     """The check of from_pretrained without the weights: does the model that config.json names fit groups and tensors?
 

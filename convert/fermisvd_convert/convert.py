@@ -16,6 +16,7 @@ from torch import nn
 
 from fermisvd import distributed
 from fermisvd.budget import Form, check_budget, kept_parameters, stays_dense
+from fermisvd.compress import GroupsRule, Whitening, set_aside
 from fermisvd.fermigrad import Constraint, FermiGradSettings
 from fermisvd.files import INDEX_NAME, check_name, read_headers
 from fermisvd.healing import HealingSettings
@@ -31,14 +32,11 @@ from fermisvd_convert.report import calibration_name, group_rows, totals
 from fermisvd_convert.rows import DEFAULT_DATASET
 from fermisvd_convert.source import Source, folder_name, open_source, open_streamed, resolve_device, window_length
 from fermisvd_convert.space import check_space, out_bytes, work_bytes
-from fermisvd_convert.stages import GroupsRule, Whitening
 from fermisvd_convert.text import TextError, calibration_text, check_vocabulary
 from fermisvd_convert.workspace import Workspace, settings_key
 from fermisvd_convert.writer import copied_files, replace_tensors, storage_type, weight_bytes, write_checkpoint
 
 logger = logging.getLogger("fermisvd")
-
-ASIDE_WINDOWS = 32  # windows that decide between measured alternatives
 
 
 @checked
@@ -172,8 +170,7 @@ def convert(
         with _timed(seconds, "decompose"):
             decomposition.decompose(linear)
         # windows that decide between alternatives, neither refitted nor healed on; the report's are others again
-        held = min(ASIDE_WINDOWS, -(-len(windows) // 8))
-        aside, training = windows[:held], windows[held:]
+        aside, training = set_aside(windows)
         with _timed(seconds, "ranks"):
             settings = FermiGradSettings(
                 constraint=constraint,

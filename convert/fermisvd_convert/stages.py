@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import nn
@@ -24,8 +23,9 @@ from fermisvd.budget import (
     stays_dense,
     uniform_rank,
 )
-from fermisvd.calibration import Grams, OutputGrams, Part, calibration_grams, grams_by_blocks, group_output_gram
-from fermisvd.decomposition import Factors, OutputGram, data_aware_svd, kfac_svd
+from fermisvd.calibration import Grams, OutputGrams, Part, calibration_grams, grams_by_blocks
+from fermisvd.compress import GroupsRule, Whitening
+from fermisvd.decomposition import DAMPING, OUTPUT_DAMPING, Factors, OutputGram, group_factors
 from fermisvd.errors import FermiSVDError
 from fermisvd.fermigrad import FermiGradSettings, install_gates, optimise_ranks
 from fermisvd.groups import LinearGroup, Partition, find_groups, left_dense
@@ -42,10 +42,6 @@ from fermisvd_convert.workspace import Workspace, file_hash, settings_key
 logger = logging.getLogger("fermisvd")
 
 FactorsOf = Callable[[LinearGroup], tuple[torch.Tensor, torch.Tensor]]
-Whitening = Literal["input", "kfac"]
-GroupsRule = Literal["auto", "joint", "separate"]
-DAMPING = 1e-6  # of mean(diag C): orders the directions that calibration never saw, changes no other
-OUTPUT_DAMPING = 0.1  # of mean(diag G); measured, docs/decisions.md
 
 
 class RankFileError(FermiSVDError):
@@ -226,19 +222,14 @@ class Decomposition:
 
     def fit(self, group: LinearGroup, change: torch.Tensor | None, gram: torch.Tensor) -> Factors:
         """Factors of W, or of W M where `change` is M (n x n), for inputs with this Gram matrix (n x n)."""
-        weight = dense = group_weight(self.source, group).to(gram.device)  # as stored: made wider where it must be
-        if change is not None:
-            weight = dense.double() @ change
+        weights = group_weight(self.source, group).to(gram.device).split(list(group.member_rows))
         if self.statistics.outputs is None:
-            return data_aware_svd(weight, gram, DAMPING)
+            return group_factors(weights, gram, None, change)
         outputs = []
         for name in group.members:
             kept = self.workspace.load_tensors(self.statistics.outputs, name)
-            outputs.append(OutputGram(kept["matrix"].to(weight.device), kept["mean"].item()))
-        output = group_output_gram(outputs, dense.split(list(group.member_rows)))
-        if change is not None and group.rows > group.columns:  # W^T G W becomes M^T W^T G W M
-            output = OutputGram(change.T @ output.matrix @ change, output.mean)
-        return kfac_svd(weight, gram, output, DAMPING, OUTPUT_DAMPING)
+            outputs.append(OutputGram(kept["matrix"].to(gram.device), kept["mean"].item()))
+        return group_factors(weights, gram, outputs, change)
 
 
 def fermigrad(

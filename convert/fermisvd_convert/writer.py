@@ -14,17 +14,9 @@ from tqdm import tqdm
 from fermisvd.budget import Form
 from fermisvd.errors import reason
 from fermisvd.files import ADAPTER_NAME, INDEX_NAME, WEIGHTS_NAME, TensorInfo, is_pickle, read_headers
-from fermisvd.format import (
-    INTERPOLATION,
-    LOWRANK_A,
-    LOWRANK_B,
-    PERMUTATION,
-    SKELETON,
-    FermiSVDConfig,
-    Group,
-)
+from fermisvd.format import FermiSVDConfig
 from fermisvd.groups import LinearGroup
-from fermisvd.pivga import fix_gauge
+from fermisvd.storage import compressed_tensors, config_group
 from fermisvd_convert.memory import give_back
 from fermisvd_convert.source import TORCH_TYPES, Source, SourceError
 
@@ -34,33 +26,6 @@ OWN_FILES = {"README.md", "config.json"}  # written anew
 # other forms of the same weights; .bin is also what some tokenizers call their vocabulary
 WEIGHT_SUFFIXES = {".safetensors", ".gguf", ".onnx", ".h5", ".msgpack", ".tflite", ".ot", ".npz"}
 WEIGHT_NAMES = re.compile(r"openvino.*\.bin|ggml.*\.bin|weight\.bin|.*\.onnx[._]data.*|.*\.index\.json")
-
-
-def config_group(group: LinearGroup, rank: int, form: Form) -> Group:
-    """The config's entry of a compressed group."""
-    return Group(members=group.members, form=form, side=group.side if form == "pivga" else None, rank=rank)
-
-
-def compressed_tensors(
-    group: LinearGroup, a: torch.Tensor, b: torch.Tensor, form: Form, dtype: torch.dtype
-) -> dict[str, torch.Tensor]:
-    """Tensors of one group as stored, by name. a: A (m x r); b: B (r x n)."""
-    if form == "svd":
-        a, b = balanced(a, b)
-        parts = a.to(dtype).split(list(group.member_rows))
-        tensors = {f"{name}.{LOWRANK_A}": part for name, part in zip(group.members, parts, strict=True)}
-        return tensors | {f"{group.name}.{LOWRANK_B}": b.to(dtype)}
-    gauge = fix_gauge(a, b, group.side, dtype)
-    tensors = {f"{group.name}.{INTERPOLATION}": gauge.interpolation, f"{group.name}.{PERMUTATION}": gauge.permutation}
-    skeletons = [gauge.skeleton] if group.side == "rows" else gauge.skeleton.split(list(group.member_rows))
-    return tensors | {f"{name}.{SKELETON}": part for name, part in zip(group.members, skeletons, strict=True)}
-
-
-def balanced(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same product with columns of A and rows of B equally long, so that neither leaves a narrow type's range."""
-    a, b = a.double(), b.double()
-    scale = (b.norm(dim=1) / a.norm(dim=0).clamp(min=1e-30)).clamp(min=1e-30).sqrt()
-    return a * scale, b / scale[:, None]
 
 
 def copied_files(folder: Path) -> tuple[list[Path], list[Path]]:

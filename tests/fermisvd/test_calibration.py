@@ -3,8 +3,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from fermisvd.blocks import DecoderBlocks, HiddenStates, HiddenStatesError
-from fermisvd.calibration import CalibrationError, calibration_grams, gram_matrices, grams_by_blocks, group_output_gram
-from fermisvd.decomposition import OutputGram
+from fermisvd.calibration import CalibrationError, calibration_grams, gram_matrices, grams_by_blocks
+from fermisvd.decomposition import OutputGram, group_output_gram
 from fermisvd.groups import find_groups
 from fermisvd.streaming import stream_model
 
