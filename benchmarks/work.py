@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from shapes import groups_of
 
 from fermisvd.budget import uniform_rank
+from fermisvd.compress import ASIDE_WINDOWS
 from fermisvd.groups import LinearGroup
 from fermisvd.partition import coarser_partitions
-from fermisvd_convert.convert import ASIDE_WINDOWS, convert
+from fermisvd_convert.convert import convert
 from fermisvd_convert.text import HELD_BACK_WINDOWS
 
 Work = list[tuple[str, int, float]]
