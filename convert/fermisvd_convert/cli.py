@@ -66,6 +66,11 @@ class Figures(StrEnum):
     png = "png"
 
 
+Bos = Annotated[bool, typer.Option("--bos/--no-bos", help="Begin windows with the BOS token that the tokenizer adds.")]
+SkipBadRows = Annotated[bool, typer.Option("--skip-bad-rows", help="Go on without rows of the text that are refused.")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model brings.")]
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         print(f"fermisvd {version('fermisvd')}")
@@ -163,12 +168,8 @@ def convert(
             show_default="WikiText-2",
         ),
     ] = None,
-    bos: Annotated[
-        bool, typer.Option("--bos/--no-bos", help="Begin windows with the BOS token that the tokenizer adds.")
-    ] = True,
-    skip_bad_rows: Annotated[
-        bool, typer.Option("--skip-bad-rows", help="Go on without rows of the text that are refused.")
-    ] = False,
+    bos: Bos = True,
+    skip_bad_rows: SkipBadRows = False,
     samples: Annotated[int, typer.Option(min=1, max=LARGEST, help="Calibration windows.")] = 256,
     gradient_samples: Annotated[int, typer.Option(min=1, max=LARGEST, help="Windows FermiGrad trains on.")] = 256,
     sequence_length: Annotated[
@@ -205,16 +206,16 @@ def convert(
     work: Annotated[
         Path | None,
         typer.Option(
-            parser=_place, help="Stages are kept here and found again.", show_default=".fermisvd/work/MODEL beside OUT"
+            parser=_place,
+            help="Stages are kept here and found again.",
+            show_default=".fermisvd/stages/MODEL beside OUT",
         ),
     ] = None,
     max_memory: Annotated[
         str | None, typer.Option(help="Most memory a step may take, as 24GiB; what would take more is refused.")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that the model brings.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
     push_to: Annotated[
         str | None, typer.Option(metavar="OWNER/NAME", help="Upload OUT to this model repository of the hub.")
@@ -301,12 +302,8 @@ def heal(
         typer.Option(parser=_given, help="The dense model.", show_default="the hub id that the checkpoint names"),
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps of distillation.")] = 200,
-    bos: Annotated[
-        bool, typer.Option("--bos/--no-bos", help="Begin windows with the BOS token that the tokenizer adds.")
-    ] = True,
-    skip_bad_rows: Annotated[
-        bool, typer.Option("--skip-bad-rows", help="Go on without rows of the text that are refused.")
-    ] = False,
+    bos: Bos = True,
+    skip_bad_rows: SkipBadRows = False,
     samples: Annotated[int, typer.Option(min=2, help="Windows to train on, over and over.")] = 1024,
     sequence_length: Annotated[
         int | None, typer.Option(help="Tokens a window.", show_default="the model's context, at most 2048")
@@ -315,9 +312,7 @@ def heal(
     learning_rate: Annotated[float, typer.Option(min=0.0, help="Relative to each factor's size and width.")] = 0.1,
     device: Annotated[Device, typer.Option(help="auto: a GPU if there is one.")] = Device.auto,
     seed: Annotated[int, typer.Option(min=0, max=LARGEST, help="The same seed, the same checkpoint.")] = 0,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that the model brings.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Train OUT's factors towards its dense model's predictions; ranks and structure stay."""
     with _clear_errors():
@@ -357,15 +352,9 @@ def evaluate(
     windows: Annotated[int | None, typer.Option(min=1, help="First so many windows only.")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
     device: Annotated[Device, typer.Option(help="auto: a GPU if there is one.")] = Device.auto,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that the model brings.")
-    ] = False,
-    bos: Annotated[
-        bool, typer.Option("--bos/--no-bos", help="Begin windows with the BOS token that the tokenizer adds.")
-    ] = True,
-    skip_bad_rows: Annotated[
-        bool, typer.Option("--skip-bad-rows", help="Go on without rows of the text that are refused.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
+    bos: Bos = True,
+    skip_bad_rows: SkipBadRows = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Perplexity of MODEL over non-overlapping windows of the text, in float32."""

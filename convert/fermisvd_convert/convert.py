@@ -81,13 +81,13 @@ def convert(
     text.windows_of; sequence_length: tokens a window, None for
     the model's context up to 2048; count: form whose parameters FermiGrad counts, None for `form`; heal_steps: of the
     closing distillation on the calibration windows; refit: None for only where there is none; align: step of the ranks,
-    None for a power of two near k/64; work: where stages are kept and found again, None for .fermisvd/work/<model>
+    None for a power of two near k/64; work: where stages are kept and found again, None for .fermisvd/stages/<model>
     beside `out`; max_memory: bytes that no step may take more of. `out` appears whole or not at all.
     Started by torchrun, the processes share the work; `out` and `work` must be folders that they all see.
     Raises FermiSVDError for bad input, naming it.
     """
     model, ranks, out, seconds = str(model), str(ranks), real_path(out), {}
-    workspace = Workspace(real_path(work or out.parent / OURS / "work" / folder_name(model)))
+    workspace = Workspace(real_path(work or out.parent / OURS / "stages" / folder_name(model)))
     for name in (*calibration, ranks):
         check_name(Path(name))
     check_options(remove, temperature=temperature, penalty_growth=penalty_growth, plateau=plateau, steps=steps)

@@ -48,7 +48,7 @@ def test_model_as_dot_and_dot_dot(smallest_llama, tmp_path, monkeypatch, text):
         assert "# model, " in (out / "README.md").read_text()
     assert {path.name for path in (tmp_path / "b").iterdir()} == {".fermisvd", "hidden-project", "out1", "out2"}
     assert (mine / "a").read_text() == "mine"
-    assert (tmp_path / "b" / ".fermisvd" / "work" / "model" / "manifest.jsonl").is_file()
+    assert (tmp_path / "b" / ".fermisvd" / "stages" / "model" / "manifest.jsonl").is_file()
 
 
 def test_a_hub_models_commit_is_recorded_and_a_folders_is_not(smallest_llama, tmp_path, monkeypatch, text):
