@@ -67,7 +67,8 @@ def compress(
     calibrate and train on; remove: fraction of the parameters of the decoder blocks' linear layers; ranks: settings of
     FermiGrad, None for uniform ranks; healing: settings of the closing distillation, None for a sequential refit
     instead; align: step of the ranks, None for a power of two near k/64; seed: of calibration, ranks and healing.
-    In float32 the model is held up to four times. Raises FermiSVDError for a model or windows that cannot be used.
+    Models, factors and Gram matrices are held at once, in float32 and float64. Raises FermiSVDError for a model or
+    windows that cannot be used.
     """
     check_windows(windows)
     if getattr(model.config, "quantization_config", None) is not None:
