@@ -78,7 +78,7 @@ def test_second_removal_reuses_calibration_and_decomposition(tiny_llama, tmp_pat
         raise AssertionError("run again")
 
     monkeypatch.setattr(convert_module.stages, "calibration_grams", forbidden)
-    monkeypatch.setattr(convert_module.stages, "kfac_svd", forbidden)
+    monkeypatch.setattr(convert_module.stages, "group_factors", forbidden)
     convert(str(tiny_llama), tmp_path / "b", 0.4, ranks="fermigrad", **settings)
     for long_stage in ("optimise_ranks", "join_groups", "heal"):
         monkeypatch.setattr(convert_module.stages, long_stage, forbidden)
@@ -128,7 +128,7 @@ def test_second_run_after_joining_and_refitting_is_the_same(tiny_llama, tmp_path
     def forbidden(*args, **kwargs):
         raise AssertionError("run again")
 
-    for stage in ("calibration_grams", "kfac_svd", "optimise_ranks", "join_groups", "refit", "heal"):
+    for stage in ("calibration_grams", "group_factors", "optimise_ranks", "join_groups", "refit", "heal"):
         monkeypatch.setattr(convert_module.stages, stage, forbidden)
     convert(str(tiny_llama), tmp_path / "b", 0.4, **settings)
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()

@@ -70,7 +70,7 @@ def test_conversion_says_so_keeps_its_stages_and_goes_on_with_room(tiny_llama, t
     with no_room_for(len(expected) - 1), pytest.raises(OutputError, match=r"out: cannot be written.*left as it was"):
         attempt()
     assert not out.exists() and not place_of(out).new.exists()
-    for stage in ("grams_by_blocks", "kfac_svd", "optimise_ranks", "join_groups"):
+    for stage in ("grams_by_blocks", "group_factors", "optimise_ranks", "join_groups"):
         monkeypatch.setattr(stages, stage, None)  # not called again
     attempt()
     assert (out / "model.safetensors").read_bytes() == expected
