@@ -201,7 +201,7 @@ def fermigrad_ranks(
     return mus
 
 
-def low_rank(teacher: nn.Module, factors: Mapping[LinearGroup, tuple[torch.Tensor, torch.Tensor]]) -> nn.Module:
+def low_rank(teacher: nn.Module, factors: Mapping[LinearGroup, Pair]) -> nn.Module:
     """A copy whose groups have A B for their weights."""
     student = copy.deepcopy(teacher)
     for group, (a, b) in factors.items():

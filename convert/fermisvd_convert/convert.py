@@ -77,12 +77,12 @@ def convert(
 ) -> dict:
     """Compress `model` (folder or hub id) into the new folder `out`; returns the report that `out`/fermisvd.json holds.
 
-    remove: fraction of the parameters of the decoder blocks' linear layers; bos, skip_bad_rows: as of
-    text.windows_of; sequence_length: tokens a window, None for
-    the model's context up to 2048; count: form whose parameters FermiGrad counts, None for `form`; heal_steps: of the
-    closing distillation on the calibration windows; refit: None for only where there is none; align: step of the ranks,
-    None for a power of two near k/64; work: where stages are kept and found again, None for .fermisvd/stages/<model>
-    beside `out`; max_memory: bytes that no step may take more of. `out` appears whole or not at all.
+    remove: fraction of the parameters of the decoder blocks' linear layers; bos, skip_bad_rows: as of text.windows_of;
+    sequence_length: tokens a window, None for the model's context up to 2048; count: form whose parameters FermiGrad
+    counts, None for `form`; heal_steps: of the closing distillation on the calibration windows; refit: None for only
+    where there is none; align: step of the ranks, None for a power of two near k/64; work: where stages are kept and
+    found again, None for .fermisvd/stages/<model> beside `out`; max_memory: bytes that no step may take more of.
+    `out` appears whole or not at all.
     Started by torchrun, the processes share the work; `out` and `work` must be folders that they all see.
     Raises FermiSVDError for bad input, naming it.
     """
