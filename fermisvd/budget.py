@@ -1,8 +1,11 @@
-"""Rank <-> parameter count of a group in both forms, and integer ranks that meet a budget exactly."""
+"""The parameter budget: rank <-> parameter count of a group in both forms, and whole ranks that meet the budget."""
 
 import math
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Self
+
+import torch
 
 from fermisvd.errors import FermiSVDError
 from fermisvd.groups import LinearGroup
@@ -15,7 +18,7 @@ class BudgetError(FermiSVDError):
 
 
 def factor_parameters(rank: float, rows: int, columns: int, form: Form) -> float:
-    """Numbers stored for a rank-r group: svd r (m + n); pivga r (m + n) - r^2 (DESIGN, Budget)."""
+    """Numbers stored for a rank-r group: svd r (m + n); pivga r (m + n) - r^2 (docs/method.md, Budget)."""
     count = rank * (rows + columns)
     return count - rank * rank if form == "pivga" else count
 
@@ -31,21 +34,145 @@ def group_parameters(group: LinearGroup, rank: float, form: Form) -> float:
     return min(count, group.dense_parameters)
 
 
-def total_parameters(groups: Sequence[LinearGroup], ranks: Sequence[float], form: Form) -> float:
-    return sum(group_parameters(g, r, form) for g, r in zip(groups, ranks, strict=True))
+def dense_parameters(groups: Iterable[LinearGroup]) -> int:
+    return sum(group.dense_parameters for group in groups)
 
 
-def kept_parameters(groups: Sequence[LinearGroup], remove: float) -> int:
-    """The budget: numbers that may stay when the fraction `remove` of the groups' parameters goes.
+@dataclass(frozen=True)
+class RankedGroup:
+    """A group, the rank that was chosen for it, and the form that it would be stored in."""
 
-    Raises BudgetError unless 0 < remove < 1 and at least one number goes.
+    group: LinearGroup
+    rank: int
+    form: Form
+
+    @property
+    def stays_dense(self) -> bool:
+        return stays_dense(self.group, self.rank, self.form)
+
+    @property
+    def parameters(self) -> int:
+        """Numbers stored."""
+        return int(group_parameters(self.group, self.rank, self.form))
+
+
+def compressed(ranked: Iterable[RankedGroup]) -> list[RankedGroup]:
+    """Those that do not stay dense."""
+    return [each for each in ranked if not each.stays_dense]
+
+
+def auto_alignment(group: LinearGroup) -> int:
+    """Alignment step of a group's rank: 64, a GEMM tile, from k = 2048; below, the power of two next below k / 64."""
+    return 64 if group.full_rank >= 2048 else 2 ** int(math.log2(max(1, group.full_rank / 64)))
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What may stay of the groups' parameters, and the ranks that they may take.
+
+    kept: fraction that may stay; form: that is stored, and counted; align: step of the ranks, None for auto_alignment;
+    minimum_rank: lowest rank of any group.
     """
-    check_fraction(remove)
-    total = sum(g.dense_parameters for g in groups)
-    kept = math.floor((1 - remove) * total + 1e-6)
-    if kept == total:
-        raise BudgetError(f"--remove {remove}: less than one of the {total} parameters")
-    return kept
+
+    kept: float
+    form: Form
+    align: int | None = None
+    minimum_rank: int = 1
+
+    @classmethod
+    def removing(cls, remove: float, form: Form, align: int | None = None, minimum_rank: int = 1) -> Self:
+        """The budget when the fraction `remove` goes. Raises BudgetError unless 0 < remove < 1."""
+        check_fraction(remove)
+        return cls(1 - remove, form, align, minimum_rank)
+
+    def numbers(self, groups: Sequence[LinearGroup]) -> int:
+        """How many numbers may stay. Raises BudgetError if none is to go."""
+        total = dense_parameters(groups)
+        numbers = math.floor(self.kept * total + 1e-6)
+        if numbers == total:
+            raise BudgetError(f"--remove {1 - self.kept:g}: less than one of the {total} parameters")
+        return numbers
+
+    def alignment(self, group: LinearGroup) -> int:
+        """Step of the group's rank."""
+        return self.align or auto_alignment(group)
+
+    def ladder(self, group: LinearGroup) -> list[int]:
+        """Ranks the group may take: multiples of its step, from the minimum on, that save something, then k: dense."""
+        step = self.alignment(group)
+        rungs = [r for r in range(step, group.full_rank, step) if r >= self.minimum_rank]
+        return [*(r for r in rungs if not stays_dense(group, r, self.form)), group.full_rank]
+
+    def check(self, groups: Sequence[LinearGroup]) -> None:
+        """Raises BudgetError if even the lowest ranks exceed the budget."""
+        lowest = sum(int(group_parameters(group, self.ladder(group)[0], self.form)) for group in groups)
+        if lowest > (numbers := self.numbers(groups)):
+            raise BudgetError(
+                f"--remove leaves {numbers} parameters, but the lowest aligned ranks need {lowest}; "
+                "remove less, or give a smaller --align or --minimum-rank"
+            )
+
+    def uniform_rank(self, group: LinearGroup) -> float:
+        """Real rank at which this group alone keeps its fraction.
+
+        svd: (1 - f) m n / (m + n), the rule of SVD-LLM; pivga: the smaller root of r (m + n) - r^2 = (1 - f) m n.
+        """
+        width, target = group.rows + group.columns, self.kept * group.dense_parameters
+        if self.form == "svd":
+            return target / width
+        return (width - math.sqrt(width * width - 4 * target)) / 2
+
+    def uniform_ranks(self, groups: Sequence[LinearGroup]) -> list[float]:
+        return [self.uniform_rank(group) for group in groups]
+
+    def ranks(self, groups: Sequence[LinearGroup], ideal: Sequence[float]) -> list[int]:
+        """Whole ranks near `ideal` that spend at most the budget and leave less than one step of it unspent.
+
+        ideal: real ranks, one a group. Ranks start from the rung below the ideal, come down where that is too much and
+        go up where the next rung still fits, always where the distance to the ideal, in units of k, is largest. A dense
+        group of the svd form comes down last, since its next rung lies below the jump.
+        Raises BudgetError if even the lowest ranks exceed the budget.
+        """
+        self.check(groups)
+        numbers, steps = self.numbers(groups), [self.alignment(group) for group in groups]
+        ladders = [self.ladder(group) for group in groups]
+        costs = [
+            [int(group_parameters(group, r, self.form)) for r in ladder]
+            for group, ladder in zip(groups, ladders, strict=True)
+        ]
+        rungs = [
+            max([i for i, r in enumerate(ladder) if r <= wish], default=0)
+            for ladder, wish in zip(ladders, ideal, strict=True)
+        ]
+        spent = sum(cost[i] for cost, i in zip(costs, rungs, strict=True))
+
+        def surplus(g: int, rank: int) -> float:
+            return (rank - ideal[g]) / groups[g].full_rank
+
+        def lower(g: int) -> int:
+            """The next rank below, one step below k where that is the jump."""
+            return min(ladders[g][rungs[g] - 1] + steps[g], ladders[g][rungs[g]])
+
+        while spent > numbers:
+            g = max([g for g, i in enumerate(rungs) if i > 0], key=lambda g: surplus(g, lower(g)))
+            spent += costs[g][rungs[g] - 1] - costs[g][rungs[g]]
+            rungs[g] -= 1
+        while True:
+            room = [
+                g
+                for g, i in enumerate(rungs)
+                if i + 1 < len(costs[g]) and spent + costs[g][i + 1] - costs[g][i] <= numbers
+            ]
+            if not room:
+                return [ladder[i] for ladder, i in zip(ladders, rungs, strict=True)]
+            g = min(room, key=lambda g: surplus(g, ladders[g][rungs[g] + 1]))
+            spent += costs[g][rungs[g] + 1] - costs[g][rungs[g]]
+            rungs[g] += 1
+
+    def ranked(self, groups: Sequence[LinearGroup], ideal: Sequence[float]) -> list[RankedGroup]:
+        """The groups at the whole ranks of `ranks`."""
+        ranks = self.ranks(groups, ideal)
+        return [RankedGroup(group, rank, self.form) for group, rank in zip(groups, ranks, strict=True)]
 
 
 def check_fraction(remove: float) -> None:
@@ -54,86 +181,60 @@ def check_fraction(remove: float) -> None:
         raise BudgetError(f"--remove must lie between 0 and 1, got {remove}")
 
 
-def uniform_rank(group: LinearGroup, remove: float, form: Form) -> float:
-    """Real rank at which this group alone loses the fraction `remove`.
+class SoftBudget:
+    """Parameter counts of real-valued ranks, all groups at once, float64, as functions of the shares mu/k, (groups,).
 
-    svd: (1 - f) m n / (m + n), the rule of SVD-LLM; pivga: the smaller root of r (m + n) - r^2 = (1 - f) m n.
+    capped: whether a group's count stops at m n, as stored; the paper counts r (m + n) however much that is.
     """
-    width, target = group.rows + group.columns, (1 - remove) * group.dense_parameters
-    if form == "svd":
-        return target / width
-    return (width - math.sqrt(width * width - 4 * target)) / 2
 
+    def __init__(self, groups: Sequence[LinearGroup], form: Form, capped: bool = True):
+        def column(values):
+            return torch.tensor(list(values), dtype=torch.float64)
 
-def auto_alignment(group: LinearGroup) -> int:
-    """Alignment step of a group's rank: 64, a GEMM tile, from k = 2048; below, the power of two next below k / 64."""
-    return 64 if group.full_rank >= 2048 else 2 ** int(math.log2(max(1, group.full_rank / 64)))
+        self.full_rank = column(g.full_rank for g in groups)
+        self.width = column(g.rows + g.columns for g in groups)
+        self.dense = column(g.dense_parameters for g in groups)
+        self.form, self.capped = form, capped
 
+    def counts(self, share: torch.Tensor) -> torch.Tensor:
+        """Parameters of each group at mu = share * k. In svd form a capped count stops at m n."""
+        rank = share.clamp(0, 1) * self.full_rank
+        if self.form == "pivga":
+            return rank * (self.width - rank)
+        return torch.minimum(rank * self.width, self.dense) if self.capped else rank * self.width
 
-def rank_ladder(group: LinearGroup, form: Form, align: int, minimum: int = 1) -> list[int]:
-    """Ranks a group may take: multiples of `align`, from `minimum` on, that save something, then k, i.e. dense."""
-    ladder = [r for r in range(align, group.full_rank, align) if r >= minimum and not stays_dense(group, r, form)]
-    return [*ladder, group.full_rank]
+    def fraction(self, share: torch.Tensor) -> torch.Tensor:
+        """Kept fraction of the dense parameters."""
+        return self.counts(share).sum() / self.dense.sum()
 
+    def price(self, share: torch.Tensor) -> torch.Tensor:
+        """d fraction / d share, (groups,): what one unit of mu/k costs each group.
 
-def check_budget(
-    groups: Sequence[LinearGroup], budget: int, form: Form, align: int | None = None, minimum: int = 1
-) -> None:
-    """Raises BudgetError if even the lowest ranks exceed the budget; arguments as those of round_to_budget."""
-    ladders = [rank_ladder(g, form, align or auto_alignment(g), minimum) for g in groups]
-    lowest = sum(int(group_parameters(g, ladder[0], form)) for g, ladder in zip(groups, ladders, strict=True))
-    if lowest > budget:
-        raise BudgetError(
-            f"--remove leaves {budget} parameters, but the lowest aligned ranks need {lowest}; "
-            "remove less, or give a smaller --align or --minimum-rank"
-        )
+        In svd form the price goes on above the rank where dense is cheaper, so that a dense group can be drawn down.
+        """
+        rank = share.clamp(0, 1) * self.full_rank
+        slope = self.width - 2 * rank if self.form == "pivga" else self.width
+        return slope * self.full_rank / self.dense.sum()
 
+    def tangent(self, gradient: torch.Tensor, share: torch.Tensor, low: torch.Tensor, high: float) -> torch.Tensor:
+        """The gradient less its part along the price: what is left trades parameters between groups.
 
-def round_to_budget(
-    groups: Sequence[LinearGroup],
-    ideal: Sequence[float],
-    budget: int,
-    form: Form,
-    align: int | None = None,
-    minimum: int = 1,
-) -> list[int]:
-    """Integer ranks near `ideal` that spend at most `budget` and leave less than one step of it unspent.
+        Loss falls with every rank, so Adam, which looks at signs, would raise all groups alike. The Lagrangian's
+        gradient raises those that gain more per parameter than the others and lowers the rest; its multiplier is the
+        least-squares one over the groups inside the box.
+        """
+        price = self.price(share)
+        inside = (share > low) & (share < high)
+        weight = price * inside if inside.any() else price
+        return gradient - (gradient @ weight) / (weight @ weight).clamp(min=1e-30) * price
 
-    ideal: real ranks, one a group; align: step of the ranks, None for auto_alignment; minimum: lowest rank. Ranks
-    start from the rung below the ideal, come down where that is too much and go up where the next rung still fits,
-    always where the distance to the ideal, in units of k, is largest. A dense group of the svd form comes down last,
-    since its next rung lies below the jump.
-    Raises BudgetError if even the lowest ranks exceed the budget.
-    """
-    check_budget(groups, budget, form, align, minimum)
-    aligns = [align or auto_alignment(g) for g in groups]
-    ladders = [rank_ladder(g, form, step, minimum) for g, step in zip(groups, aligns, strict=True)]
-    costs = [[int(group_parameters(g, r, form)) for r in ladder] for g, ladder in zip(groups, ladders, strict=True)]
-    rungs = [
-        max([i for i, r in enumerate(ladder) if r <= x], default=0) for ladder, x in zip(ladders, ideal, strict=True)
-    ]
-    spent = sum(cost[i] for cost, i in zip(costs, rungs, strict=True))
-
-    def surplus(g: int, rank: int) -> float:
-        return (rank - ideal[g]) / groups[g].full_rank
-
-    while spent > budget:
-        above = [g for g, i in enumerate(rungs) if i > 0]
-        g = max(above, key=lambda g: surplus(g, min(ladders[g][rungs[g] - 1] + aligns[g], ladders[g][rungs[g]])))
-        spent += costs[g][rungs[g] - 1] - costs[g][rungs[g]]
-        rungs[g] -= 1
-    while True:
-        room = [
-            g for g, i in enumerate(rungs) if i + 1 < len(costs[g]) and spent + costs[g][i + 1] - costs[g][i] <= budget
-        ]
-        if not room:
-            return [ladder[i] for ladder, i in zip(ladders, rungs, strict=True)]
-        g = min(room, key=lambda g: surplus(g, ladders[g][rungs[g] + 1]))
-        spent += costs[g][rungs[g] + 1] - costs[g][rungs[g]]
-        rungs[g] += 1
-
-
-def uniform_ranks(groups: Sequence[LinearGroup], remove: float, form: Form, align: int | None = None) -> list[int]:
-    """The same fraction from every group, rounded to the budget."""
-    ideal = [uniform_rank(g, remove, form) for g in groups]
-    return round_to_budget(groups, ideal, kept_parameters(groups, remove), form, align)
+    def project(self, share: torch.Tensor, kept: float, low: torch.Tensor, high: torch.Tensor | float) -> torch.Tensor:
+        """All mu/k shifted together, inside the box, so that the kept fraction is `kept` (bisection on the shift)."""
+        high = torch.as_tensor(high, dtype=share.dtype)
+        above = 1.0 + high.max().item()
+        below = -above
+        for _ in range(60):
+            middle = (below + above) / 2
+            shifted = torch.maximum(torch.minimum(share + middle, high), low)
+            below, above = (middle, above) if self.fraction(shifted) < kept else (below, middle)
+        return torch.maximum(torch.minimum(share + below, high), low)

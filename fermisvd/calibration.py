@@ -6,11 +6,11 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from fermisvd.blocks import DecoderBlocks, HiddenStates, device_of, sweep
 from fermisvd.decomposition import OutputGram
-from fermisvd.distributed import share, sum_over_processes
 from fermisvd.errors import FermiSVDError
 from fermisvd.linear import linear_layer, weight_of
+from fermisvd.running.blocks import DecoderBlocks, HiddenStates, device_of, sweep
+from fermisvd.running.distributed import own_part, sum_over_processes
 
 Grams = dict[str, torch.Tensor]
 OutputGrams = dict[str, OutputGram]
@@ -219,7 +219,7 @@ def _parts(model: nn.Module, sources: list[str], members: list[str], limit_bytes
 
 def _of_this_process(batches: Iterable[torch.Tensor]) -> list[tuple[int, torch.Tensor]]:
     """Every process' share of the batches, with their numbers."""
-    return share(list(enumerate(batches)))
+    return own_part(list(enumerate(batches)))
 
 
 def drawn_gradient(logits: torch.Tensor, seed: int, number: int) -> torch.Tensor:

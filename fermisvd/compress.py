@@ -6,110 +6,118 @@ decoder block at a time, each step's result kept in files and found again.
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import BeforeValidator, Field
 from torch import nn
 
-from fermisvd.budget import (
-    Form,
-    auto_alignment,
-    check_budget,
-    kept_parameters,
-    round_to_budget,
-    stays_dense,
-    uniform_rank,
-)
+from fermisvd.budget import Budget, Form, RankedGroup, compressed
 from fermisvd.calibration import Grams, OutputGrams, calibration_grams
 from fermisvd.decomposition import Factors, group_factors
+from fermisvd.dense_choice import choose_dense
 from fermisvd.errors import FermiSVDError
-from fermisvd.fermigrad import FermiGradSettings, install_gates, optimise_ranks
-from fermisvd.format import FermiSVDConfig
-from fermisvd.groups import LinearGroup, check_unshared, find_groups, stacked_weight
+from fermisvd.fermigrad import FermiGradSettings, optimise_ranks
+from fermisvd.format import CheckpointConfig
+from fermisvd.gates import install_gates
+from fermisvd.groups import LinearGroup, Partition, check_unshared, find_groups, stacked_weight
 from fermisvd.healing import HealingSettings, heal, rounded_factors, trained_factors
 from fermisvd.hf import mark_compressed
-from fermisvd.jump import settle_jump
+from fermisvd.joining import join_groups
 from fermisvd.linear import linear_layer
-from fermisvd.losses import set_weight
+from fermisvd.losses import Pair, set_products
 from fermisvd.modules import replace_group
-from fermisvd.partition import join_groups
 from fermisvd.refit import refit
+from fermisvd.settings import Count, Natural, Settings
 from fermisvd.storage import compressed_tensors, config_group
 
 ASIDE_WINDOWS = 32  # windows that decide between measured alternatives, never trained on
-Whitening = Literal["input", "kfac"]
+Whitening = Literal["kfac", "input"]
 GroupsRule = Literal["auto", "joint", "separate"]
-Pair = tuple[torch.Tensor, torch.Tensor]  # A (m x r) and B (r x n) of a group
+
+
+class CompressOptions(Settings):
+    """The method's options."""
+
+    remove: Annotated[float, Field(description="Fraction of the decoder blocks' linear parameters to remove.")]
+    form: Annotated[Form, Field(description="Stored form of the factors.")] = "pivga"
+    ranks: Annotated[str, Field(description="fermigrad, uniform, or a JSON file of ranks to fit to the budget.")] = (
+        "fermigrad"
+    )
+    groups: Annotated[
+        GroupsRule,
+        Field(description="Layers that read the same input: decomposed jointly, one by one, or as measured."),
+    ] = "auto"
+    whitening: Annotated[
+        Whitening, Field(description="What weighs an error: the layer's inputs, or also the loss gradient.")
+    ] = "kfac"
+    refit: Annotated[
+        bool | None,
+        Field(
+            description="Fit each group to what compressed layers send it.",
+            json_schema_extra={"shown": "where not healed"},
+        ),
+    ] = None
+    align: Annotated[
+        Count | None,
+        BeforeValidator(lambda value: None if value == "auto" else value),
+        Field(description="Step of the ranks.", json_schema_extra={"shown": "auto: a power of two near k/64"}),
+    ] = None
+    minimum_rank: Annotated[Count, Field(description="Lowest rank of any group.")] = 1
+    batch_size: Annotated[Count, Field(description="Windows a forward pass.")] = 8
+    seed: Annotated[Natural, Field(description="The same seed, the same checkpoint.")] = 0
+    fermigrad: Annotated[FermiGradSettings, Field(title="FermiGrad")] = FermiGradSettings()
+    healing: Annotated[HealingSettings, Field(title="Healing", json_schema_extra={"prefix": "heal_"})] = (
+        HealingSettings()
+    )
+
+    @property
+    def budget(self) -> Budget:
+        """Raises BudgetError unless 0 < remove < 1."""
+        return Budget.removing(self.remove, self.form, self.align, self.minimum_rank)
+
+    @property
+    def partition(self) -> Partition:
+        """How groups are found first: `auto` begins with separate ones."""
+        return "joint" if self.groups == "joint" else "separate"
+
+    @property
+    def refits(self) -> bool:
+        return self.healing.steps == 0 if self.refit is None else self.refit
 
 
 class CompressError(FermiSVDError):
     """The model or the windows are not what can be compressed."""
 
 
-def compress(
-    model: nn.Module,
-    windows: torch.Tensor,
-    remove: float = 0.2,
-    form: Form = "pivga",
-    *,
-    whitening: Whitening = "kfac",
-    groups: GroupsRule = "auto",
-    ranks: FermiGradSettings | None = FermiGradSettings(),
-    healing: HealingSettings | None = HealingSettings(),
-    align: int | None = None,
-    batch_size: int = 8,
-    seed: int = 0,
-) -> nn.Module:
+def compress(model: nn.Module, windows: torch.Tensor, remove: float = 0.2, **options: Any) -> nn.Module:
     """A compressed copy of `model`, in its types, that save_pretrained writes, from_pretrained loads and vLLM serves.
 
     model: a dense causal language model of transformers, which stays as it is; windows: token ids (samples, length) to
-    calibrate and train on; remove: fraction of the parameters of the decoder blocks' linear layers; ranks: settings of
-    FermiGrad, None for uniform ranks; healing: settings of the closing distillation, None for a sequential refit
-    instead; align: step of the ranks, None for a power of two near k/64; seed: of calibration, ranks and healing.
-    Models, factors and Gram matrices are held at once, in float32 and float64. Raises FermiSVDError for a model or
-    windows that cannot be used.
+    calibrate and train on; remove: fraction of the parameters of the decoder blocks' linear layers; options: those of
+    `CompressOptions` by name, such as form="svd" or heal_steps=0, nested ones as on the command line.
+    Models, factors and Gram matrices are held at once, in float32 and float64. Raises FermiSVDError for a model,
+    windows or options that cannot be used.
     """
     check_windows(windows)
-    if getattr(model.config, "quantization_config", None) is not None:
-        raise CompressError("the model is quantised or compressed already; give the dense one")
-    check_unshared(model)
-    aside, training = set_aside(windows)
-    teacher = in_float32(model)
-
-    found = find_groups(teacher, "joint" if groups == "joint" else "separate")
-    budget, minimum = kept_parameters(found, remove), ranks.minimum_rank if ranks else 1
-    check_budget(found, budget, form, align, minimum)
-    decomposition = calibrated(model, teacher, found, windows, whitening, batch_size, seed)
-
-    ideal = [uniform_rank(group, remove, form) for group in found]
-    if ranks is not None:
-        settings = replace(ranks, seed=seed)
-        ideal = fermigrad_ranks(teacher, found, decomposition, windows, aside, remove, form, settings, align)
-    chosen = round_to_budget(found, ideal, budget, form, align, minimum)
-
-    def compressed() -> dict[LinearGroup, int]:
-        return {g: r for g, r in zip(found, chosen, strict=True) if not stays_dense(g, r, form)}
-
-    def truncated() -> dict[LinearGroup, Pair]:
-        return {group: decomposition.factors(group).truncated(rank) for group, rank in compressed().items()}
-
-    if groups == "auto":
-        student, align_of = low_rank(teacher, truncated()), lambda group: align or auto_alignment(group)
-        joined = join_groups(teacher, student, found, chosen, form, aside, decomposition.factors, align_of, batch_size)
-        found, chosen = [group for group, _ in joined], [rank for _, rank in joined]
-        chosen = round_to_budget(found, chosen, budget, form, align, minimum)  # a step may be left unspent
-
-    ranked, factors = compressed(), truncated()
-    if healing is None and len(training):
-        student, members, kept = low_rank(teacher, factors), list(ranked), list(ranked.values())
-        better = refit(teacher, student, members, kept, training, aside, decomposition.fit, batch_size=batch_size)
-        factors |= {group: better[group.name] for group in ranked if group.name in better}
-    student = with_modules(model, ranked, factors, form)
-    if healing is not None and ranked and len(training):
-        healed(teacher, student, training, aside, replace(healing, seed=seed))
-    entries = tuple(config_group(group, rank, form) for group, rank in ranked.items())
-    mark_compressed(student, FermiSVDConfig(groups=entries, provenance={"settings": {"remove": remove, "form": form}}))
+    work = Compression(model, windows, CompressOptions.named(remove=remove, **options))
+    groups = find_groups(work.teacher, work.options.partition)
+    work.budget.check(groups)
+    decomposition = calibrate(work, groups)
+    ranked = work.budget.ranked(groups, ideal_ranks(work, groups, decomposition))
+    if work.options.groups == "auto":
+        ranked = joined(work, ranked, decomposition)
+    ranked = compressed(ranked)
+    factors = {each.group: decomposition.factors(each.group).truncated(each.rank) for each in ranked}
+    if work.options.refits and len(work.training):
+        factors |= refitted(work, ranked, factors, decomposition)
+    student = with_modules(model, ranked, factors)
+    if work.options.healing.steps and ranked and len(work.training):
+        healed(work, student)
+    settings = {"remove": remove, "form": work.options.form}
+    entries = tuple(config_group(each) for each in ranked)
+    mark_compressed(student, CheckpointConfig(groups=entries, provenance={"settings": settings}))
     return student
 
 
@@ -128,6 +136,19 @@ def set_aside(windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def in_float32(model: nn.Module) -> nn.Module:
     """A copy for measuring, in evaluation mode."""
     return copy.deepcopy(model).float().eval().requires_grad_(False)
+
+
+class Compression:
+    """What the steps share: the model, its copy in float32 (teacher), the windows to decide and to train on, the
+    budget. Raises CompressError or StructureError for a model that cannot be compressed."""
+
+    def __init__(self, model: nn.Module, windows: torch.Tensor, options: CompressOptions):
+        if getattr(model.config, "quantization_config", None) is not None:
+            raise CompressError("the model is quantised or compressed already; give the dense one")
+        check_unshared(model)
+        self.model, self.windows, self.options, self.budget = model, windows, options, options.budget
+        self.aside, self.training = set_aside(windows)
+        self.teacher = in_float32(model)
 
 
 @dataclass
@@ -150,6 +171,11 @@ class Decomposition:
             self.made[group.members] = Factors(exact.a.float(), exact.b.float(), exact.sigma)
         return self.made[group.members]
 
+    def whole(self, group: LinearGroup) -> Pair:
+        """A (m x k) and B (k x n), W = A B."""
+        factors = self.factors(group)
+        return factors.a, factors.b
+
     def fit(self, group: LinearGroup, change: torch.Tensor | None, gram: torch.Tensor) -> Factors:
         """Factors of W, or of W M where `change` is M (n x n), for inputs with this Gram matrix (n x n)."""
         weights = stacked_weight(self.weights, group).split(list(group.member_rows))
@@ -157,68 +183,66 @@ class Decomposition:
         return group_factors(weights, gram, outputs, change)
 
 
-def calibrated(
-    model: nn.Module,
-    teacher: nn.Module,
-    groups: Sequence[LinearGroup],
-    windows: torch.Tensor,
-    whitening: Whitening,
-    batch_size: int,
-    seed: int,
-) -> Decomposition:
-    """One pass over the windows; teacher: the model in float32."""
+def calibrate(work: Compression, groups: Sequence[LinearGroup]) -> Decomposition:
+    """One pass over the windows."""
     sources = list(dict.fromkeys(group.source for group in groups))
-    members = [name for group in groups for name in group.members] if whitening == "kfac" else []
-    return Decomposition(model, *calibration_grams(teacher, sources, members, windows.split(batch_size), seed))
+    members = [name for group in groups for name in group.members] if work.options.whitening == "kfac" else []
+    batches = work.windows.split(work.options.batch_size)
+    return Decomposition(work.model, *calibration_grams(work.teacher, sources, members, batches, work.options.seed))
 
 
-def fermigrad_ranks(
-    teacher: nn.Module,
-    groups: Sequence[LinearGroup],
-    decomposition: Decomposition,
-    windows: torch.Tensor,
-    aside: torch.Tensor,
-    remove: float,
-    form: Form,
-    settings: FermiGradSettings,
-    align: int | None,
-) -> list[float]:
-    """Real ranks on the budget; in svd form each group is k or at most where its factors are smaller than W."""
-
-    def whole(group: LinearGroup) -> tuple[torch.Tensor, torch.Tensor]:
-        factors = decomposition.factors(group)
-        return factors.a, factors.b
-
-    gated_model = copy.deepcopy(teacher)
-    gated = install_gates(gated_model, groups, whole)
-    budget = kept_parameters(groups, remove)
-    kept = budget / sum(group.dense_parameters for group in groups)
-    mus, _ = optimise_ranks(gated_model, groups, gated, windows, kept, form, settings)
-    if form == "svd":
-        mus, _ = settle_jump(
-            gated_model, groups, gated, mus, budget, aside, align, settings.minimum_rank, settings.batch_size
-        )
+def ideal_ranks(work: Compression, groups: Sequence[LinearGroup], decomposition: Decomposition) -> list[float]:
+    """Real ranks on the budget; FermiGrad's in svd form are k or at most where factors are smaller than W."""
+    if work.options.ranks == "uniform":
+        return work.budget.uniform_ranks(groups)
+    if work.options.ranks != "fermigrad":
+        raise CompressError(f"ranks: {work.options.ranks!r} is neither fermigrad nor uniform")
+    model = copy.deepcopy(work.teacher)
+    gated = install_gates(model, groups, decomposition.whole)
+    batch_size, seed = work.options.batch_size, work.options.seed
+    mus, _ = optimise_ranks(
+        model, groups, gated, work.windows, work.budget, work.options.fermigrad, batch_size=batch_size, seed=seed
+    )
+    if work.options.form == "svd":
+        mus, _ = choose_dense(model, groups, gated, mus, work.budget, work.aside, batch_size=batch_size)
     return mus
+
+
+def joined(work: Compression, ranked: Sequence[RankedGroup], decomposition: Decomposition) -> list[RankedGroup]:
+    """Groups joined where the measured loss allows; what that leaves of the budget is spent again."""
+    student = low_rank(
+        work.teacher,
+        {each.group: decomposition.factors(each.group).truncated(each.rank) for each in compressed(ranked)},
+    )
+    batch_size = work.options.batch_size
+    found = join_groups(
+        work.teacher, student, ranked, work.budget, work.aside, decomposition.factors, batch_size=batch_size
+    )
+    return work.budget.ranked([each.group for each in found], [each.rank for each in found])
+
+
+def refitted(
+    work: Compression, ranked: Sequence[RankedGroup], factors: Mapping[LinearGroup, Pair], decomposition: Decomposition
+) -> dict[LinearGroup, Pair]:
+    """New factors of the groups that fit better to what compressed layers send them."""
+    student, batch_size = low_rank(work.teacher, factors), work.options.batch_size
+    better = refit(work.teacher, student, ranked, work.training, work.aside, decomposition.fit, batch_size=batch_size)
+    return {each.group: better[each.group.name] for each in ranked if each.group.name in better}
 
 
 def low_rank(teacher: nn.Module, factors: Mapping[LinearGroup, Pair]) -> nn.Module:
     """A copy whose groups have A B for their weights."""
-    student = copy.deepcopy(teacher)
-    for group, (a, b) in factors.items():
-        set_weight(student, group, a @ b)
-    return student
+    return set_products(copy.deepcopy(teacher), factors.items())
 
 
-def with_modules(
-    model: nn.Module, ranked: Mapping[LinearGroup, int], factors: Mapping[LinearGroup, Pair], form: Form
-) -> nn.Module:
+def with_modules(model: nn.Module, ranked: Sequence[RankedGroup], factors: Mapping[LinearGroup, Pair]) -> nn.Module:
     """A copy of the model with compressed layers, in its weights' type, in place of the groups' dense ones."""
     student = copy.deepcopy(model)
-    for group, rank in ranked.items():
-        dtype = linear_layer(model, group.name).weight.dtype
-        biases = {name: student.get_submodule(name).bias for name in group.members}
-        replace_group(student, config_group(group, rank, form))
-        for name, tensor in compressed_tensors(group, *factors[group], form, dtype).items():
+    for each in ranked:
+        dtype = linear_layer(model, each.group.name).weight.dtype
+        biases = {name: student.get_submodule(name).bias for name in each.group.members}
+        replace_group(student, config_group(each))
+        for name, tensor in compressed_tensors(each, *factors[each.group], dtype).items():
             put(student, name, tensor)
         for name, bias in biases.items():
             if bias is not None:
@@ -232,12 +256,18 @@ def put(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
         model.state_dict(keep_vars=True)[name].copy_(tensor)
 
 
-def healed(
-    teacher: nn.Module, student: nn.Module, training: torch.Tensor, aside: torch.Tensor, settings: HealingSettings
-) -> None:
+def healed(work: Compression, student: nn.Module) -> None:
     """Distil the student's factors in float32, and round them to its own type."""
-    trained = in_float32(student)
-    heal(teacher, trained, training, aside, settings)
+    trained, options = in_float32(student), work.options
+    heal(
+        work.teacher,
+        trained,
+        work.training,
+        work.aside,
+        options.healing,
+        batch_size=options.batch_size,
+        seed=options.seed,
+    )
     types = {name: parameter.dtype for name, parameter in trained_factors(student).items()}
     for dtype in set(types.values()):
         for name, tensor in rounded_factors(trained, dtype).items():

@@ -2,7 +2,7 @@
 
 `input` whitening weighs an error by the inputs it meets, svd(W S) with C = S S^T (the paper's). `kfac` also weighs it
 by what the loss makes of it, svd(L^T W S) with G = L L^T, the covariance of the loss gradient at the layer's output
-(DESIGN, Whitening).
+(docs/method.md, Whitening).
 
 What is summed, factorised and decomposed is float64; only the factors' products may be narrower (`_product_type`). Of
 C, which may be by far the largest matrix, no second one is made where it is not the side that is decomposed.
@@ -52,7 +52,7 @@ def data_aware_svd(weight: torch.Tensor, gram: torch.Tensor, damping: float = 0.
 
     weight: W, (m x n); gram: C, (n x n), may be singular; damping: added to the diagonal of C, relative to its mean.
     Only U and sigma are needed, so C is never factorised: U is the eigenbasis of W C W^T when m <= n, else that of
-    R C R^T carried back by Q, W = Q R (DESIGN, Data-aware SVD). Dead channels and fewer tokens than channels are fine.
+    R C R^T carried back by Q, W = Q R (docs/method.md, Data-aware SVD). Dead channels and fewer tokens than channels are fine.
     Neither argument is changed.
     """
     product = _product_type(weight)

@@ -49,7 +49,7 @@ class Group(BaseModel):
         return self.members[0]
 
 
-class FermiSVDConfig(BaseModel):
+class CheckpointConfig(BaseModel):
     """The `quantization_config` entry of config.json."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -60,14 +60,14 @@ class FermiSVDConfig(BaseModel):
     provenance: dict[str, Any] = {}
 
     @model_validator(mode="after")
-    def _dense_tensors_are_names(self) -> "FermiSVDConfig":
+    def _dense_tensors_are_names(self) -> "CheckpointConfig":
         names = self.provenance.get("dense_tensors", [])
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError("provenance.dense_tensors is no list of names")
         return self
 
     @model_validator(mode="after")
-    def _no_overlap(self) -> "FermiSVDConfig":
+    def _no_overlap(self) -> "CheckpointConfig":
         seen: set[str] = set()
         for member in (m for group in self.groups for m in group.members):
             if member in seen:
@@ -80,7 +80,7 @@ class FermiSVDConfig(BaseModel):
         return {member: group for group in self.groups for member in group.members}
 
 
-def parse_config(values: Mapping[str, Any], where: str = "config.json: quantization_config") -> FermiSVDConfig:
+def parse_config(values: Mapping[str, Any], where: str = "config.json: quantization_config") -> CheckpointConfig:
     """Validated config. Raises FormatError naming `where` and every field that is off."""
     version = values.get("format_version")
     if version != FORMAT_VERSION or not isinstance(version, int) or isinstance(version, bool):
@@ -89,7 +89,7 @@ def parse_config(values: Mapping[str, Any], where: str = "config.json: quantizat
             "install the version that wrote it"
         )
     try:
-        return FermiSVDConfig.model_validate(dict(values))
+        return CheckpointConfig.model_validate(dict(values))
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'groups'}: {e['msg']}" for e in error.errors()[:5])
         raise FormatError(f"{where}: {problems}; convert again") from None
@@ -107,7 +107,7 @@ def quantization_method(folder: Path) -> str | None:
     return str(method or "quantized") if entry else None
 
 
-def read_config(folder: Path) -> FermiSVDConfig:
+def read_config(folder: Path) -> CheckpointConfig:
     """The FermiSVD entry of a folder's config.json. Raises FormatError if there is none."""
     path = Path(folder) / "config.json"
     if not Path(folder).is_dir():
@@ -126,7 +126,7 @@ def read_config(folder: Path) -> FermiSVDConfig:
 
 
 def expected_tensors(group: Group, member_rows: Sequence[int], columns: int) -> dict[str, tuple[int, ...]]:
-    """Tensor name -> shape of a group whose members are (m_i x n) matrices (DESIGN, Checkpoint format 1).
+    """Tensor name -> shape of a group whose members are (m_i x n) matrices (docs/format.md).
 
     Raises FormatError if the rank exceeds the matrix.
     """
@@ -166,7 +166,7 @@ def check_finite(name: str, tensor: torch.Tensor) -> None:
         raise FormatError(f"{name}: holds NaN or infinite values; {MEND}")
 
 
-def validate_checkpoint(folder: Path) -> FermiSVDConfig:
+def validate_checkpoint(folder: Path) -> CheckpointConfig:
     """The config of a folder all of whose tensors are what it says: names, shapes, types, permutations, finite values.
 
     Reads every tensor once. Raises FormatError otherwise.
@@ -176,7 +176,7 @@ def validate_checkpoint(folder: Path) -> FermiSVDConfig:
     return config
 
 
-def read_checkpoint(folder: Path) -> tuple[FermiSVDConfig, dict[str, TensorInfo]]:
+def read_checkpoint(folder: Path) -> tuple[CheckpointConfig, dict[str, TensorInfo]]:
     """Config and headers of a compressed checkpoint, checked against each other; its folder holds no other weights.
 
     Raises FormatError naming file, tensor and remedy.
@@ -198,7 +198,7 @@ def validate_before_serving(folder: Path) -> None:
     check_values({name: info for name, info in headers.items() if name not in factors})
 
 
-def check_headers(config: FermiSVDConfig, headers: Mapping[str, TensorInfo], folder: Path) -> None:
+def check_headers(config: CheckpointConfig, headers: Mapping[str, TensorInfo], folder: Path) -> None:
     """Raises FormatError if a tensor of a group, or one that provenance lists as dense, is not there as described."""
     for group in config.groups:
         check_group_headers(group, headers, folder)

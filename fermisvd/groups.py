@@ -84,7 +84,7 @@ def find_groups(model: nn.Module, partition: Partition = "joint") -> list[Linear
     Found by running a few tokens: layers called with one and the same tensor are a group (`joint`), or
     each a group of its own that shares the Gram matrix (`separate`). A parent module's last group
     gives the parent's output, so it is row-parallel under tensor parallelism and takes its skeleton
-    from rows; all others take columns (DESIGN: the side that tensor parallelism replicates).
+    from rows; all others take columns (the side that tensor parallelism replicates).
     Layers that not every token passes exactly once (experts, with all others of their list), and routers, are in no
     group: see `left_dense`.
     Raises StructureError if no layer is left to compress, ActivationsError naming the first layer whose input is not

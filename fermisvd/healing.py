@@ -6,10 +6,11 @@ would be lost in rounding.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import nn
 
 from fermisvd.batches import shuffled_batches
@@ -18,19 +19,26 @@ from fermisvd.format import INTERPOLATION
 from fermisvd.losses import StudentLoss, kl_divergence
 from fermisvd.modules import CompressedLinear, PivGaColumnsLinear, PivGaRowsLinear
 from fermisvd.pivga import refuse_overflow, round_interpolation
+from fermisvd.settings import Natural, Settings
+
+BETAS = (0.9, 0.95)
 
 
-@dataclass(frozen=True)
-class HealingSettings:
-    """learning_rate: of Adam, relative to the root mean square of each factor over the root of its longer side, so that
-    a step changes its largest singular value by the same share at any width, and to the root of the loss at the start
-    (at most 1): a loss grows as the square of the error, so what there is to mend is as large as its root. It rises
-    over the first twentieth of the steps and falls to zero as a cosine."""
+class HealingSettings(Settings):
+    """Options of the distillation.
 
-    steps: int = 128
-    batch_size: int = 8
-    learning_rate: float = 0.1
-    seed: int = 0
+    Adam's learning rate is relative to the root mean square of each factor over the root of its longer side, so that a
+    step changes its largest singular value by the same share at any width, and to the root of the loss at the start (at
+    most 1): a loss grows as the square of the error, so what there is to mend is as large as its root. It rises over
+    the first twentieth of the steps and falls to zero as a cosine.
+    """
+
+    steps: Annotated[
+        Natural, Field(description="Steps of distillation on the calibration windows at the end; 0 for none.")
+    ] = 128
+    learning_rate: Annotated[
+        float, Field(ge=0, description="Of the distillation, relative to each factor's size and width.")
+    ] = 0.1
 
 
 class HealingError(FermiSVDError):
@@ -54,6 +62,9 @@ def heal(
     windows: torch.Tensor,
     aside: torch.Tensor,
     settings: HealingSettings,
+    *,
+    batch_size: int,
+    seed: int,
     on_step: Callable[[dict], None] = lambda _: None,
 ) -> dict:
     """Train the student's factors in place, by KL(teacher || student) on windows (samples, length) of token ids.
@@ -66,19 +77,13 @@ def heal(
     if not factors:
         raise HealingError("the model has no compressed layer to heal")
     student.requires_grad_(False)
-    loss = StudentLoss(teacher, aside, settings.batch_size)
+    loss = StudentLoss(teacher, aside, batch_size)
     before, start = loss(student), {name: parameter.detach().clone() for name, parameter in factors.items()}
     if not math.isfinite(before):
         raise HealingError(f"KL is {before} before healing; check the checkpoint and its dense model")
-    rate = settings.learning_rate * min(1.0, math.sqrt(before))
-    groups = []
-    for parameter in factors.values():
-        parameter.requires_grad_()
-        size = parameter.detach().square().mean().sqrt().item() / math.sqrt(max(parameter.shape))
-        groups.append({"params": [parameter], "scale": rate * size})
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
+    optimizer = torch.optim.Adam(_scaled(factors, settings.learning_rate * min(1.0, math.sqrt(before))), betas=BETAS)
     device = next(student.parameters()).device
-    batches = shuffled_batches(windows, settings.batch_size, settings.seed)
+    batches = shuffled_batches(windows, batch_size, seed)
     records: list[dict] = []
     for step in range(settings.steps):
         batch = next(batches).to(device)
@@ -101,6 +106,16 @@ def heal(
             parameter.copy_(start[name])
         after = before
     return {"kl_before": before, "kl_after": after, "trace": records}
+
+
+def _scaled(factors: Mapping[str, nn.Parameter], rate: float) -> list[dict]:
+    """Adam's parameter groups, one a factor, with its learning rate at full height as `scale`."""
+    groups = []
+    for parameter in factors.values():
+        parameter.requires_grad_()
+        size = parameter.detach().square().mean().sqrt().item() / math.sqrt(max(parameter.shape))
+        groups.append({"params": [parameter], "scale": rate * size})
+    return groups
 
 
 def _schedule(step: int, steps: int) -> float:

@@ -21,7 +21,7 @@ from fermisvd.files import MEND, TensorInfo, read_headers
 from fermisvd.format import (
     PERMUTATION,
     QUANT_METHOD,
-    FermiSVDConfig,
+    CheckpointConfig,
     expected_tensors,
     parse_config,
     read_config,
@@ -40,7 +40,7 @@ class ParallelismError(FermiSVDError):
 
 @register_quantization_config(QUANT_METHOD)
 class FermiSVDQuantizationConfig(QuantizationConfigMixin):
-    """transformers' view of fermisvd.format.FermiSVDConfig; to_dict gives back the validated entry."""
+    """transformers' view of fermisvd.format.CheckpointConfig; to_dict gives back the validated entry."""
 
     def __init__(self, **entry: Any):
         self.quant_method = QUANT_METHOD
@@ -96,7 +96,7 @@ class FermiSVDQuantizer(HfQuantizer):
         return False
 
 
-def mark_compressed(model: nn.Module, config: FermiSVDConfig) -> None:
+def mark_compressed(model: nn.Module, config: CheckpointConfig) -> None:
     """A model whose layers are in place already: save_pretrained writes its config's groups from now on."""
     entry = FermiSVDQuantizationConfig(**config.model_dump(mode="json", exclude_none=True, exclude={"quant_method"}))
     model.config.quantization_config = entry
@@ -127,7 +127,7 @@ def check_architecture(folder: Path) -> None:
 
 
 def replace_groups(
-    model: nn.Module, config: FermiSVDConfig, headers: dict[str, TensorInfo], folder: Path
+    model: nn.Module, config: CheckpointConfig, headers: dict[str, TensorInfo], folder: Path
 ) -> ModelTensors:
     """Puts reference modules in place of the config's layers, and says which tensors are the model's.
 
@@ -195,7 +195,7 @@ def empty_model(folder: Path, trust_remote_code: bool = False) -> nn.Module:
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
 
-def compressed_config(model: nn.Module) -> FermiSVDConfig | None:
+def compressed_config(model: nn.Module) -> CheckpointConfig | None:
     """The groups that a model's config says are compressed; None for a dense model."""
     entry = getattr(model.config, "quantization_config", None)
     return parse_config(entry) if isinstance(entry, dict) and entry.get("quant_method") == QUANT_METHOD else None

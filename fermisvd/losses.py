@@ -1,11 +1,15 @@
 """How far a student is from its teacher: KL(teacher || student), and a student made of replaced weights."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 from torch.nn import functional
 
 from fermisvd.groups import LinearGroup
 from fermisvd.linear import linear_layer, weight_of
+
+Pair = tuple[torch.Tensor, torch.Tensor]  # A (m x r) and B (r x n) of a group
 
 KL_SLICE = 1024  # tokens
 KEPT_LOGITS = 2**30  # bytes
@@ -42,7 +46,7 @@ class StudentLoss:
     """KL(teacher || student) on fixed windows, (samples, length). The teacher's logits are kept if they are small."""
 
     @torch.no_grad()
-    def __init__(self, teacher: nn.Module, windows: torch.Tensor, batch_size: int = 8):
+    def __init__(self, teacher: nn.Module, windows: torch.Tensor, batch_size: int):
         device = next(teacher.parameters()).device
         self.teacher, self.batches = teacher, windows.to(device).split(batch_size)
         first = self._teach(self.batches[0])
@@ -66,3 +70,10 @@ def set_weight(model: nn.Module, group: LinearGroup, weight: torch.Tensor) -> No
     with torch.no_grad():
         for name, rows in zip(group.members, weight.split(list(group.member_rows)), strict=True):
             weight_of(linear_layer(model, name)).copy_(rows)
+
+
+def set_products(model: nn.Module, factors: Iterable[tuple[LinearGroup, Pair]]) -> nn.Module:
+    """The model, each group's dense weight replaced by A B: a student that needs no compressed layers."""
+    for group, (a, b) in factors:
+        set_weight(model, group, a @ b)
+    return model

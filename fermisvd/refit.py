@@ -12,17 +12,18 @@ from itertools import groupby
 import torch
 from torch import nn
 
-from fermisvd.blocks import DecoderBlocks
+from fermisvd.budget import RankedGroup
 from fermisvd.decomposition import Factors
 from fermisvd.groups import LinearGroup, stacked_weight
 from fermisvd.linear import linear_layer, weight_of
 from fermisvd.losses import StudentLoss, set_weight
+from fermisvd.running.blocks import DecoderBlocks
 
 MIXTURES = (0.0, 0.5)  # alpha, tried in turn
-DAMPING = 1e-3  # of mean(diag C'): pulls W' towards W in directions that few tokens use
+REFIT_DAMPING = 1e-3  # of mean(diag C'): pulls W' towards W in directions that few tokens use
 
 
-def refit_map(cross: torch.Tensor, gram: torch.Tensor, mixture: float, damping: float = DAMPING) -> torch.Tensor:
+def refit_map(cross: torch.Tensor, gram: torch.Tensor, mixture: float, damping: float = REFIT_DAMPING) -> torch.Tensor:
     """M (n x n), float64, with W' = W M. cross: X X'^T, gram: X' X'^T, both (n x n); mixture: alpha.
 
     Inputs that are all zero give the identity.
@@ -39,12 +40,12 @@ def refit_map(cross: torch.Tensor, gram: torch.Tensor, mixture: float, damping: 
 def refit(
     dense: nn.Module,
     student: nn.Module,
-    groups: Sequence[LinearGroup],
-    ranks: Sequence[int],
+    ranked: Sequence[RankedGroup],
     windows: torch.Tensor,
     aside: torch.Tensor,
     decompose: Callable[[LinearGroup, torch.Tensor, torch.Tensor], Factors],
-    batch_size: int = 8,
+    *,
+    batch_size: int,
     on_group: Callable[[dict], None] = lambda _: None,
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """A (m x r) and B (r x n) of the groups whose refit lowers KL(dense || student) on the windows kept aside.
@@ -62,12 +63,12 @@ def refit(
     models = DecoderBlocks(dense), DecoderBlocks(student)
     hidden = [[blocks.first(batch) for batch in batches] for blocks in models]
     loss = StudentLoss(dense, aside, batch_size)
-    found, current, members = {}, loss(student), list(zip(groups, ranks, strict=True))
+    found, current = {}, loss(student)
     for index in range(len(models[0].blocks)):
-        inside = [(g, r) for g, r in members if g.name.startswith(f"{models[0].prefix}.{index}.")]
-        for source, readers in groupby(inside, key=lambda pair: pair[0].source):
+        inside = [each for each in ranked if each.group.name.startswith(f"{models[0].prefix}.{index}.")]
+        for source, readers in groupby(inside, key=lambda each: each.group.source):
             cross, gram = _input_grams(models, hidden, index, source)
-            for group, rank in readers:
+            for group, rank in ((each.group, each.rank) for each in readers):
                 before = stacked_weight(student, group).clone()
                 best = None
                 for mixture in MIXTURES:

@@ -1,31 +1,45 @@
 """From factors to what a checkpoint stores: a group's entry in the config, and its tensors."""
 
+from collections.abc import Callable
+
 import torch
 
-from fermisvd.budget import Form
+from fermisvd.budget import Form, RankedGroup
 from fermisvd.format import INTERPOLATION, LOWRANK_A, LOWRANK_B, PERMUTATION, SKELETON, Group
 from fermisvd.groups import LinearGroup
 from fermisvd.pivga import fix_gauge
 
 
-def config_group(group: LinearGroup, rank: int, form: Form) -> Group:
+def config_group(ranked: RankedGroup) -> Group:
     """The config's entry of a compressed group."""
-    return Group(members=group.members, form=form, side=group.side if form == "pivga" else None, rank=rank)
+    side = ranked.group.side if ranked.form == "pivga" else None
+    return Group(members=ranked.group.members, form=ranked.form, side=side, rank=ranked.rank)
 
 
 def compressed_tensors(
-    group: LinearGroup, a: torch.Tensor, b: torch.Tensor, form: Form, dtype: torch.dtype
+    ranked: RankedGroup, a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
     """Tensors of one group as stored, by name. a: A (m x r); b: B (r x n)."""
-    if form == "svd":
-        a, b = balanced(a, b)
-        parts = a.to(dtype).split(list(group.member_rows))
-        tensors = {f"{name}.{LOWRANK_A}": part for name, part in zip(group.members, parts, strict=True)}
-        return tensors | {f"{group.name}.{LOWRANK_B}": b.to(dtype)}
+    return STORED[ranked.form](ranked.group, a, b, dtype)
+
+
+def svd_tensors(group: LinearGroup, a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """B once, and every member's rows of A."""
+    a, b = balanced(a, b)
+    parts = a.to(dtype).split(list(group.member_rows))
+    tensors = {f"{name}.{LOWRANK_A}": part for name, part in zip(group.members, parts, strict=True)}
+    return tensors | {f"{group.name}.{LOWRANK_B}": b.to(dtype)}
+
+
+def pivga_tensors(group: LinearGroup, a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Skeleton, of every member its rows where the skeleton is of columns; interpolation matrix and permutation."""
     gauge = fix_gauge(a, b, group.side, dtype)
     tensors = {f"{group.name}.{INTERPOLATION}": gauge.interpolation, f"{group.name}.{PERMUTATION}": gauge.permutation}
     skeletons = [gauge.skeleton] if group.side == "rows" else gauge.skeleton.split(list(group.member_rows))
     return tensors | {f"{name}.{SKELETON}": part for name, part in zip(group.members, skeletons, strict=True)}
+
+
+STORED: dict[Form, Callable[..., dict[str, torch.Tensor]]] = {"svd": svd_tensors, "pivga": pivga_tensors}
 
 
 def balanced(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

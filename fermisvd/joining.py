@@ -7,7 +7,7 @@ from itertools import groupby, pairwise, product
 import torch
 from torch import nn
 
-from fermisvd.budget import Form, group_parameters, stays_dense
+from fermisvd.budget import Budget, RankedGroup, group_parameters
 from fermisvd.decomposition import Factors
 from fermisvd.groups import LinearGroup, parent_of, stacked_weight
 from fermisvd.losses import StudentLoss, set_weight
@@ -33,61 +33,67 @@ def coarser_partitions(count: int) -> Iterator[list[slice]]:
             yield [slice(begin, end) for begin, end in pairwise(cuts)]
 
 
-def rank_at(group: LinearGroup, parameters: float, form: Form, align: int) -> int:
-    """Largest rank, in steps of `align`, that stores at most `parameters` numbers; k where dense fits."""
+def rank_at(group: LinearGroup, parameters: float, budget: Budget) -> int:
+    """Largest rank, in the budget's steps, that stores at most `parameters` numbers; k where dense fits, 0 if none."""
     if parameters >= group.dense_parameters:
         return group.full_rank
-    ranks = range(align, group.full_rank + 1, align)
-    return max([r for r in ranks if group_parameters(group, r, form) <= parameters], default=0)
+    step = budget.alignment(group)
+    ranks = range(step, group.full_rank + 1, step)
+    return max([r for r in ranks if group_parameters(group, r, budget.form) <= parameters], default=0)
+
+
+def candidates(parts: Sequence[RankedGroup], budget: Budget) -> Iterator[list[RankedGroup]]:
+    """Every way to join neighbours of a fused layer's parts at no more parameters than they have apart."""
+    for partition in coarser_partitions(len(parts)):
+        pieces = [parts[piece] for piece in partition]
+        joint = [(joined([part.group for part in piece]), sum(part.parameters for part in piece)) for piece in pieces]
+        candidate = [
+            piece[0] if len(piece) == 1 else RankedGroup(group, rank_at(group, room, budget), budget.form)
+            for piece, (group, room) in zip(pieces, joint, strict=True)
+        ]
+        if all(each.rank for each in candidate):
+            yield candidate
 
 
 @torch.no_grad()
 def join_groups(
     dense: nn.Module,
     student: nn.Module,
-    groups: Sequence[LinearGroup],
-    ranks: Sequence[int],
-    form: Form,
+    ranked: Sequence[RankedGroup],
+    budget: Budget,
     aside: torch.Tensor,
     factors_of: Callable[[LinearGroup], Factors],
-    align_of: Callable[[LinearGroup], int],
-    batch_size: int = 8,
+    *,
+    batch_size: int,
     on_layer: Callable[[dict], None] = lambda _: None,
-) -> list[tuple[LinearGroup, int]]:
+) -> list[RankedGroup]:
     """Groups and ranks after joining neighbours of a fused layer wherever that does not raise the loss.
 
     student: the dense model with the groups' weights replaced by their low-rank products; changed as joints are
     accepted. Parts of a fused layer are joined at no more parameters than they had apart; the loss is KL(dense ||
-    student) on the windows kept aside, (samples, length). A joint group serves faster, so it wins a tie.
+    student) on the windows kept aside, (samples, length). A joint group serves faster, so it wins a tie. on_layer sees
+    a record of each fused layer.
     """
     loss = StudentLoss(dense, aside, batch_size)
     current, result = loss(student), []
-    rank_of = dict(zip(groups, ranks, strict=True))
-    for parts in fused_layers(groups):
-        chosen = [(group, rank_of[group]) for group in parts]
-        if len(parts) == 1 or all(stays_dense(group, rank, form) for group, rank in chosen):
+    ranked_of = {each.group: each for each in ranked}
+    for groups in fused_layers([each.group for each in ranked]):
+        chosen = [ranked_of[group] for group in groups]
+        if len(groups) == 1 or all(each.stays_dense for each in chosen):
             result += chosen
             continue
-        best, weights = current, [stacked_weight(student, group).clone() for group in parts]
-        for partition in coarser_partitions(len(parts)):
-            candidate = []
-            for piece in partition:
-                group = joined(parts[piece])
-                room = sum(group_parameters(g, rank_of[g], form) for g in parts[piece])
-                alone = piece.stop - piece.start == 1
-                candidate.append((group, rank_of[group] if alone else rank_at(group, room, form, align_of(group))))
-            if any(rank == 0 for _, rank in candidate):
-                continue
-            for group, rank in candidate:
-                a, b = factors_of(group).truncated(rank)
-                set_weight(student, group, stacked_weight(dense, group) if stays_dense(group, rank, form) else a @ b)
+        best, weights = current, [stacked_weight(student, group).clone() for group in groups]
+        for candidate in candidates([ranked_of[group] for group in groups], budget):
+            for each in candidate:
+                a, b = factors_of(each.group).truncated(each.rank)
+                set_weight(student, each.group, stacked_weight(dense, each.group) if each.stays_dense else a @ b)
             kl = loss(student)
             if kl <= best:
                 best, chosen = kl, candidate
-                weights = [stacked_weight(student, group).clone() for group in parts]
-        for group, weight in zip(parts, weights, strict=True):
+                weights = [stacked_weight(student, group).clone() for group in groups]
+        for group, weight in zip(groups, weights, strict=True):
             set_weight(student, group, weight)
-        on_layer({"layer": parts[0].name, "kl": current, "joined_kl": best, "groups": len(chosen)})
+        on_layer({"layer": groups[0].name, "kl": current, "joined_kl": best, "groups": len(chosen)})
         current = best
         result += chosen
     return result

@@ -24,17 +24,17 @@ def launched(name: str) -> int:
     where WORLD_SIZE is 1, empty or not there, that of a single process. Raises ProcessError if it is no number."""
     alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}[name]
     try:
-        world = int(os.environ.get("WORLD_SIZE") or 1)
+        count = int(os.environ.get("WORLD_SIZE") or 1)
         found = int(os.environ.get(name) or alone)
     except ValueError:
         raise ProcessError(f"{name} or WORLD_SIZE is no number; start with torchrun, or unset them") from None
-    if world > 1 and "MASTER_ADDR" not in os.environ:
+    if count > 1 and "MASTER_ADDR" not in os.environ:
         raise ProcessError("WORLD_SIZE is set, but not MASTER_ADDR; start with torchrun, or unset WORLD_SIZE")
-    return found if world > 1 else alone
+    return found if count > 1 else alone
 
 
 @contextmanager
-def processes(device: str) -> Iterator[str]:
+def process_group(device: str) -> Iterator[str]:
     """The process group of a program that torchrun has started; gives the device of this process ("cuda:1").
 
     Outside torchrun, and inside a group that is there already, nothing is done.
@@ -68,24 +68,24 @@ def alone() -> Iterator[None]:
         _alone = before
 
 
-def world() -> int:
+def process_count() -> int:
     """How many processes there are."""
     return distributed.get_world_size() if distributed.is_initialized() and not _alone else 1
 
 
-def rank() -> int:
+def this_process() -> int:
     """This process' number; 0 writes what all have made together."""
     return distributed.get_rank() if distributed.is_initialized() and not _alone else 0
 
 
-def share(items: Sequence[T]) -> list[T]:
-    """Every world()-th of the items, from rank() on."""
-    return list(items[rank() :: world()])
+def own_part(items: Sequence[T]) -> list[T]:
+    """This process' part of the items: every process_count()-th, from this_process() on."""
+    return list(items[this_process() :: process_count()])
 
 
 def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor, added up in place. Raises ProcessError if another process has ended."""
-    if world() > 1:
+    if process_count() > 1:
         with _all_there():
             distributed.all_reduce(tensor)
     return tensor
@@ -93,7 +93,7 @@ def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
 
 def from_first(value: T) -> T:
     """What process 0 has; of the others only that they ask."""
-    if world() == 1:
+    if process_count() == 1:
         return value
     box = [value]
     with _all_there():

@@ -15,7 +15,7 @@ from torch import nn
 
 from fermisvd.errors import FermiSVDError
 from fermisvd.groups import decoder_blocks
-from fermisvd.streaming import present
+from fermisvd.running.streaming import present
 
 
 class BlocksError(FermiSVDError):
