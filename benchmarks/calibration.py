@@ -17,7 +17,7 @@ from records import new_record, write_record
 from fermisvd import load_model
 from fermisvd_convert.convert import convert
 from fermisvd_convert.evaluate import evaluate
-from fermisvd_convert.source import load_tokenizer
+from fermisvd_convert.loading import load_tokenizer
 from fermisvd_convert.text import windows_of
 from kinds import KINDS, write_kinds
 

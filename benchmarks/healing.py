@@ -17,7 +17,7 @@ from fermisvd import load_model
 from fermisvd_convert.convert import convert
 from fermisvd_convert.evaluate import evaluate
 from fermisvd_convert.heal import heal_checkpoint
-from fermisvd_convert.source import load_tokenizer
+from fermisvd_convert.loading import load_tokenizer
 from fermisvd_convert.text import windows_of
 
 STEPS = (0, 32, 64, 128, 256)

@@ -30,7 +30,7 @@ from vllm.distributed import init_distributed_environment, initialize_model_para
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 
 from fermisvd.budget import factor_parameters
-from fermisvd.format import FermiSVDConfig as CheckpointConfig
+from fermisvd.format import CheckpointConfig
 from fermisvd.format import Group
 from fermisvd.groups import LinearGroup
 from fermisvd_vllm.config import FermiSVDConfig

@@ -30,7 +30,7 @@ from fermisvd.losses import StudentLoss
 from fermisvd.modules import replace_group
 from fermisvd.pivga import PivGa, dense_product, fix_gauge
 from fermisvd.storage import compressed_tensors, config_group
-from fermisvd_convert.source import load_tokenizer
+from fermisvd_convert.loading import load_tokenizer
 from fermisvd_convert.text import windows_of
 
 REMOVE, WINDOWS = 0.3, 32

@@ -23,7 +23,7 @@ from fermisvd import load_model
 from fermisvd.calibration import calibration_grams
 from fermisvd.decomposition import DAMPING, OUTPUT_DAMPING
 from fermisvd.groups import find_groups, linear_layer
-from fermisvd_convert.source import load_tokenizer
+from fermisvd_convert.loading import load_tokenizer
 from fermisvd_convert.text import windows_of
 
 STEPS = ("accumulation", "root", "forming", "eigh", "products")

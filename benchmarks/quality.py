@@ -28,7 +28,7 @@ from fermisvd.decomposition import DAMPING, OUTPUT_DAMPING
 from fermisvd.healing import HealingSettings
 from fermisvd_convert.convert import convert
 from fermisvd_convert.evaluate import evaluate
-from fermisvd_convert.source import load_tokenizer
+from fermisvd_convert.loading import load_tokenizer
 from fermisvd_convert.text import windows_of
 
 ROOT = Path(__file__).parent.parent

@@ -11,7 +11,7 @@ from pathlib import Path
 from transformers import LlamaConfig
 
 from fermisvd.budget import group_parameters, uniform_ranks
-from fermisvd.format import FermiSVDConfig, Group
+from fermisvd.format import CheckpointConfig, Group
 from fermisvd.groups import LinearGroup
 
 ROOT = Path(__file__).parent.parent
@@ -83,7 +83,7 @@ def write_folder(folder: Path, name: str, form: str, remove: float) -> dict[str,
             Group(members=g.members, form=form, side=g.side if form == "pivga" else None, rank=r)
             for g, r in zip(groups, ranks, strict=True)
         )
-        checkpoint = FermiSVDConfig(groups=entries)
+        checkpoint = CheckpointConfig(groups=entries)
         config["quantization_config"] = checkpoint.model_dump(mode="json")
         layers = int(sum(group_parameters(g, r, form) for g, r in zip(groups, ranks, strict=True)))
     (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")

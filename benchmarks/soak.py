@@ -264,7 +264,7 @@ def faults_of(record: dict) -> list[str]:
 
 def main() -> None:
     from fermisvd_convert.convert import convert
-    from fermisvd_convert.source import load_tokenizer
+    from fermisvd_convert.loading import load_tokenizer
     from fermisvd_convert.text import windows_of
 
     parser = argparse.ArgumentParser()

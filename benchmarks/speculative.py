@@ -50,7 +50,7 @@ def generate(model: str, draft: str | None, prompts: list[list[int]]) -> tuple[l
 
 def main() -> None:
     from fermisvd_convert.convert import convert
-    from fermisvd_convert.source import load_tokenizer
+    from fermisvd_convert.loading import load_tokenizer
     from fermisvd_convert.text import windows_of
     from stdlib_text import write_texts
 

@@ -12,7 +12,7 @@ from shapes import groups_of
 from fermisvd.budget import uniform_rank
 from fermisvd.compress import ASIDE_WINDOWS
 from fermisvd.groups import LinearGroup
-from fermisvd.partition import coarser_partitions
+from fermisvd.joining import coarser_partitions
 from fermisvd_convert.convert import convert
 from fermisvd_convert.text import HELD_BACK_WINDOWS
 

@@ -126,13 +126,14 @@ def grams_by_blocks(
     hidden: HiddenStates,
     seed: int = 0,
     limit_bytes: int | None = None,
-    on_block: Callable[[], object] = lambda: None,
+    on_batch: Callable[[], object] = lambda: None,
 ) -> Iterator[tuple[Grams, OutputGrams]]:
     """As `calibration_grams`, a decoder block at a time and its results at once, blocks in the order that they are
     done: with gradients wanted from the last to the first, which is why the states before every block are kept.
 
-    limit_bytes: of the matrices gathered in one pass over a block; it is run again for the others. on_block: called for
-    every block on the way there and, with gradients, for every one on the way back.
+    limit_bytes: of the matrices gathered in one pass over a block; it is run again for the others. on_batch: called
+    whenever a batch is through a block and, with gradients, through the head and back through each block;
+    `passes_by_blocks` says how often.
     """
     mine, device = _of_this_process(batches), device_of(blocks.model)
     wanted = [_inside(blocks, index, sources, members) for index in range(len(blocks.blocks))]
@@ -145,44 +146,70 @@ def grams_by_blocks(
             for index in range(reached[-1] + 1):
                 with blocks.present(index):
                     for part in _parts(blocks.model, *wanted[index], limit_bytes):
-                        yield _there(blocks, index, part, mine, hidden)
+                        yield _there(blocks, index, part, mine, hidden, on_batch)
                 for number, _ in mine:
                     hidden.move("behind", "before", number)
-                on_block()
             hidden.drop("before", mine)
             return
-        sweep(blocks, mine, hidden, True, on_block)
+        sweep(blocks, mine, hidden, True, on_batch)
         for number, batch in mine:
             states = hidden.get("last", number, device).detach().requires_grad_()
             logits = blocks.head(batch.to(device), states)
             logits.backward(drawn_gradient(logits, seed, number))
             hidden.put("gradient behind", number, _gradient_of(states))
+            on_batch()
         hidden.drop("last", mine)
         for index in reversed(range(len(blocks.blocks))):
             if index >= reached[0]:
                 with blocks.present(index):
                     for part in _parts(blocks.model, *wanted[index], limit_bytes):
-                        yield _there_and_back(blocks, index, part, mine, hidden)
+                        yield _there_and_back(blocks, index, part, mine, hidden, on_batch)
                 for number, _ in mine:
                     hidden.move("gradient before", "gradient behind", number)
             hidden.drop(f"before {index}", mine)
-            on_block()
         hidden.drop("gradient behind", mine)
+
+
+def passes_by_blocks(
+    blocks: DecoderBlocks,
+    sources: Sequence[str],
+    members: Sequence[str],
+    batches: Sequence[torch.Tensor],
+    limit_bytes: int | None = None,
+) -> int:
+    """How often `grams_by_blocks` calls on_batch in this process."""
+    wanted = [_inside(blocks, index, sources, members) for index in range(len(blocks.blocks))]
+    reached = [index for index, names in enumerate(wanted) if any(names)]
+    visited = range(reached[0], len(wanted)) if members else range(reached[-1] + 1)
+    passes = sum(len(_parts(blocks.model, *wanted[index], limit_bytes)) for index in visited)
+    ahead = len(wanted) + 1 if members else 0  # the way there, and the head
+    return (passes + ahead) * len(_of_this_process(batches))
 
 
 @torch.no_grad()
 def _there(
-    blocks: DecoderBlocks, index: int, part: Part, mine: Sequence[tuple[int, torch.Tensor]], hidden: HiddenStates
+    blocks: DecoderBlocks,
+    index: int,
+    part: Part,
+    mine: Sequence[tuple[int, torch.Tensor]],
+    hidden: HiddenStates,
+    on_batch: Callable[[], object],
 ) -> tuple[Grams, OutputGrams]:
     sums = GramSums(blocks.model, *part)
     with sums.watching():
         for number, _ in mine:
             hidden.put("behind", number, blocks.run(index, hidden.get("before", number, device_of(blocks.model))))
+            on_batch()
     return sums.result()
 
 
 def _there_and_back(
-    blocks: DecoderBlocks, index: int, part: Part, mine: Sequence[tuple[int, torch.Tensor]], hidden: HiddenStates
+    blocks: DecoderBlocks,
+    index: int,
+    part: Part,
+    mine: Sequence[tuple[int, torch.Tensor]],
+    hidden: HiddenStates,
+    on_batch: Callable[[], object],
 ) -> tuple[Grams, OutputGrams]:
     sums, device = GramSums(blocks.model, *part), device_of(blocks.model)
     with sums.watching():
@@ -190,6 +217,7 @@ def _there_and_back(
             states = hidden.get(f"before {index}", number, device).detach().requires_grad_()
             blocks.run(index, states).backward(hidden.get("gradient behind", number, device))
             hidden.put("gradient before", number, _gradient_of(states))
+            on_batch()
     return sums.result()
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator
 from torch import nn
 
 from fermisvd.budget import Budget, Form, RankedGroup, compressed
@@ -29,7 +29,7 @@ from fermisvd.linear import linear_layer
 from fermisvd.losses import Pair, set_products
 from fermisvd.modules import replace_group
 from fermisvd.refit import refit
-from fermisvd.settings import Count, Natural, Settings
+from fermisvd.settings import Batched, Count, Seeded, nested, option
 from fermisvd.storage import compressed_tensors, config_group
 
 ASIDE_WINDOWS = 32  # windows that decide between measured alternatives, never trained on
@@ -37,40 +37,29 @@ Whitening = Literal["kfac", "input"]
 GroupsRule = Literal["auto", "joint", "separate"]
 
 
-class CompressOptions(Settings):
+class CompressOptions(Batched, Seeded):
     """The method's options."""
 
-    remove: Annotated[float, Field(description="Fraction of the decoder blocks' linear parameters to remove.")]
-    form: Annotated[Form, Field(description="Stored form of the factors.")] = "pivga"
-    ranks: Annotated[str, Field(description="fermigrad, uniform, or a JSON file of ranks to fit to the budget.")] = (
-        "fermigrad"
-    )
+    remove: Annotated[float, option("Fraction of the decoder blocks' linear parameters to remove.")]
+    form: Annotated[Form, option("Stored form of the factors.")] = "pivga"
+    ranks: Annotated[str, option("fermigrad, uniform, or a JSON file of ranks to fit to the budget.")] = "fermigrad"
     groups: Annotated[
-        GroupsRule,
-        Field(description="Layers that read the same input: decomposed jointly, one by one, or as measured."),
+        GroupsRule, option("Layers that read the same input: decomposed jointly, one by one, or as measured.")
     ] = "auto"
-    whitening: Annotated[
-        Whitening, Field(description="What weighs an error: the layer's inputs, or also the loss gradient.")
-    ] = "kfac"
+    whitening: Annotated[Whitening, option("What weighs an error: the layer's inputs, or also the loss gradient.")] = (
+        "kfac"
+    )
     refit: Annotated[
-        bool | None,
-        Field(
-            description="Fit each group to what compressed layers send it.",
-            json_schema_extra={"shown": "where not healed"},
-        ),
+        bool | None, option("Fit each group to what compressed layers send it.", shown="where not healed")
     ] = None
     align: Annotated[
         Count | None,
         BeforeValidator(lambda value: None if value == "auto" else value),
-        Field(description="Step of the ranks.", json_schema_extra={"shown": "auto: a power of two near k/64"}),
+        option("Step of the ranks.", shown="auto: a power of two near k/64"),
     ] = None
-    minimum_rank: Annotated[Count, Field(description="Lowest rank of any group.")] = 1
-    batch_size: Annotated[Count, Field(description="Windows a forward pass.")] = 8
-    seed: Annotated[Natural, Field(description="The same seed, the same checkpoint.")] = 0
-    fermigrad: Annotated[FermiGradSettings, Field(title="FermiGrad")] = FermiGradSettings()
-    healing: Annotated[HealingSettings, Field(title="Healing", json_schema_extra={"prefix": "heal_"})] = (
-        HealingSettings()
-    )
+    minimum_rank: Annotated[Count, option("Lowest rank of any group.")] = 1
+    fermigrad: Annotated[FermiGradSettings, nested("FermiGrad")] = FermiGradSettings()
+    healing: Annotated[HealingSettings, nested("Healing", prefix="heal_")] = HealingSettings()
 
     @property
     def budget(self) -> Budget:
@@ -109,7 +98,7 @@ def compress(model: nn.Module, windows: torch.Tensor, remove: float = 0.2, **opt
     if work.options.groups == "auto":
         ranked = joined(work, ranked, decomposition)
     ranked = compressed(ranked)
-    factors = {each.group: decomposition.factors(each.group).truncated(each.rank) for each in ranked}
+    factors = decomposition.truncated(ranked)
     if work.options.refits and len(work.training):
         factors |= refitted(work, ranked, factors, decomposition)
     student = with_modules(model, ranked, factors)
@@ -176,6 +165,10 @@ class Decomposition:
         factors = self.factors(group)
         return factors.a, factors.b
 
+    def truncated(self, ranked: Sequence[RankedGroup]) -> dict[LinearGroup, Pair]:
+        """The groups' A (m x r) and B (r x n)."""
+        return {each.group: self.factors(each.group).truncated(each.rank) for each in ranked}
+
     def fit(self, group: LinearGroup, change: torch.Tensor | None, gram: torch.Tensor) -> Factors:
         """Factors of W, or of W M where `change` is M (n x n), for inputs with this Gram matrix (n x n)."""
         weights = stacked_weight(self.weights, group).split(list(group.member_rows))
@@ -210,10 +203,7 @@ def ideal_ranks(work: Compression, groups: Sequence[LinearGroup], decomposition:
 
 def joined(work: Compression, ranked: Sequence[RankedGroup], decomposition: Decomposition) -> list[RankedGroup]:
     """Groups joined where the measured loss allows; what that leaves of the budget is spent again."""
-    student = low_rank(
-        work.teacher,
-        {each.group: decomposition.factors(each.group).truncated(each.rank) for each in compressed(ranked)},
-    )
+    student = low_rank(work.teacher, decomposition.truncated(compressed(ranked)))
     batch_size = work.options.batch_size
     found = join_groups(
         work.teacher, student, ranked, work.budget, work.aside, decomposition.factors, batch_size=batch_size

@@ -52,8 +52,8 @@ def data_aware_svd(weight: torch.Tensor, gram: torch.Tensor, damping: float = 0.
 
     weight: W, (m x n); gram: C, (n x n), may be singular; damping: added to the diagonal of C, relative to its mean.
     Only U and sigma are needed, so C is never factorised: U is the eigenbasis of W C W^T when m <= n, else that of
-    R C R^T carried back by Q, W = Q R (docs/method.md, Data-aware SVD). Dead channels and fewer tokens than channels are fine.
-    Neither argument is changed.
+    R C R^T carried back by Q, W = Q R (docs/method.md, Data-aware SVD). Dead channels and fewer
+    tokens than channels are fine. Neither argument is changed.
     """
     product = _product_type(weight)
     ridge = damping * _mean_diagonal(gram)

@@ -10,7 +10,6 @@ from functools import partial
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -22,7 +21,7 @@ from fermisvd.groups import LinearGroup, decoder_blocks
 from fermisvd.losses import kl_divergence
 from fermisvd.running.blocks import device_of, forwards
 from fermisvd.running.distributed import process_count, sum_over_processes, this_process
-from fermisvd.settings import Count, Positive, Settings
+from fermisvd.settings import Count, Settings, option
 
 PLATEAU_STEPS = 12
 KEPT_ACTIVATIONS = 2 * 2**30  # bytes
@@ -31,27 +30,19 @@ KEPT_ACTIVATIONS = 2 * 2**30  # bytes
 class FermiGradSettings(Settings):
     """Options of the rank optimisation."""
 
-    steps: Annotated[Count, Field(description="FermiGrad steps.")] = 64
-    temperature: Annotated[
-        float, Field(ge=1e-6, le=1, description="T of the Fermi gate, in units of each group's full rank.")
-    ] = 0.01
-    constraint: Annotated[Literal["projection", "penalty"], Field(description="How FermiGrad holds the budget.")] = (
-        "projection"
-    )
-    learning_rate: Annotated[Positive, Field(description="Adam's, of each group's rank over its full rank.")] = 0.02
+    steps: Annotated[Count, option("FermiGrad steps.")] = 64
+    temperature: Annotated[float, option("T of the Fermi gate, over each group's full rank.", ge=1e-6, le=1)] = 0.01
+    constraint: Annotated[Literal["projection", "penalty"], option("How FermiGrad holds the budget.")] = "projection"
+    learning_rate: Annotated[float, option("Adam's, of each group's rank over its full rank.", gt=0)] = 0.02
     anneal: Annotated[
-        float, Field(gt=0, le=1, description="Fraction of the steps over which the projection lowers the budget.")
+        float, option("Fraction of the steps over which the projection lowers the budget.", gt=0, le=1)
     ] = 0.4
     plateau: Annotated[
-        float,
-        Field(ge=0, description="End once twelve steps lower the loss by less than this fraction; 0: never."),
+        float, option("End once twelve steps lower the loss by less than this fraction; 0: never.", ge=0)
     ] = 0.0
-    penalty: Annotated[Positive, Field(description="rho of the paper's penalty, of counts over the dense count.")] = 1.0
-    penalty_growth: Annotated[float, Field(ge=1, description="alpha: growth of the penalty a step.")] = 1.03
-    count: Annotated[
-        Form | None,
-        Field(description="Form whose parameters FermiGrad counts.", json_schema_extra={"shown": "as --form"}),
-    ] = None
+    penalty: Annotated[float, option("rho of the paper's penalty, of counts over the dense count.", gt=0)] = 1.0
+    penalty_growth: Annotated[float, option("alpha: growth of the penalty a step.", ge=1)] = 1.03
+    count: Annotated[Form | None, option("Form whose parameters FermiGrad counts.", shown="as --form")] = None
 
 
 class FermiGradError(FermiSVDError):

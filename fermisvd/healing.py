@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from typing import Annotated
 
 import torch
-from pydantic import Field
 from torch import nn
 
 from fermisvd.batches import shuffled_batches
@@ -19,7 +18,7 @@ from fermisvd.format import INTERPOLATION
 from fermisvd.losses import StudentLoss, kl_divergence
 from fermisvd.modules import CompressedLinear, PivGaColumnsLinear, PivGaRowsLinear
 from fermisvd.pivga import refuse_overflow, round_interpolation
-from fermisvd.settings import Natural, Settings
+from fermisvd.settings import Natural, Settings, option
 
 BETAS = (0.9, 0.95)
 
@@ -33,12 +32,8 @@ class HealingSettings(Settings):
     the first twentieth of the steps and falls to zero as a cosine.
     """
 
-    steps: Annotated[
-        Natural, Field(description="Steps of distillation on the calibration windows at the end; 0 for none.")
-    ] = 128
-    learning_rate: Annotated[
-        float, Field(ge=0, description="Of the distillation, relative to each factor's size and width.")
-    ] = 0.1
+    steps: Annotated[Natural, option("Steps of distillation on the calibration windows at the end; 0 for none.")] = 128
+    learning_rate: Annotated[float, option("Relative to each factor's size and width.", ge=0)] = 0.1
 
 
 class HealingError(FermiSVDError):

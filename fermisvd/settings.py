@@ -16,7 +16,18 @@ from fermisvd.errors import FermiSVDError
 LARGEST = 2**31 - 1  # of any count
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
 Natural = Annotated[int, Field(ge=0, le=LARGEST)]  # with 0
-Positive = Annotated[float, Field(gt=0)]
+
+
+def option(help: str, *, shown: str | None = None, recorded: bool = True, **limits: Any) -> Any:
+    """What stands beside an option's type: its help, what the help shows for the default where that is no value,
+    whether a conversion's record names it, and its limits (ge, le, gt)."""
+    extra = {"shown": shown} if shown else None
+    return Field(description=help, json_schema_extra=extra, exclude=not recorded or None, **limits)
+
+
+def nested(panel: str, prefix: str = "") -> Any:
+    """Of a field that holds settings: their heading in the help, and what stands before their names."""
+    return Field(title=panel, json_schema_extra={"prefix": prefix})
 
 
 class OptionError(FermiSVDError):
@@ -25,15 +36,17 @@ class OptionError(FermiSVDError):
 
 @dataclass(frozen=True)
 class Option:
-    """path: fields that lead to it, of the settings and, if nested, of the inner ones; panel: heading in the help."""
+    """path: fields that lead to it, of the settings and, if nested, of the inner ones; default: PydanticUndefined where
+    one must be given; panel: heading in the help."""
 
     path: tuple[str, ...]
     field: FieldInfo
+    default: Any
     panel: str | None = None
 
 
 class Settings(BaseModel):
-    """A set of options. A nested one is a field of a Settings type; `prefix` stands before its options' names."""
+    """A set of options. A nested one is a field of a Settings type, with a default; see `nested`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -42,14 +55,14 @@ class Settings(BaseModel):
         """Every option by its name, nested ones included."""
         found: dict[str, Option] = {}
         for name, field in cls.model_fields.items():
-            inner = field.annotation
-            if not (isinstance(inner, type) and issubclass(inner, Settings)):
-                found[name] = Option((name,), field)
+            if not isinstance(field.default, Settings):
+                found[name] = Option((name,), field, field.default)
                 continue
-            extra = field.json_schema_extra
-            prefix = str(extra.get("prefix", "")) if isinstance(extra, dict) else ""
-            for inner_name, option in inner.options().items():
-                found[prefix + inner_name] = Option((name, *option.path), option.field, field.title)
+            for inner_name, inner in type(field.default).options().items():
+                default = getattr(field.default, inner_name)
+                found[f"{extra(field, 'prefix', '')}{inner_name}"] = Option(
+                    (name, inner_name), inner.field, default, field.title
+                )
         return found
 
     @classmethod
@@ -58,36 +71,47 @@ class Settings(BaseModel):
 
         Raises OptionError naming the option that is unknown, missing or out of its range.
         """
-        options, nested = cls.options(), {}
+        options, given = cls.options(), {}
         for name, value in values.items():
             if name not in options:
                 raise OptionError(f"--{name.replace('_', '-')}: no such option")
-            *outer, last = options[name].path
-            inside = nested
-            for field in outer:
-                inside = inside.setdefault(field, {})
-            inside[last] = value
+            first, *inner = options[name].path
+            if inner:
+                given.setdefault(first, cls.model_fields[first].default.model_dump())[inner[0]] = value
+            else:
+                given[first] = value
         try:
-            return cls.model_validate(nested)
+            return cls.model_validate(given)
         except ValidationError as error:
-            first = error.errors()[0]
-            raise OptionError(f"{_name_of(first['loc'], options)}: {_reason(first)}") from None
+            problem = error.errors()[0]
+            raise OptionError(f"{_name_of(problem['loc'], options)}: {_reason(problem)}") from None
 
     def by_name(self) -> dict[str, Any]:
-        """JSON-able value of every option by its name, but for excluded fields: the inverse of `named`."""
-        dump, found = self.model_dump(mode="json"), {}
-        for name, option in type(self).options().items():
-            value: Any = dump
-            for field in option.path:
-                value = value.get(field, _ABSENT)
-                if value is _ABSENT:
-                    break
-            else:
-                found[name] = value
-        return found
+        """JSON-able value of every recorded option by its name: the inverse of `named`."""
+        dump = self.model_dump(mode="json")
+        outer = {name: option for name, option in type(self).options().items() if option.path[0] in dump}
+        return {
+            name: dump[option.path[0]] if len(option.path) == 1 else dump[option.path[0]][option.path[1]]
+            for name, option in outer.items()
+        }
 
 
-_ABSENT = object()
+class Batched(Settings):
+    """Of whatever runs a model."""
+
+    batch_size: Annotated[Count, option("Windows a forward pass.")] = 8
+
+
+class Seeded(Settings):
+    """Of whatever draws."""
+
+    seed: Annotated[Natural, option("The same seed, the same checkpoint.")] = 0
+
+
+def extra(field: FieldInfo, key: str, default: Any = None) -> Any:
+    """What `option` or `nested` put beside the type under that key."""
+    values = field.json_schema_extra
+    return values.get(key, default) if isinstance(values, dict) else default
 
 
 def _name_of(place: tuple[int | str, ...], options: dict[str, Option]) -> str:

@@ -10,7 +10,7 @@ from yaml import YAMLError
 from fermisvd.errors import reason
 from fermisvd_convert.figures import draw_ranks, save, style
 from fermisvd_convert.record import Record
-from fermisvd_convert.report import left_dense_lines
+from fermisvd_convert.tables import left_dense_lines
 from fermisvd_convert.text import weighted_source
 
 logger = logging.getLogger("fermisvd")
@@ -19,28 +19,28 @@ FIGURE = "ranks.png"  # the hub shows a png everywhere, an svg not
 PAPER = "[arXiv 2512.03062](https://arxiv.org/abs/2512.03062)"
 
 
-def write_card(report: dict, folder: Path, base: Path) -> None:
+def write_card(record: Record, folder: Path, base: Path) -> None:
     """Write README.md of the checkpoint in `folder`, and its ranks figure where matplotlib is installed.
 
-    report: as fermisvd.json holds it; base: the dense model's folder, whose card says under which license it is.
+    base: the dense model's folder, whose card says under which license it is.
     """
     try:
         with style():
-            save(draw_ranks(Record.model_validate(report)), folder / FIGURE)
+            save(draw_ranks(record), folder / FIGURE)
         figure = [f"![rank and kept energy of every group]({FIGURE})", ""]
     except Exception as error:  # matplotlib missing, or whatever it makes of a name
         logger.warning("the model card has no ranks figure: %s", reason(error))
         figure = []
-    front = metadata(report, base).to_yaml()
-    body = "\n".join(body_lines(report, figure))
+    front = metadata(record, base).to_yaml()
+    body = "\n".join(body_lines(record, figure))
     (folder / "README.md").write_text(f"---\n{front}\n---\n\n{body}", encoding="utf-8")
 
 
-def metadata(report: dict, base: Path) -> ModelCardData:
+def metadata(record: Record, base: Path) -> ModelCardData:
     """What the hub reads of a card. What a slash is in was of the hub: folders and files are named without theirs."""
-    sources = [weighted_source(name)[0].partition(":")[0] for name in report["settings"]["calibration"]]
+    sources = [weighted_source(name)[0].partition(":")[0] for name in record.settings["calibration"]]
     return ModelCardData(
-        base_model=report["model"] if "/" in report["model"] else None,
+        base_model=record.model if "/" in record.model else None,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["fermisvd", "low-rank", "compression"],
@@ -62,27 +62,27 @@ def carried_over(card: Path) -> dict:
     return {key: data[key] for key in ("license", "license_name", "license_link", "language") if key in data}
 
 
-def body_lines(report: dict, figure: list[str]) -> list[str]:
+def body_lines(record: Record, figure: list[str]) -> list[str]:
     """The card below its metadata."""
-    name, settings, total = report["model"], report["settings"], report["totals"]
-    perplexity, size = report["perplexity"], report["bytes"]
+    name, settings, total = record.model, record.settings, record.totals
+    perplexity, size = record.perplexity, record.bytes
     link = f"[{name}](https://huggingface.co/{name})" if "/" in name else name
-    revision = report["revision"]
+    revision = record.revision
     ranks = {"fermigrad": "FermiGrad"}.get(settings["ranks"], settings["ranks"])
     return [
-        f"# {Path(name).name}, {total['removed']:.1%} of its linear parameters removed",
+        f"# {Path(name).name}, {total.removed:.1%} of its linear parameters removed",
         "",
         f"{link}{f' (revision `{revision}`)' if revision else ''}, compressed by FermiSVD "
-        f"{report['versions']['fermisvd']}: data-aware SVD of its linear layers with {ranks} ranks ({PAPER}), "
+        f"{record.versions['fermisvd']}: data-aware SVD of its linear layers with {ranks} ranks ({PAPER}), "
         f"{settings['form']} form, {settings['groups']} groups, {settings['whitening']} whitening, "
         f"{settings['heal_steps']} steps of distillation.",
         "",
         "| | before | after |",
         "|---|---|---|",
-        f"| parameters of the compressible layers | {total['parameters_before']:,} | {total['parameters_after']:,} |",
-        f"| weights | {size['before'] / 1e6:,.2f} MB | {size['after'] / 1e6:,.2f} MB |",
-        f"| perplexity on {perplexity['tokens']:,} held-back tokens of the calibration text "
-        f"| {perplexity['before']:.4f} | {perplexity['after']:.4f} |",
+        f"| parameters of the compressible layers | {total.parameters_before:,} | {total.parameters_after:,} |",
+        f"| weights | {size.before / 1e6:,.2f} MB | {size.after / 1e6:,.2f} MB |",
+        f"| perplexity on {perplexity.tokens:,} held-back tokens of the calibration text "
+        f"| {perplexity.before:.4f} | {perplexity.after:.4f} |",
         "",
         *figure,
         "## Serve",
@@ -103,7 +103,7 @@ def body_lines(report: dict, figure: list[str]) -> list[str]:
         "```",
         "",
         "Every group's rank and all settings are in `fermisvd.json`.",
-        *[f"\n{line[0].upper()}{line[1:]}." for line in left_dense_lines(report["left_dense"])],
+        *[f"\n{line[0].upper()}{line[1:]}." for line in left_dense_lines(record.left_dense)],
         "",
     ]
 

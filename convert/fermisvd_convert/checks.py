@@ -5,71 +5,25 @@ The model's own checks are in source.py, the text's in text.py, the disk's in sp
 
 import math
 import os
-from collections.abc import Callable, Sequence
-from functools import wraps
-from inspect import signature
 from pathlib import Path
-from typing import Annotated, ParamSpec, TypeVar
-
-from pydantic import Field, ValidationError, validate_call
 
 from fermisvd.budget import check_fraction
-from fermisvd.errors import FermiSVDError
 from fermisvd.files import check_name
+from fermisvd.settings import OptionError
+from fermisvd_convert.options import ConvertOptions
 from fermisvd_convert.output import OutputError, check_free, place_of, writable
-from fermisvd_convert.places import check_own, real_path
-from fermisvd_convert.space import device_of, existing
+from fermisvd_convert.places import check_own, device_of, existing, real_path
 from fermisvd_convert.workspace import SCRATCH
 
-P = ParamSpec("P")
-R = TypeVar("R")
-LARGEST = 2**31 - 1  # of any count
 LONGEST_NAME = 250  # bytes: what is made beside OUT is called by up to five more
-Count = Annotated[int, Field(ge=1, le=LARGEST)]
-Natural = Annotated[int, Field(ge=0, le=LARGEST)]  # with 0
-Texts = Annotated[Sequence[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
 
 
-class OptionError(FermiSVDError):
-    """An option's value makes no sense, or not together with another's."""
-
-
-def checked(function: Callable[P, R]) -> Callable[P, R]:
-    """A program's function that takes what its annotations say, whoever calls it: the command line keeps most of it out
-    by itself, a script does not. Raises OptionError naming the argument."""
-    called = validate_call(function)
-
-    @wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        try:
-            return called(*args, **kwargs)
-        except ValidationError as error:
-            if error.title != function.__name__:
-                raise
-            first = error.errors()[0]
-            place = first["loc"][0]
-            name = list(signature(function).parameters)[place] if isinstance(place, int) else str(place)
-            got = "" if first["type"].startswith("missing") else f", got {first['input']!r}"
-            raise OptionError(f"--{name.replace('_', '-')}: {first['msg']}{got}") from None
-
-    return call
-
-
-def check_options(
-    remove: float,
-    *,
-    temperature: float = 0.01,
-    penalty_growth: float = 1.0,
-    plateau: float = 0.0,
-    steps: int = 1,
-) -> None:
-    """Raises BudgetError or OptionError for numbers that a range on the command line does not keep out."""
-    check_fraction(remove)
-    for name, value in (("temperature", temperature), ("penalty-growth", penalty_growth), ("plateau", plateau)):
-        if not math.isfinite(value):
-            raise OptionError(f"--{name} must be a finite number, got {value}")
-    if steps * math.log(penalty_growth) > math.log(1e100):
-        raise OptionError(f"--penalty-growth {penalty_growth}: {steps} --steps of it are beyond every number")
+def check_options(options: ConvertOptions) -> None:
+    """Raises BudgetError or OptionError for values that make no sense, or not together."""
+    check_fraction(options.remove)
+    growth, steps = options.fermigrad.penalty_growth, options.fermigrad.steps
+    if steps * math.log(growth) > math.log(1e100):
+        raise OptionError(f"--penalty-growth {growth}: {steps} --steps of it are beyond every number")
 
 
 def check_out(out: Path, model: str, work: Path, overwrite: bool) -> None:

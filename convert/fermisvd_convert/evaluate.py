@@ -3,25 +3,21 @@
 import logging
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import repeat
+from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
-from fermisvd.blocks import BlocksError, DecoderBlocks, HiddenStates, device_of, logits_by_blocks
 from fermisvd.errors import FermiSVDError
 from fermisvd.losses import kl_divergence
-from fermisvd_convert.source import (
-    SourceError,
-    context_length,
-    load_checked,
-    load_tokenizer,
-    resolve_device,
-    window_length,
-)
+from fermisvd.running.blocks import BlocksError, DecoderBlocks, HiddenStates, device_of, logits_by_blocks
+from fermisvd_convert.loading import SourceError, context_length, load_tokenizer, resolve_device, window_length
+from fermisvd_convert.options import EvaluateOptions
+from fermisvd_convert.progress import bar
+from fermisvd_convert.source import load_checked
 from fermisvd_convert.text import check_vocabulary, read_windows
 
 logger = logging.getLogger("fermisvd")
@@ -60,8 +56,8 @@ def evaluate(
     expected = repeat(None)
     if reference is not None:
         expected = (reference(input_ids=batch.to(device), use_cache=False).logits for batch in batches)
-    with tqdm(total=len(batches), desc=label, leave=False) as bar:
-        return _measure(batches, logits, expected, bar)
+    with bar(label, len(batches), "batch") as shown:
+        return _measure(batches, logits, expected, shown.advance)
 
 
 @torch.no_grad()
@@ -76,17 +72,17 @@ def evaluate_by_blocks(
         logger.warning("%s; the model is run whole", error)
         return evaluate(model, windows, None, batch_size, label)
     batches = windows.split(batch_size)
-    with tqdm(total=len(blocks.blocks) + len(batches), desc=label, leave=False) as bar:
-        return _measure(batches, logits_by_blocks(blocks, batches, hidden, bar.update), repeat(None), bar)
+    with bar(label, (len(blocks.blocks) + 1) * len(batches), "batch") as shown:
+        return _measure(batches, logits_by_blocks(blocks, batches, hidden, shown.advance), repeat(None))
 
 
 def _measure(
     batches: Sequence[torch.Tensor],
     logits: Iterable[torch.Tensor],
     expected: Iterable[torch.Tensor | None],
-    bar: tqdm,
+    on_batch: Callable[[], object] = lambda: None,
 ) -> Evaluation:
-    """expected: the reference's logits, or None; bar: moved once a batch."""
+    """expected: the reference's logits, or None."""
     loss = kl = agreement = 0.0
     compared = False
     for batch, given, wanted in zip(batches, logits, expected, strict=False):
@@ -96,7 +92,7 @@ def _measure(
             compared, wanted = True, wanted[:, :-1].float()
             kl += kl_divergence(wanted, given).item() * batch[:, 1:].numel()
             agreement += (wanted.argmax(-1) == given.argmax(-1)).sum().item()
-        bar.update()
+        on_batch()
     tokens = sum(batch[:, 1:].numel() for batch in batches)
     mean = loss / tokens
     if math.isnan(mean):
@@ -109,31 +105,23 @@ def _measure(
     )
 
 
-def evaluate_files(
-    model: str,
-    text: str,
-    reference: str | None,
-    sequence_length: int | None,
-    windows: int | None,
-    batch_size: int,
-    device: str,
-    trust_remote_code: bool = False,
-    bos: bool = True,
-    skip_bad_rows: bool = False,
-) -> Evaluation:
-    """`fermisvd evaluate`: models by folder or hub id, the text by file, in float32; bos, skip_bad_rows: as of
-    text.windows_of.
+def evaluate_files(model: str, **given: Any) -> Evaluation:
+    """`fermisvd evaluate`: a model by folder or hub id, in float32. given: options of EvaluateOptions by name.
 
     Raises FermiSVDError for an unreadable model or a text shorter than one window.
     """
-    where = resolve_device(device)
-    loaded, folder = load_checked(model, where, trust_remote_code)
-    compared = None if reference is None else load_checked(reference, where, trust_remote_code)[0]
-    if compared is not None and compared.config.vocab_size != loaded.config.vocab_size:
-        sizes = f"{compared.config.vocab_size} and {loaded.config.vocab_size}"
-        raise SourceError(f"--reference {reference}: another vocabulary than {model} ({sizes} tokens)")
-    length = window_length(sequence_length, context_length(loaded.config))
-    read = read_windows(load_tokenizer(folder, trust_remote_code), text, length, windows, bos, skip_bad_rows)
-    logger.warning("%s: %s", text, read.rows)
+    options = EvaluateOptions.named(**given)
+    device, trust = resolve_device(options.device), options.trust_remote_code
+    loaded, folder = load_checked(model, device, trust)
+    compared = None
+    if options.reference is not None:
+        compared = load_checked(options.reference, device, trust)[0]
+        if compared.config.vocab_size != loaded.config.vocab_size:
+            sizes = f"{compared.config.vocab_size} and {loaded.config.vocab_size}"
+            raise SourceError(f"--reference {options.reference}: another vocabulary than {model} ({sizes} tokens)")
+    length = window_length(options.sequence_length, context_length(loaded.config))
+    tokenizer = load_tokenizer(folder, trust)
+    read = read_windows(tokenizer, options.text, length, options.windows, options.bos, options.skip_bad_rows)
+    logger.warning("%s: %s", options.text, read.rows)
     check_vocabulary(read.ids, len(loaded.get_input_embeddings().weight), model)
-    return evaluate(loaded, read.ids, compared, batch_size)
+    return evaluate(loaded, read.ids, compared, options.batch_size)

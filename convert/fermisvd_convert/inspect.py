@@ -1,6 +1,8 @@
 """What a compressed checkpoint holds, read from its config and headers."""
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fermisvd.budget import factor_parameters
 from fermisvd.files import TensorInfo, read_headers
@@ -12,34 +14,46 @@ from fermisvd.format import (
     Group,
     validate_checkpoint,
 )
-from fermisvd_convert.report import totals
+from fermisvd_convert.record import GroupRow, Totals, totals
 
 
-def inspect_checkpoint(folder: Path) -> dict:
+@dataclass(frozen=True)
+class Summary:
+    """groups: compressed ones; tensors: how many; bytes: of the weight files; provenance: as config.json has it."""
+
+    format_version: int
+    groups: list[GroupRow]
+    totals: Totals
+    tensors: int
+    bytes: int
+    provenance: dict[str, Any]
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        groups = [row.model_dump(exclude={"kept_energy", "spectrum"}) for row in self.groups]
+        return vars(self) | {"groups": groups, "totals": self.totals.model_dump()}
+
+
+def inspect_checkpoint(folder: Path) -> Summary:
     """Compressed groups, their ranks and parameters, tensors, bytes, provenance. Raises FormatError if broken."""
     config, headers = validate_checkpoint(folder), read_headers(folder)
     rows = [_group_row(group, headers) for group in config.groups]
-    return {
-        "format_version": config.format_version,
-        "groups": rows,
-        "totals": totals(rows),
-        "tensors": len(headers),
-        "bytes": sum(file.stat().st_size for file in {info.file for info in headers.values()}),
-        "provenance": config.provenance,
-    }
+    files = {info.file for info in headers.values()}
+    size = sum(file.stat().st_size for file in files)
+    return Summary(config.format_version, rows, totals(rows), len(headers), size, config.provenance)
 
 
-def _group_row(group: Group, headers: dict[str, TensorInfo]) -> dict:
+def _group_row(group: Group, headers: dict[str, TensorInfo]) -> GroupRow:
     rows, columns = _matrix_size(group, headers)
-    return {
-        "members": list(group.members),
-        "form": group.form,
-        "side": group.side,
-        "rank": group.rank,
-        "full_rank": min(rows, columns),
-        "parameters_before": rows * columns,
-        "parameters_after": int(factor_parameters(group.rank, rows, columns, group.form)),
-    }
+    return GroupRow(
+        members=list(group.members),
+        form=group.form,
+        side=group.side,
+        rank=group.rank,
+        full_rank=min(rows, columns),
+        parameters_before=rows * columns,
+        parameters_after=int(factor_parameters(group.rank, rows, columns, group.form)),
+    )
 
 
 def _matrix_size(group: Group, headers: dict[str, TensorInfo]) -> tuple[int, int]:

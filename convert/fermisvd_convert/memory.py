@@ -7,15 +7,18 @@ allocator keeps. Steps that hold whole models are refused beforehand where they 
 import ctypes
 import os
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
-from fermisvd import distributed
-from fermisvd.budget import Form
 from fermisvd.errors import FermiSVDError
 from fermisvd.files import TensorInfo
 from fermisvd.groups import LinearGroup, block_of, parent_of
+from fermisvd.running import distributed
+
+if TYPE_CHECKING:
+    from fermisvd_convert.options import ConvertOptions
 
 HIDDEN_BYTES = 2**26  # hidden states held in memory at least, unless --max-memory asks for less; or a block's bytes
 FLOAT = 4
@@ -92,10 +95,8 @@ def gated_bytes(size: Sizes, parts: int = 1) -> int:
     return factors + size.outside + 3 * size.logits + 2 * size.activations
 
 
-def needs(
-    size: Sizes, form: Form, ranks: str, groups: str, refit: bool, heal_steps: int, remove: float, parts: int = 1
-) -> dict[str, tuple[int, str]]:
-    """Step -> (bytes, what to do without it), of the steps that this conversion takes. parts: as `gated_bytes`."""
+def needs(size: Sizes, options: "ConvertOptions", parts: int = 1) -> dict[str, tuple[int, str]]:
+    """Step -> (bytes, what to do without it), of the steps that a conversion takes. parts: as `gated_bytes`."""
     model, gated = size.blocks + size.outside, gated_bytes(size)
     found = {
         "calibration": (
@@ -104,16 +105,16 @@ def needs(
         ),
         "decomposition": (2 * size.gram + 6 * size.layer, "--groups separate, for smaller matrices"),
     }
-    if ranks == "fermigrad":
+    if options.ranks == "fermigrad":
         found["FermiGrad"] = (gated_bytes(size, parts), "--ranks uniform or a file of ranks, or more processes")
-        if form == "svd":
+        if options.form == "svd":
             found["the choice of dense groups"] = (gated, "--ranks uniform or a file of ranks")
-    if groups == "auto" and ranks in ("uniform", "fermigrad"):
+    if options.joins:
         found["--groups auto"] = (2 * model + 2 * size.logits, "--groups joint or separate")
-    if refit:
+    if options.refits:
         found["--refit"] = (2 * model + 2 * size.logits + 4 * size.layer, "--no-refit")
-    if heal_steps:
-        kept = (1 - remove) * size.blocks
+    if options.healing.steps:
+        kept = options.budget.kept * size.blocks
         found["healing"] = (int(model + 4 * kept + size.outside + 3 * size.logits), "--heal-steps 0")
     return found
 

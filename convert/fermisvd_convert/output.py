@@ -17,9 +17,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from fermisvd import distributed
 from fermisvd.errors import FermiSVDError, reason
 from fermisvd.format import FormatError, read_config
+from fermisvd.running import distributed
 from fermisvd_convert.places import OURS, ensure_own, make_own, remove_own
 from fermisvd_convert.workspace import only_one
 
@@ -121,7 +121,7 @@ def claimed(out: Path) -> Iterator[Place]:
     Raises WorkspaceError if another conversion has claimed OUT, OutputError if there can be no folder.
     """
     place = place_of(out)
-    if distributed.rank():
+    if distributed.this_process():
         yield place
         return
     try:

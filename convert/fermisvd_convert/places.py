@@ -55,3 +55,13 @@ def check_own(folder: Path) -> None:
     empty = folder.is_dir() and not any(folder.iterdir())  # one that a kill left without its marker
     if folder.is_symlink() or not (empty or (folder / MARKER).is_file()):
         raise PlaceError(f"{folder}: FermiSVD needs this name, and what is there is not its own (no {MARKER}); move it")
+
+
+def existing(path: Path) -> Path:
+    """The path, or what is nearest above it and there."""
+    return next(place for place in (path, *path.parents) if place.exists())
+
+
+def device_of(path: Path) -> int:
+    """Number of the file system that holds the path."""
+    return path.stat().st_dev

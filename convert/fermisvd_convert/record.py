@@ -1,15 +1,28 @@
-"""fermisvd.json as the figures read it: what must be in it, and what earlier versions may lack."""
+"""The record of a conversion, fermisvd.json: written, read and checked by one model.
+
+What an earlier version did not write has a default here.
+"""
 
 import json
+import platform
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from fermisvd.budget import RankedGroup
 from fermisvd.errors import FermiSVDError
+from fermisvd.groups import LinearGroup, Side
 
+NAME = "fermisvd.json"
 BLOCK_NUMBER = r"\.\d+\."  # model.layers.3.self_attn.q_proj: decoder block 3
 LayerName = Annotated[str, Field(pattern=BLOCK_NUMBER)]
+SPECTRUM_POINTS = 64
+LIBRARIES = ("fermisvd", "torch", "transformers", "safetensors", "scipy")
 
 
 class RecordError(FermiSVDError):
@@ -30,14 +43,23 @@ class Spectrum(BaseModel):
 
 
 class GroupRow(BaseModel):
-    """A group as `group_rows` records it; earlier versions wrote neither kept_energy nor spectrum."""
+    """A group as it is stored; kept_energy: sum_{j<r} sigma_j^2 / sum_j sigma_j^2."""
 
-    members: list[LayerName] = Field(min_length=1)
+    members: list[str] = Field(min_length=1)
     form: str
+    side: Side | None = None
     rank: int
     full_rank: int = Field(gt=0)
+    parameters_before: int = 0
+    parameters_after: int = 0
     kept_energy: float | None = None
     spectrum: Spectrum | None = None
+
+
+class RecordedGroup(GroupRow):
+    """One whose layers' names say in which block they are."""
+
+    members: list[LayerName] = Field(min_length=1)
 
 
 class TraceStep(BaseModel):
@@ -63,6 +85,10 @@ class Trace(BaseModel):
 
 
 class Totals(BaseModel):
+    """Parameters of the compressible layers."""
+
+    parameters_before: int = 0
+    parameters_after: int = 0
     removed: float
 
 
@@ -81,26 +107,70 @@ class Bytes(BaseModel):
     after: int
 
 
+class TextRows(BaseModel):
+    """What became of a calibration text's rows."""
+
+    name: str
+    used: int = 0
+    skipped: int = 0
+    refused: int = 0
+
+
+class TextRecord(BaseModel):
+    """beginning: of the first window that is calibrated on."""
+
+    sources: list[TextRows] = []
+    beginning: str = ""
+
+
+class LeftOut(BaseModel):
+    """What of MODEL is not in OUT: tensors that are no parameters, files that are no part of a checkpoint."""
+
+    tensors: list[str] = []
+    files: list[str] = []
+
+
 class Record(BaseModel):
-    """What the figures read of fermisvd.json."""
+    """What a conversion did: fermisvd.json.
+
+    settings: the recorded options by name; left_dense: matrices in no group and their parameters; choices: records of
+    what was decided by measurement; files: of the checkpoint, this one included; seconds: not written, so that the same
+    settings give the same files however long it took.
+    """
+
+    model_config = ConfigDict(protected_namespaces=())
 
     model: str
+    revision: str | None = None
     model_sha256: str = ""
-    settings: dict
+    settings: dict[str, Any]
+    calibration_text: TextRecord = TextRecord()
     totals: Totals
-    groups: list[GroupRow] = Field(min_length=1)
+    groups: list[RecordedGroup] = Field(min_length=1)
+    left_dense: dict[str, int] = {}
+    left_out: LeftOut = LeftOut()
+    versions: dict[str, str] = {}
     trace: Trace = Trace()
+    choices: dict[str, list[dict[str, Any]]] = {}
+    healing: dict[str, Any] | None = None
     perplexity: Perplexity
     bytes: Bytes
+    files: list[str] = []
+    seconds: dict[str, float] = Field(default={}, exclude=True)
 
     def has_spectra(self) -> bool:
         """Whether every group has its spectrum and its kept energy."""
         return all(group.spectrum is not None and group.kept_energy is not None for group in self.groups)
 
+    def write(self, folder: Path) -> None:
+        """Into a checkpoint's folder."""
+        text = json.dumps(self.model_dump(mode="json", exclude_none=False), indent=1)
+        (folder / NAME).write_text(text + "\n", encoding="utf-8")
+
 
 def read_record(out: Path) -> Record:
     """fermisvd.json of a compressed checkpoint. Raises RecordError naming the file, and the field that is wrong."""
-    path = out / "fermisvd.json"
+    path = out / NAME
     try:
         return Record.model_validate(json.loads(path.read_text(encoding="utf-8")))
     except OSError as error:
@@ -111,3 +181,52 @@ def read_record(out: Path) -> Record:
     except ValueError as error:
         reason = f"broken: {error}"
     raise RecordError(f"{path}: {reason}")
+
+
+def group_rows(ranked: Sequence[RankedGroup], sigma_of: Callable[[LinearGroup], torch.Tensor]) -> list[RecordedGroup]:
+    """A row a group. sigma_of: gives a group's singular values, (k,) descending."""
+    return [group_row(each, sigma_of(each.group).double().numpy()) for each in ranked]
+
+
+def group_row(ranked: RankedGroup, sigma: np.ndarray) -> RecordedGroup:
+    """sigma: (k,) descending."""
+    group, form = ranked.group, "dense" if ranked.stays_dense else ranked.form
+    return RecordedGroup(
+        members=list(group.members),
+        form=form,
+        side=group.side,
+        rank=ranked.rank,
+        full_rank=group.full_rank,
+        parameters_before=group.dense_parameters,
+        parameters_after=ranked.parameters,
+        kept_energy=1.0 if ranked.stays_dense else kept_energy(sigma, ranked.rank),
+        spectrum=Spectrum(**decimated(sigma)),
+    )
+
+
+def kept_energy(sigma: np.ndarray, rank: int) -> float:
+    """sum_{j<r} sigma_j^2 / sum_j sigma_j^2; 1 where there is none to lose. sigma: (k,)."""
+    squared = sigma**2
+    return float(squared[:rank].sum() / squared.sum()) if squared.any() else 1.0
+
+
+def decimated(sigma: np.ndarray) -> dict:
+    """At most SPECTRUM_POINTS singular values, to five digits, and their indices: {"index": [...], "sigma": [...]}.
+
+    sigma: (k,). Half of the indices are evenly spaced and half geometrically, as a spectrum falls fastest at its head.
+    """
+    last, half = len(sigma) - 1, SPECTRUM_POINTS // 2
+    spread = np.concatenate([np.linspace(0, last, half), np.geomspace(1, last + 1, half) - 1])
+    index = np.unique(spread.round().astype(int))
+    return {"index": index.tolist(), "sigma": [float(f"{value:.5g}") for value in sigma[index]]}
+
+
+def totals(rows: Sequence[GroupRow]) -> Totals:
+    before, after = sum(row.parameters_before for row in rows), sum(row.parameters_after for row in rows)
+    removed = (before - after) / before if before else 0.0
+    return Totals(parameters_before=before, parameters_after=after, removed=removed)
+
+
+def versions() -> dict[str, str]:
+    """Of what computed it."""
+    return {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()}

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,28 +10,28 @@ import torch
 from huggingface_hub import constants, snapshot_download
 from safetensors import safe_open
 from torch import nn
-from tqdm import tqdm
 from transformers import PretrainedConfig
 
-from fermisvd.errors import FermiSVDError, FormatError, explained, reason
+from fermisvd.errors import FormatError, explained, reason
 from fermisvd.files import COPY, TensorInfo, check_name, is_lfs_pointer, read_headers
 from fermisvd.format import quantization_method
 from fermisvd.groups import LinearGroup, StructureError, check_unshared
-from fermisvd.hf import empty_model, load_model
-from fermisvd.streaming import StreamingError, stream_model
-from fermisvd.tensors import model_tensors
-
-logger = logging.getLogger("fermisvd")
+from fermisvd.hf import empty_model
+from fermisvd.tensors import ModelTensors, model_tensors
+from fermisvd_convert.loading import (
+    SourceError,
+    context_length,
+    load_dense_or_compressed,
+    load_tokenizer,
+    open_streamed,
+)
+from fermisvd_convert.progress import bar
 
 TORCH_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Of a hub model never downloaded: other forms of the same weights, and pickles. A .bin file may be a vocabulary.
 OTHER_WEIGHTS = ["pytorch_model*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.onnx*"]
 WRAPPERS = ("module.", "_orig_mod.", "base_model.model.")  # DDP's, torch.compile's, peft's
 SLICE = 2**24  # numbers looked at together
-
-
-class SourceError(FermiSVDError):
-    """The model cannot be read, or is not a dense safetensors model."""
 
 
 @dataclass(frozen=True)
@@ -103,15 +102,19 @@ class Source:
         cast: type that they are to be stored in. Raises SourceError naming the tensor that holds NaN, infinity, or a
         value too large for that type.
         """
-        for name, info in tqdm(self.headers.items(), desc="check weights", leave=False):
-            if info.dtype not in TORCH_TYPES:
-                continue
-            for part in self.tensor(name).flatten().split(SLICE):
-                if not part.isfinite().all():
-                    raise SourceError(f"{info.file}: {name}: holds NaN or infinite values; {COPY}, or mend the model")
-                if cast is not None and not part.to(cast).isfinite().all():
-                    kind = str(cast).removeprefix("torch.")
-                    raise SourceError(f"{info.file}: {name}: holds values too large for --dtype {kind}")
+        with bar("check weights", len(self.headers), "tensor") as shown:
+            for name, info in self.headers.items():
+                if info.dtype in TORCH_TYPES:
+                    self._check_value(name, info, cast)
+                shown.advance()
+
+    def _check_value(self, name: str, info: TensorInfo, cast: torch.dtype | None) -> None:
+        for part in self.tensor(name).flatten().split(SLICE):
+            if not part.isfinite().all():
+                raise SourceError(f"{info.file}: {name}: holds NaN or infinite values; {COPY}, or mend the model")
+            if cast is not None and not part.to(cast).isfinite().all():
+                kind = str(cast).removeprefix("torch.")
+                raise SourceError(f"{info.file}: {name}: holds values too large for --dtype {kind}")
 
     def context_length(self) -> int | None:
         return context_length(self.parsed)
@@ -140,40 +143,10 @@ def _not_dense(info: TensorInfo) -> SourceError:
     )
 
 
-def context_length(config: PretrainedConfig) -> int | None:
-    """Tokens that a model was made for, by whatever name its config has for it; None where it has none that can be
-    (-1 is for no limit)."""
-    tokens = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return tokens if isinstance(tokens, int) and tokens > 1 else None
-
-
 def folder_name(folder: str | Path) -> str:
     """The last name of a folder, also of `.`, `..` and `/`."""
     name = Path(folder).name
     return name if name not in ("", "..") else Path(folder).resolve().name or "model"
-
-
-def load_dense_or_compressed(folder: Path, device: str, trust_remote_code: bool = False) -> nn.Module:
-    """A causal language model in float32. Raises SourceError if transformers cannot load it, FormatError for a folder
-    that is not one model to everybody."""
-    with explained(SourceError, f"{folder}: transformers cannot load it"):
-        return load_model(folder, torch.float32, trust_remote_code=trust_remote_code).to(device)
-
-
-def open_streamed(folder: Path, device: str, trust_remote_code: bool = False, bounded: bool = False) -> nn.Module:
-    """A causal language model in float32 that reads a decoder block's weights when it is called; whole, and said so,
-    where transformers changes tensors on loading. Raises SourceError if transformers cannot load it."""
-    try:
-        with explained(SourceError, f"{folder}: transformers cannot load it"):
-            return stream_model(folder, device, trust_remote_code)
-    except StreamingError as error:
-        if bounded:
-            raise SourceError(
-                f"{error}: transformers makes it of others; not without holding the model whole, which "
-                "--max-memory does not allow"
-            ) from None
-        logger.warning("%s: transformers makes it of others; the model is held whole", error)
-        return load_dense_or_compressed(folder, device, trust_remote_code)
 
 
 def load_checked(model: str, device: str, trust_remote_code: bool = False) -> tuple[nn.Module, Path]:
@@ -187,37 +160,6 @@ def load_checked(model: str, device: str, trust_remote_code: bool = False) -> tu
         source.check_values()
         return source.load(device), folder
     return load_dense_or_compressed(folder, device, trust_remote_code), folder
-
-
-def load_tokenizer(folder: str | Path, trust_remote_code: bool = False):
-    """The tokenizer of a folder or hub id. Raises SourceError if there is none that gives tokens."""
-    from transformers import AutoTokenizer
-
-    remedy = "; copy its files again, or update transformers if they are newer"
-    try:
-        with explained(SourceError, f"{folder}: no usable tokenizer", remedy):
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except SourceError:
-        path = Path(folder) / "tokenizer_config.json"
-        if not trust_remote_code and _has_code(path):  # transformers may do without, with a class of its own
-            raise SourceError(
-                f"{path}: the tokenizer runs code of its own; read it, then pass --trust-remote-code"
-            ) from None
-        raise
-    with explained(SourceError, f"{folder}: no usable tokenizer", remedy):
-        if not tokenizer("a text of 8 words, one of them 42", add_special_tokens=False)["input_ids"]:
-            raise SourceError(
-                f"{folder}: no usable tokenizer: it gives no tokens for any text; its vocabulary is empty"
-            )
-    return tokenizer
-
-
-def _has_code(path: Path) -> bool:
-    """Whether a tokenizer_config.json names code that the model brings."""
-    try:
-        return bool(json.loads(path.read_text(encoding="utf-8"))["auto_map"]["AutoTokenizer"])
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        return False
 
 
 def find_folder(model: str, revision: str | None = None) -> tuple[Path, str | None]:
@@ -262,6 +204,22 @@ def open_source(model: str, revision: str | None = None, trust_remote_code: bool
     except StructureError as error:
         raise SourceError(f"{folder}: {error}") from None
     found = model_tensors(empty, headers)
+    check_tensors(folder, empty, found)
+    return Source(
+        model,
+        folder,
+        commit,
+        trust_remote_code,
+        config,
+        empty.config,
+        found.written,
+        tuple(found.left_out),
+        vocabulary,
+    )
+
+
+def check_tensors(folder: Path, empty: nn.Module, found: ModelTensors) -> None:
+    """Raises SourceError unless the files have every parameter of the model, in its shape and a dense type."""
     name = type(empty).__name__
     if found.missing:  # transformers would fill it with random numbers
         wrappers = [w for w in WRAPPERS if any(tensor.startswith(w) for tensor in found.left_out)]
@@ -284,17 +242,6 @@ def open_source(model: str, revision: str | None = None, trust_remote_code: bool
             )
         if tensor.is_floating_point() and stored.dtype not in TORCH_TYPES:
             raise _not_dense(stored)
-    return Source(
-        model,
-        folder,
-        commit,
-        trust_remote_code,
-        config,
-        empty.config,
-        found.written,
-        tuple(found.left_out),
-        vocabulary,
-    )
 
 
 def _read_config(folder: Path, trust_remote_code: bool) -> dict:
@@ -345,22 +292,3 @@ def _download(model: str, revision: str | None) -> Path:
 def offline(model: str) -> str:
     """What to do where the environment keeps the hub's client from asking it."""
     return f"HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set: unset it, or fetch the model first: hf download {model}"
-
-
-def resolve_device(device: str) -> str:
-    """--device auto is the GPU if there is one. Raises SourceError for a GPU that is not there."""
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise SourceError("--device cuda: torch sees no CUDA device")
-    return device
-
-
-def window_length(asked: int | None, context: int | None) -> int:
-    """Tokens a window: as asked, else the model's context up to 2048. Raises SourceError if the context is shorter."""
-    if asked is None:
-        return min(2048, context or 2048)
-    if asked < 2 or (context is not None and asked > context):
-        most = "" if context is None else f" to {context}, the model's context"
-        raise SourceError(f"--sequence-length {asked}: must be 2{most or ' or more'}")
-    return asked

@@ -100,6 +100,12 @@ def calibration_text(
     return CalibrationText(calibration, windows[:held_back], rows, beginning, with_bos)
 
 
+def recorded_names(sources: Sequence[str]) -> list[str]:
+    """Calibration sources as a record names them: a data set of the hub by its id, a file or folder by its last name,
+    for where it lay says nothing elsewhere."""
+    return [Path(each).name if Path(weighted_source(each)[0]).exists() else each for each in sources]
+
+
 def weighted_source(source: str) -> tuple[str, float]:
     """Name and weight of SOURCE@WEIGHT; a name that itself ends in @ and a number is a file's. Raises TextError for
     a weight that is not positive."""

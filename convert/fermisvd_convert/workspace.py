@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,15 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from fermisvd import distributed
-from fermisvd.blocks import HiddenStates
 from fermisvd.errors import FermiSVDError, reason
+from fermisvd.running import distributed
+from fermisvd.running.blocks import HiddenStates
+from fermisvd.settings import Settings
 from fermisvd_convert.places import ensure_own, make_own, remove_own
 
 MANIFEST = "manifest"
 SCRATCH = ".fermisvd-scratch"  # what is half-written, and hidden states
-METHOD = 1  # raised when the same settings no longer give the same result
+METHOD = 2  # raised when the same settings no longer give the same result
 PROGRESS, PROGRESS_SECONDS = ".progress.json", 60
 
 
@@ -35,8 +37,15 @@ class WorkspaceError(FermiSVDError):
 
 
 def settings_key(*parts: Any) -> str:
-    """Short hash of JSON-able settings."""
-    return hashlib.sha256(json.dumps([METHOD, *parts], sort_keys=True).encode()).hexdigest()[:16]
+    """Short hash of what a stage depends on: JSON-able values, dataclasses and settings of them, and token windows."""
+    return hashlib.sha256(json.dumps([METHOD, *parts], sort_keys=True, default=_plain).encode()).hexdigest()[:16]
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has no word for."""
+    if isinstance(value, torch.Tensor):
+        return hashlib.sha256(value.contiguous().numpy().tobytes()).hexdigest()
+    return value.model_dump(mode="json") if isinstance(value, Settings) else asdict(value)
 
 
 def file_hash(path: Path) -> str:
@@ -95,7 +104,7 @@ class Workspace:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """For one converter at a time; what a killed one left half-written is removed. Raises WorkspaceError."""
-        if distributed.rank():
+        if distributed.this_process():
             self.wait_for_all()  # what the first has found
             yield
             return
@@ -120,7 +129,7 @@ class Workspace:
     @contextmanager
     def hidden_states(self, room: int) -> Iterator[HiddenStates]:
         """A place for hidden states, `room` bytes of it in memory; empty before and after."""
-        folder = self.scratch / f"hidden-{distributed.rank()}"
+        folder = self.scratch / f"hidden-{distributed.this_process()}"
         make_own(folder)
         try:
             yield HiddenStates(folder, room)
@@ -130,7 +139,7 @@ class Workspace:
     def wait_for_all(self) -> None:
         """Wait for the other processes, and learn what they have finished."""
         distributed.wait_for_all()
-        if distributed.world() > 1:
+        if distributed.process_count() > 1:
             self.read_manifest()
 
     def read_manifest(self) -> None:
@@ -143,6 +152,10 @@ class Workspace:
                 except (ValueError, KeyError, TypeError):
                     continue
 
+    def stage(self, kind: str, *depends_on: Any) -> "Stage":
+        """The stage of this kind whose result depends on these values, as of `settings_key`."""
+        return Stage(self, f"{kind}-{settings_key(*depends_on)}")
+
     def json(
         self,
         name: str,
@@ -153,13 +166,13 @@ class Workspace:
         """The JSON artefact `name`, made and kept if it is not there, not as it was written, or by `whole` lacks its
         tensors. together: all processes make it, with one result; else the first alone."""
         artefact, found = f"{name}.json", None
-        if distributed.rank() == 0 and self._intact(artefact):
+        if distributed.this_process() == 0 and self._intact(artefact):
             value = json.loads((self.folder / artefact).read_text(encoding="utf-8"))
             found = [value] if whole(value) else None
         if found := distributed.from_first(found):
             return found[0]
         value = make() if together else None
-        if distributed.rank() == 0:
+        if distributed.this_process() == 0:
             with distributed.alone():
                 value = value if together else make()
             text = json.dumps(value, indent=1)
@@ -172,12 +185,12 @@ class Workspace:
         """How far an unfinished stage has come, or None; and what keeps it, once a minute, by process 0."""
         artefact, kept = f"{name}{PROGRESS}", time.monotonic()
         found = None
-        if distributed.rank() == 0 and self._intact(artefact):
+        if distributed.this_process() == 0 and self._intact(artefact):
             found = json.loads((self.folder / artefact).read_text(encoding="utf-8"))
 
         def keep(value: Any) -> None:
             nonlocal kept
-            if distributed.rank() == 0 and time.monotonic() - kept >= PROGRESS_SECONDS:
+            if distributed.this_process() == 0 and time.monotonic() - kept >= PROGRESS_SECONDS:
                 self._keep(artefact, lambda p: p.write_text(json.dumps(value), encoding="utf-8"))
                 kept = time.monotonic()
 
@@ -206,14 +219,14 @@ class Workspace:
         if path.is_dir():
             raise WorkspaceError(f"{path}: a folder where an artefact goes; remove it")
         ensure_own(self.scratch)
-        write_whole(path, self.scratch / f"half-{distributed.rank()}-{path.name}", write)
+        write_whole(path, self.scratch / f"half-{distributed.this_process()}-{path.name}", write)
         entry = {
             "artefact": artefact,
             "settings": artefact.partition("/")[0].removesuffix(".json").removesuffix(".progress").rpartition("-")[2],
             "sha256": file_hash(path),
             "bytes": path.stat().st_size,
         }
-        manifest = self.folder / f"{MANIFEST}{distributed.rank() or ''}.jsonl"  # each process its own
+        manifest = self.folder / f"{MANIFEST}{distributed.this_process() or ''}.jsonl"  # each process its own
         try:
             with manifest.open("ab") as file:
                 file.write(b"\n" + json.dumps(entry).encode() + b"\n")  # first a new line, if a kill cut off the last
@@ -235,3 +248,39 @@ class Workspace:
             return True
         except OSError:
             return False
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A step of a conversion whose result is kept: found in the workspace under its name, or made and kept there.
+
+    name: the kind of stage, and the hash of all that its result depends on.
+    """
+
+    workspace: Workspace
+    name: str
+
+    def json(
+        self, make: Callable[[], Any], whole: Callable[[Any], bool] = lambda _: True, together: bool = False
+    ) -> Any:
+        """Its JSON result; see Workspace.json."""
+        return self.workspace.json(self.name, make, whole, together)
+
+    def progress(self) -> tuple[Any, Callable[[Any], None]]:
+        """How far it has come, and what keeps that; see Workspace.progress."""
+        return self.workspace.progress(self.name)
+
+    def has(self, tensors: str) -> bool:
+        """Whether its tensors of that name are there."""
+        return self.workspace.has_tensors(self.name, tensors)
+
+    def save(self, tensors: str, values: dict[str, torch.Tensor]) -> None:
+        self.workspace.save_tensors(self.name, tensors, values)
+
+    def load(self, tensors: str) -> dict[str, torch.Tensor]:
+        """Raises WorkspaceError if they are not as they were written."""
+        return self.workspace.load_tensors(self.name, tensors)
+
+    def bytes_written(self) -> int:
+        """Bytes of its tensors that are there."""
+        return sum(path.stat().st_size for path in (self.workspace.folder / self.name).glob("*"))

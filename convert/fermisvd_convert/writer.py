@@ -9,16 +9,18 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from tqdm import tqdm
 
-from fermisvd.budget import Form
+from fermisvd.budget import RankedGroup
 from fermisvd.errors import reason
 from fermisvd.files import ADAPTER_NAME, INDEX_NAME, WEIGHTS_NAME, TensorInfo, is_pickle, read_headers
-from fermisvd.format import FermiSVDConfig
+from fermisvd.format import CheckpointConfig
 from fermisvd.groups import LinearGroup
+from fermisvd.losses import Pair
 from fermisvd.storage import compressed_tensors, config_group
+from fermisvd_convert.loading import SourceError
 from fermisvd_convert.memory import give_back
-from fermisvd_convert.source import TORCH_TYPES, Source, SourceError
+from fermisvd_convert.progress import bar
+from fermisvd_convert.source import TORCH_TYPES, Source
 
 SHARD_BYTES = 4 * 2**30
 SMALL_SHARD = 2**26  # a shard is a decoder block's size, but not less: a shard is held in memory
@@ -64,9 +66,8 @@ def _is_weights(path: Path) -> bool:
 def write_checkpoint(
     source: Source,
     folder: Path,
-    compressed: Sequence[tuple[LinearGroup, int]],
-    form: Form,
-    factors_of: Callable[[LinearGroup], tuple[torch.Tensor, torch.Tensor]],
+    compressed: Sequence[RankedGroup],
+    factors_of: Callable[[LinearGroup], Pair],
     dtype: torch.dtype,
     cast_dense: bool,
     provenance: dict,
@@ -74,37 +75,43 @@ def write_checkpoint(
 ) -> None:
     """Everything of the checkpoint but the model card, into `folder`, which must be empty.
 
-    compressed: groups that do not stay dense, with their ranks; factors_of: gives A and B of a group at
-    its rank; dtype: of the factors;
+    compressed: groups that do not stay dense; factors_of: gives A and B of a group at its rank; dtype: of the factors;
     cast_dense: whether the other tensors take it too, or stay as they are.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for path in copied_files(source.folder)[0]:
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source.folder / path, folder / path)
-    groups = tuple(config_group(group, rank, form) for group, rank in compressed)
-    replaced = {f"{name}.weight" for group, _ in compressed for name in group.members}
-    provenance = provenance | {"dense_tensors": [name for name in source.headers if name not in replaced]}
-    entry = FermiSVDConfig(groups=groups, provenance=provenance).model_dump(mode="json", exclude_none=True)
-    config = {key: value for key, value in source.config.items() if key != "torch_dtype"}
-    config |= {"dtype": str(dtype).removeprefix("torch."), "quantization_config": entry}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    _write_config(source, folder, compressed, dtype, provenance)
+    ranked_of = {f"{name}.weight": ranked for ranked in compressed for name in ranked.group.members}
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
-        by_weight = {f"{name}.weight": group for group, _ in compressed for name in group.members}
-        for name in tqdm(source.headers, desc="write", leave=False):
-            if name not in by_weight:
-                tensor = source.tensor(name)
-                yield name, tensor.to(dtype) if cast_dense and tensor.is_floating_point() else tensor
-                continue
-            group = by_weight[name]
-            if name == f"{group.name}.weight":
-                a, b = (factor.to(device) for factor in factors_of(group))
-                yield from compressed_tensors(group, a, b, form, dtype).items()
-                give_back()
+        with bar("write", len(source.headers), "tensor") as shown:
+            for name in source.headers:
+                if name not in ranked_of:
+                    tensor = source.tensor(name)
+                    yield name, tensor.to(dtype) if cast_dense and tensor.is_floating_point() else tensor
+                elif name == f"{(ranked := ranked_of[name]).group.name}.weight":
+                    a, b = (factor.to(device) for factor in factors_of(ranked.group))
+                    yield from compressed_tensors(ranked, a, b, dtype).items()
+                    give_back()
+                shown.advance()
 
     block = weight_bytes(source.headers) // source.blocks()
     _write_shards(folder, tensors(), min(SHARD_BYTES, max(SMALL_SHARD, block)))
+
+
+def _write_config(
+    source: Source, folder: Path, compressed: Sequence[RankedGroup], dtype: torch.dtype, provenance: dict
+) -> None:
+    """config.json: the source's, and the quantization_config that describes the groups."""
+    replaced = {f"{name}.weight" for ranked in compressed for name in ranked.group.members}
+    provenance = provenance | {"dense_tensors": [name for name in source.headers if name not in replaced]}
+    groups = tuple(config_group(ranked) for ranked in compressed)
+    entry = CheckpointConfig(groups=groups, provenance=provenance).model_dump(mode="json", exclude_none=True)
+    config = {key: value for key, value in source.config.items() if key != "torch_dtype"}
+    config |= {"dtype": str(dtype).removeprefix("torch."), "quantization_config": entry}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_shards(folder: Path, tensors: Iterator[tuple[str, torch.Tensor]], shard_bytes: int) -> None:
@@ -117,9 +124,8 @@ def _write_shards(folder: Path, tensors: Iterator[tuple[str, torch.Tensor]], sha
         shards.append(list(pending))
         shard = folder / f"shard-{len(shards)}.safetensors"
         save_file(pending, shard, metadata={"format": "pt"})
-        shard.chmod(
-            usual_mode()
-        )  # safetensors makes files that only their owner can read; a server is often another user
+        # safetensors makes files that only their owner can read; a server is often another user
+        shard.chmod(usual_mode())
         pending.clear()
 
     for name, tensor in tensors:

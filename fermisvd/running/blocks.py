@@ -163,14 +163,18 @@ def logits_by_blocks(
     blocks: DecoderBlocks,
     batches: Sequence[torch.Tensor],
     hidden: HiddenStates,
-    on_block: Callable[[], object] = lambda: None,
+    on_batch: Callable[[], object] = lambda: None,
 ) -> Iterator[torch.Tensor]:
-    """Logits of each batch in turn, every block having been run over all of them before the next; see `sweep`."""
+    """Logits of each batch in turn, every block having been run over all of them before the next; see `sweep`.
+
+    on_batch: called whenever a batch is through a block, and through the head.
+    """
     numbered, device = list(enumerate(batches)), device_of(blocks.model)
-    sweep(blocks, numbered, hidden, on_block=on_block)
+    sweep(blocks, numbered, hidden, on_batch=on_batch)
     for number, batch in numbered:
         yield blocks.head(batch.to(device), hidden.get("last", number, device))
         hidden.drop("last", [(number, batch)])
+        on_batch()
 
 
 @torch.no_grad()
@@ -179,11 +183,11 @@ def sweep(
     batches: Sequence[tuple[int, torch.Tensor]],
     hidden: HiddenStates,
     keep: bool = False,
-    on_block: Callable[[], object] = lambda: None,
+    on_batch: Callable[[], object] = lambda: None,
 ) -> None:
     """Forward through all blocks, one at a time: leaves the states behind the last as "last" and, with `keep`, those
-    before block i as "before i". batches: numbered; on_block: called when each is done. Raises HiddenStatesError naming
-    a block whose output is not finite.
+    before block i as "before i". batches: numbered; on_batch: called whenever one is through a block. Raises
+    HiddenStatesError naming a block whose output is not finite.
     """
     device = device_of(blocks.model)
     for number, batch in batches:
@@ -197,7 +201,7 @@ def sweep(
                 if keep:
                     hidden.move("last", f"before {index}", number)
                 hidden.put("last", number, states)
-        on_block()
+                on_batch()
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import distributed
@@ -99,6 +99,11 @@ def from_first(value: T) -> T:
     with _all_there():
         distributed.broadcast_object_list(box, src=0, device=torch.device("cpu"))
     return box[0]
+
+
+def received() -> Any:
+    """What process 0 gives by `from_first`, for the others."""
+    return from_first(None)
 
 
 @contextmanager

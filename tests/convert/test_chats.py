@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from fermisvd_convert.chats import RowError, _takes_parts, holds_text, render, row_text
 from fermisvd_convert.rows import TextError, rows_of
-from fermisvd_convert.source import load_tokenizer
+from fermisvd_convert.loading import load_tokenizer
 
 # What templates of the hub do: content added to a string, looped-over arguments, tools as JSON.
 STRINGS = """

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from fermisvd.distributed import ProcessError, launched
+from fermisvd.running.distributed import ProcessError, launched
 from fermisvd.errors import FermiSVDError
 from fermisvd_convert.checks import OptionError
 from fermisvd_convert.convert import convert

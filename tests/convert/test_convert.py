@@ -15,7 +15,7 @@ from fermisvd_convert.convert import convert
 from fermisvd_convert.evaluate import evaluate
 from fermisvd_convert.inspect import inspect_checkpoint
 from fermisvd_convert.output import OutputError
-from fermisvd_convert.source import SourceError
+from fermisvd_convert.loading import SourceError
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,12 @@ import torch
 from torch.nn import functional
 
 from faults import edit_config, edit_tensors
-from fermisvd.blocks import HiddenStates
+from fermisvd.running.blocks import HiddenStates
 from fermisvd.errors import FermiSVDError
 from fermisvd.hf import load_model
-from fermisvd.streaming import stream_model
+from fermisvd.running.streaming import stream_model
 from fermisvd_convert.evaluate import EvaluationError, evaluate, evaluate_by_blocks, evaluate_files
-from fermisvd_convert.source import SourceError
+from fermisvd_convert.loading import SourceError
 from folders import TWO_MODELS
 
 

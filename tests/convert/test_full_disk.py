@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from fermisvd.blocks import HiddenStates, HiddenStatesError
+from fermisvd.running.blocks import HiddenStates, HiddenStatesError
 from fermisvd_convert import stages
 from fermisvd_convert.convert import convert
 from fermisvd_convert.output import OutputError, place_of

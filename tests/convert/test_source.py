@@ -10,7 +10,8 @@ import transformers
 
 from fermisvd_convert import source
 from fermisvd_convert.convert import convert
-from fermisvd_convert.source import SourceError, context_length, folder_name, load_tokenizer, open_source
+from fermisvd_convert.loading import SourceError, context_length, load_tokenizer
+from fermisvd_convert.source import folder_name, open_source
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from fermisvd.decomposition import data_aware_svd
 from fermisvd.groups import find_groups, stacked_weight
 from fermisvd.hf import load_model
 from fermisvd_convert.evaluate import evaluate
-from fermisvd_convert.source import load_tokenizer
+from fermisvd_convert.loading import load_tokenizer
 from fermisvd_convert.text import windows_of
 
 TRIAL = {("svd", "separate"): (29.57, 53.15, 97.18), ("pivga", "joint"): (9.522, 22.32, 46.00)}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
-from fermisvd_convert.source import load_tokenizer
+from fermisvd_convert.loading import load_tokenizer
 from fermisvd_convert.text import RowCounts, TextError, calibration_text, cut, windows_of
 
 

@@ -10,17 +10,17 @@ from pathlib import Path
 import torch
 from torch.distributed.tensor import DTensor
 
-from fermisvd import distributed, fermigrad
+from fermisvd.running import distributed, fermigrad
 from fermisvd.decomposition import data_aware_svd
 from fermisvd.fermigrad import FermiGradSettings, install_gates, optimise_ranks
 from fermisvd.groups import find_groups, stacked_weight
 from fermisvd.hf import load_model
-from fermisvd.streaming import stream_model
+from fermisvd.running.streaming import stream_model
 
 
 def main(folder: Path, result: Path, shard: bool) -> None:
     fermigrad.KEPT_ACTIVATIONS = 0 if shard else fermigrad.KEPT_ACTIVATIONS  # so that blocks are checkpointed, too
-    with distributed.processes("cpu"):
+    with distributed.process_group("cpu"):
         dense = load_model(folder)
         groups = find_groups(dense, "separate")
         factors = {
@@ -34,8 +34,8 @@ def main(folder: Path, result: Path, shard: bool) -> None:
         windows = torch.randint(2048, (7, 16), generator=torch.Generator().manual_seed(0))  # 3 and 1 a batch
         settings = FermiGradSettings(steps=8, batch_size=3)
         mus, records = optimise_ranks(model, groups, gated, windows, 0.7, "pivga", settings)
-        if distributed.rank() == 0:
-            found = {"mus": mus, "kl": [r["kl"] for r in records], "processes": distributed.world()}
+        if distributed.this_process() == 0:
+            found = {"mus": mus, "kl": [r["kl"] for r in records], "processes": distributed.process_count()}
             result.write_text(json.dumps(found))
 
 

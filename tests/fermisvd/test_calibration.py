@@ -2,11 +2,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from fermisvd.blocks import DecoderBlocks, HiddenStates, HiddenStatesError
+from fermisvd.running.blocks import DecoderBlocks, HiddenStates, HiddenStatesError
 from fermisvd.calibration import CalibrationError, calibration_grams, gram_matrices, grams_by_blocks
 from fermisvd.decomposition import OutputGram, group_output_gram
 from fermisvd.groups import find_groups
-from fermisvd.streaming import stream_model
+from fermisvd.running.streaming import stream_model
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from fermisvd import FermiGradSettings, HealingSettings, compress, load_model, v
 from fermisvd.budget import BudgetError
 from fermisvd.compress import CompressError
 from fermisvd_convert.convert import convert
-from fermisvd_convert.source import load_tokenizer
+from fermisvd_convert.loading import load_tokenizer
 from fermisvd_convert.text import calibration_text
 
 LENGTH, SAMPLES, BATCH = 32, 16, 4

@@ -6,7 +6,7 @@ from fermisvd.budget import BudgetError, kept_parameters, round_to_budget, total
 from fermisvd.decomposition import data_aware_svd
 from fermisvd.fermigrad import install_gates
 from fermisvd.groups import find_groups, stacked_weight
-from fermisvd.jump import OpenTeacher, cut, jump_rank, settle_jump
+from fermisvd.dense_choice import OpenTeacher, cut, jump_rank, choose_dense
 from fermisvd.losses import StudentLoss, kl_divergence, set_weight
 
 
@@ -45,7 +45,7 @@ class Problem:
 
     def settle(self, mus, remove, align=1, **options):
         budget = kept_parameters(self.groups, remove)
-        mus, records = settle_jump(self.model, self.groups, self.gated, mus, budget, self.ids, align, **options)
+        mus, records = choose_dense(self.model, self.groups, self.gated, mus, budget, self.ids, align, **options)
         return mus, round_to_budget(self.groups, mus, budget, "svd", align), records
 
     def dense_names(self, mus):

@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 
 from faults import split_in_two
 from fermisvd.format import (
-    FermiSVDConfig,
+    CheckpointConfig,
     FormatError,
     Group,
     expected_tensors,
@@ -39,7 +39,7 @@ def checkpoint(tmp_path):
         "l.u.lowrank_a": torch.randn(18, 6),
         "norm.weight": torch.ones(16),
     }
-    entry = FermiSVDConfig(groups=(COLUMNS, ROWS, SVD), provenance={"dense_tensors": ["norm.weight"]})
+    entry = CheckpointConfig(groups=(COLUMNS, ROWS, SVD), provenance={"dense_tensors": ["norm.weight"]})
     write(tmp_path, entry.model_dump(mode="json", exclude_none=True), tensors)
     return tmp_path
 

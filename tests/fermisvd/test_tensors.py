@@ -10,10 +10,11 @@ from transformers import AutoModelForCausalLM
 from fermisvd import FormatError, load_model
 from fermisvd.files import read_headers
 from fermisvd.format import validate_before_serving
-from fermisvd.streaming import stream_model
+from fermisvd.running.streaming import stream_model
 from fermisvd_convert.convert import convert
 from fermisvd_convert.evaluate import evaluate
-from fermisvd_convert.source import load_tokenizer, open_source
+from fermisvd_convert.loading import load_tokenizer
+from fermisvd_convert.source import open_source
 from fermisvd_convert.text import calibration_text
 from folders import SAME, TWO_MODELS
 

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 from transformers.distributed.configuration_utils import DistributedConfig
 
-from fermisvd import distributed
+from fermisvd.running import distributed
 from fermisvd.hf import load_model
 from fermisvd.modules import CompressedLinear
 
@@ -68,7 +68,7 @@ def passed(model: nn.Module) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
 
 
 def main(folder: Path, result: Path) -> None:
-    with distributed.processes("cpu"):
+    with distributed.process_group("cpu"):
         plain = load_model(folder)
         block = type(plain.get_submodule("model.layers.0"))
         layers = {type(m) for m in plain.modules() if isinstance(m, CompressedLinear)}
@@ -97,7 +97,7 @@ def main(folder: Path, result: Path) -> None:
                 "logits": (logits - expected).abs().max().item(),
                 "gradients": max(gaps).item() if gaps else None,
             }
-        if distributed.rank() == 0:
+        if distributed.this_process() == 0:
             result.write_text(json.dumps(found))
 
 

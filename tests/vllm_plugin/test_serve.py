@@ -20,7 +20,7 @@ FORMS = ["pivga", "svd"]
 @pytest.fixture(scope="module")
 def prompts(demo_text, demo_model):
     """64 prompts of 4 to 67 tokens of held-back modules."""
-    from fermisvd_convert.source import load_tokenizer
+    from fermisvd_convert.loading import load_tokenizer
     from fermisvd_convert.text import windows_of
 
     windows = windows_of(load_tokenizer(demo_model), str(demo_text["validation"]), 128, 64)

@@ -36,7 +36,7 @@ def client(server):
 
 @pytest.fixture(scope="module")
 def prompts(demo_text, demo_model):
-    from fermisvd_convert.source import load_tokenizer
+    from fermisvd_convert.loading import load_tokenizer
     from fermisvd_convert.text import windows_of
 
     windows = windows_of(load_tokenizer(demo_model), str(demo_text["validation"]), 200, 8)

@@ -4,8 +4,8 @@ from torch import nn
 
 from families import FAMILIES, save
 from fermisvd import load_model
-from fermisvd.blocks import BlocksError, DecoderBlocks, HiddenStates, logits_by_blocks, sweep
-from fermisvd.streaming import StreamingError, stream_model
+from fermisvd.running.blocks import BlocksError, DecoderBlocks, HiddenStates, logits_by_blocks, sweep
+from fermisvd.running.streaming import StreamingError, stream_model
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,0 +1,102 @@
+"""What the stages of a conversion share."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import wraps
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import torch
+from torch import nn
+
+from fermisvd.budget import Budget
+from fermisvd.compress import set_aside
+from fermisvd_convert.memory import Limits
+from fermisvd_convert.options import ConvertOptions
+from fermisvd_convert.source import Source
+from fermisvd_convert.text import CalibrationText
+from fermisvd_convert.workspace import Workspace
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """The model and the text, how they are to be compressed, and where.
+
+    options: as given, the open ones settled (sequence_length, samples that there are, refit); key: hash of the model;
+    storage: type of the factors; out: the folder to be made; left_files: files of MODEL that it will not have; device,
+    limits and shard (whether FermiGrad divides the model among the processes) are known once the processes are there
+    and the model's size is; choices, seconds: what was decided by measurement, and how long each part took, for the
+    record.
+    """
+
+    options: ConvertOptions
+    out: Path
+    source: Source
+    key: str
+    text: CalibrationText
+    storage: torch.dtype
+    workspace: Workspace
+    left_files: tuple[str, ...]
+    device: str
+    limits: Limits = field(default_factory=lambda: Limits(0, 0))
+    shard: bool = False
+    choices: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def budget(self) -> Budget:
+        return self.options.budget
+
+    @property
+    def length(self) -> int:
+        """Tokens of a window."""
+        return self.text.windows.shape[1]
+
+    @property
+    def windows(self) -> torch.Tensor:
+        """Token ids that are calibrated on, (samples, length)."""
+        return self.text.windows[: self.options.samples]
+
+    @property
+    def gradient_windows(self) -> torch.Tensor:
+        """Those that FermiGrad trains on."""
+        return self.text.windows[: self.options.gradient_samples]
+
+    @property
+    def aside(self) -> torch.Tensor:
+        """Those that decide between alternatives, neither refitted nor healed on; the record's are others again."""
+        return set_aside(self.windows)[0]
+
+    @property
+    def training(self) -> torch.Tensor:
+        """Those that are refitted and healed on."""
+        return set_aside(self.windows)[1]
+
+    def load(self) -> nn.Module:
+        """The dense model, float32."""
+        return self.source.load(self.device)
+
+    def stream(self) -> nn.Module:
+        """The dense model, float32, one decoder block in memory at a time."""
+        return self.source.stream(self.device, bounded=self.options.max_memory is not None)
+
+
+def timed(part: str) -> Callable[[Callable[Concatenate[Conversion, P], R]], Callable[Concatenate[Conversion, P], R]]:
+    """A step whose wall-clock seconds are added up in its conversion, under the name of the part that it belongs to."""
+
+    def decorate(step: Callable[Concatenate[Conversion, P], R]) -> Callable[Concatenate[Conversion, P], R]:
+        @wraps(step)
+        def run(conversion: Conversion, *args: P.args, **kwargs: P.kwargs) -> R:
+            begin = time.perf_counter()
+            result = step(conversion, *args, **kwargs)
+            seconds = conversion.seconds.get(part, 0) + time.perf_counter() - begin
+            conversion.seconds[part] = round(seconds, 2)
+            return result
+
+        return run
+
+    return decorate

@@ -1,0 +1,91 @@
+"""Every option of every command, once: the command line and the Python functions' keywords are made from these."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, field_validator
+
+from fermisvd.compress import CompressOptions
+from fermisvd.healing import HealingSettings
+from fermisvd.settings import Batched, Count, Seeded, Settings, nested, option
+from fermisvd_convert.memory import parse_bytes
+from fermisvd_convert.rows import DEFAULT_DATASET
+
+RANK_RULES = ("fermigrad", "uniform")
+Text = Annotated[str, Field(min_length=1)]
+Texts = Annotated[Sequence[Text], Field(min_length=1)]
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+
+
+class TextOptions(Settings):
+    """How a text is cut into windows."""
+
+    sequence_length: Annotated[Count | None, option("Tokens a window.", shown="the model's context, at most 2048")] = (
+        None
+    )
+    bos: Annotated[bool, option("Begin windows with the BOS token that the tokenizer adds.")] = True
+    skip_bad_rows: Annotated[bool, option("Go on without rows of the text that are refused.", recorded=False)] = False
+
+
+class RunOptions(Settings):
+    """Where a model runs, and whose code."""
+
+    device: Annotated[Literal["auto", "cpu", "cuda"], option("auto: a GPU if there is one.", recorded=False)] = "auto"
+    trust_remote_code: Annotated[bool, option("Run code that the model brings.", recorded=False)] = False
+
+
+class ConvertOptions(RunOptions, TextOptions, CompressOptions):
+    """Options of `fermisvd convert`: the method's (fermisvd.compress), the text's, and where things are."""
+
+    calibration: Annotated[
+        Texts,
+        option(
+            "Files (.txt, .jsonl, .json, .csv, .parquet, also .gz, .zst) or data sets (NAME:CONFIG), each with @WEIGHT "
+            "if need be; several may follow.",
+            shown="WikiText-2",
+        ),
+    ] = (DEFAULT_DATASET,)
+    samples: Annotated[Count, option("Calibration windows.")] = 256
+    gradient_samples: Annotated[Count, option("Windows FermiGrad trains on.")] = 256
+    dtype: Annotated[Dtype, option("Storage type; auto keeps the model's.")] = "auto"
+    work: Annotated[
+        Path | None,
+        option("Stages are kept here and found again.", shown=".fermisvd/stages/MODEL beside OUT", recorded=False),
+    ] = None
+    max_memory: Annotated[
+        Annotated[int, Field(ge=1)] | None,
+        BeforeValidator(lambda value: parse_bytes(value) if isinstance(value, str) else value),
+        option("Most memory a step may take, as 24GiB; what would take more is refused.", recorded=False),
+    ] = None
+    revision: Annotated[str | None, option("Branch, tag or commit of a hub model.", recorded=False)] = None
+    overwrite: Annotated[bool, option("Replace OUT if it exists.", recorded=False)] = False
+
+    @field_validator("ranks")
+    @classmethod
+    def _rule_or_file(cls, value: str) -> str:
+        if value not in RANK_RULES and not Path(value).is_file():
+            raise ValueError(f"{value!r} is neither fermigrad, nor uniform, nor a file")
+        return value
+
+    @property
+    def joins(self) -> bool:
+        """Whether layers may be joined after ranks are chosen; ranks of a file have their groups."""
+        return self.groups == "auto" and self.ranks in RANK_RULES
+
+
+class HealOptions(RunOptions, TextOptions, Batched, Seeded):
+    """Options of `fermisvd heal`."""
+
+    text: Annotated[Texts, option("Text to train on, as --calibration of convert; several may follow.")]
+    teacher: Annotated[str | None, option("The dense model.", shown="the hub id that the checkpoint names")] = None
+    samples: Annotated[Count, Field(ge=2), option("Windows to train on, over and over.")] = 1024
+    healing: Annotated[HealingSettings, nested("Healing")] = HealingSettings(steps=200)
+
+
+class EvaluateOptions(RunOptions, TextOptions, Batched):
+    """Options of `fermisvd evaluate`."""
+
+    text: Annotated[Text, option("Text to measure on.")]
+    reference: Annotated[str | None, option("Model to compare with: adds KL and top-1 agreement.")] = None
+    windows: Annotated[Count | None, option("First so many windows only.", shown="all")] = None

@@ -1,0 +1,48 @@
+"""The closing distillation of the written checkpoint's factors."""
+
+from pathlib import Path
+
+import torch
+
+from fermisvd.format import read_config
+from fermisvd.healing import heal, rounded_factors
+from fermisvd.hf import load_model
+from fermisvd_convert.conversion import Conversion, timed
+from fermisvd_convert.progress import bar
+from fermisvd_convert.workspace import file_hash
+from fermisvd_convert.writer import replace_tensors
+
+
+@timed("heal")
+def heal_checkpoint(conversion: Conversion, checkpoint: Path) -> dict | None:
+    """Put factors that were distilled from the dense model in the place of a written checkpoint's, and give the record
+    of it; None where nothing is to be healed, or nothing can be."""
+    options, windows, aside = conversion.options, conversion.training, conversion.aside
+    if not (options.healing.steps and read_config(checkpoint).groups and len(windows)):
+        return None
+    factors = [file_hash(file) for file in sorted(checkpoint.glob("*.safetensors"))]
+    stage = conversion.workspace.stage(
+        "healed", conversion.key, factors, windows, aside, options.healing, options.batch_size, options.seed
+    )
+
+    def make() -> dict:
+        teacher = conversion.load()
+        student = load_model(checkpoint, torch.float32, trust_remote_code=options.trust_remote_code)
+        student = student.to(conversion.device)
+        with bar("heal", options.healing.steps) as shown:
+            record = heal(
+                teacher,
+                student,
+                windows,
+                aside,
+                options.healing,
+                batch_size=options.batch_size,
+                seed=options.seed,
+                on_step=shown.show,
+            )
+        stage.save("factors", rounded_factors(student, conversion.storage))
+        return record
+
+    record = stage.json(make, lambda _: stage.has("factors"))
+    replace_tensors(checkpoint, stage.load("factors"))
+    return record

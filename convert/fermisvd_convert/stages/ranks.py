@@ -1,0 +1,94 @@
+"""Real ranks of the groups: by a rule, or of a file."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from fermisvd.dense_choice import CANDIDATES, choose_dense
+from fermisvd.fermigrad import optimise_ranks
+from fermisvd.gates import install_gates
+from fermisvd.groups import LinearGroup
+from fermisvd_convert.conversion import Conversion, timed
+from fermisvd_convert.progress import bar
+from fermisvd_convert.stages.decomposition import Decomposition
+from fermisvd_convert.stages.rank_file import ranks_from_file
+
+
+@dataclass(frozen=True)
+class IdealRanks:
+    """groups and their real ranks, on the budget or near it; trace: FermiGrad's steps."""
+
+    groups: list[LinearGroup]
+    ranks: list[float]
+    trace: list[dict] = field(default_factory=list)
+
+
+@timed("ranks")
+def choose_ranks(conversion: Conversion, groups: list[LinearGroup], decomposition: Decomposition) -> IdealRanks:
+    """By the rule that the options name. Raises RankFileError for a file that is not what it should be."""
+    options = conversion.options
+    if options.ranks == "uniform":
+        return IdealRanks(groups, conversion.budget.uniform_ranks(groups))
+    if options.ranks != "fermigrad":
+        return IdealRanks(*ranks_from_file(Path(options.ranks), groups, options.groups))
+    found = fermigrad_ranks(conversion, groups, decomposition)
+    return settle_dense(conversion, found, decomposition) if options.form == "svd" else found
+
+
+def fermigrad_ranks(conversion: Conversion, groups: list[LinearGroup], decomposition: Decomposition) -> IdealRanks:
+    """FermiGrad's; an interrupted run goes on where it was kept last."""
+    options, windows = conversion.options, conversion.gradient_windows
+    partition = [group.members for group in groups]
+    settings = (conversion.budget, options.fermigrad, options.batch_size, options.seed)
+    stage = conversion.workspace.stage("ranks", decomposition.stage.name, partition, windows, *settings)
+
+    def make() -> dict:
+        model = conversion.stream()
+        gated = install_gates(model, groups, decomposition.whole, conversion.shard)
+        begun, keep = stage.progress()
+        done = len(begun["records"]) if begun else 0
+        with bar("FermiGrad", options.fermigrad.steps, done=done) as shown:
+            mus, trace = optimise_ranks(
+                model,
+                groups,
+                gated,
+                windows,
+                conversion.budget,
+                options.fermigrad,
+                batch_size=options.batch_size,
+                seed=options.seed,
+                on_step=shown.show,
+                begun=begun,
+                on_progress=keep,
+            )
+        return {"mu": {group.name: mu for group, mu in zip(groups, mus, strict=True)}, "trace": trace}
+
+    found = stage.json(make, together=True)
+    return IdealRanks(groups, [found["mu"][group.name] for group in groups], found["trace"])
+
+
+def settle_dense(conversion: Conversion, found: IdealRanks, decomposition: Decomposition) -> IdealRanks:
+    """Of the svd form: real ranks once it is measured which groups stay dense."""
+    options, budget, groups = conversion.options, conversion.budget, found.groups
+    partition, aside = [group.members for group in groups], conversion.aside
+    settings = (budget, aside, options.batch_size, CANDIDATES)
+    stage = conversion.workspace.stage("dense-groups", decomposition.stage.name, partition, found.ranks, *settings)
+
+    def make() -> dict:
+        model = conversion.stream()
+        gated = install_gates(model, groups, decomposition.whole)
+        with bar("choose dense groups", min(CANDIDATES, len(groups)), "group") as shown:
+            ranks, records = choose_dense(
+                model,
+                groups,
+                gated,
+                found.ranks,
+                budget,
+                aside,
+                batch_size=options.batch_size,
+                on_choice=shown.advance,
+            )
+        return {"mu": ranks, "records": records}
+
+    settled = stage.json(make)
+    conversion.choices["dense"] = settled["records"]
+    return replace(found, ranks=settled["mu"])

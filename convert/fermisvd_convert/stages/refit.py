@@ -1,0 +1,57 @@
+"""Sequential refit of the groups' factors."""
+
+from collections.abc import Sequence
+
+from fermisvd.budget import RankedGroup
+from fermisvd.groups import LinearGroup
+from fermisvd.losses import Pair, set_products
+from fermisvd.refit import MIXTURES, REFIT_DAMPING, refit
+from fermisvd_convert.conversion import Conversion, timed
+from fermisvd_convert.progress import bar
+from fermisvd_convert.stages.decomposition import Decomposition, FactorsOf
+
+
+@timed("refit")
+def refit_groups(conversion: Conversion, ranked: Sequence[RankedGroup], decomposition: Decomposition) -> FactorsOf:
+    """What gives A (m x r) and B (r x n) of a compressed group; as they were decomposed where no refit is asked for."""
+    windows, aside, batch_size = conversion.training, conversion.aside, conversion.options.batch_size
+    chosen, unchanged = [[each.group.members, each.rank] for each in ranked], decomposition.truncated(ranked)
+    if not conversion.options.refits:
+        return unchanged
+    stage = conversion.workspace.stage(
+        "refit", decomposition.stage.name, chosen, windows, aside, batch_size, MIXTURES, REFIT_DAMPING
+    )
+
+    def make() -> dict:
+        records: list[dict] = []
+        student = set_products(conversion.load(), ((each.group, unchanged(each.group)) for each in ranked))
+        with bar("refit", len(ranked), "group") as shown:
+
+            def show(record: dict) -> None:
+                shown.show(record)
+                records.append(record)
+
+            found = refit(
+                conversion.load(),
+                student,
+                ranked,
+                windows,
+                aside,
+                decomposition.fit,
+                batch_size=batch_size,
+                on_group=show,
+            )
+        for name, (a, b) in found.items():
+            stage.save(name, {"a": a.float(), "b": b.float()})
+        return {"refitted": sorted(found), "records": records}
+
+    result = stage.json(make, lambda found: all(stage.has(name) for name in found["refitted"]))
+
+    def factors_of(group: LinearGroup) -> Pair:
+        if group.name in result["refitted"]:
+            kept = stage.load(group.name)
+            return kept["a"], kept["b"]
+        return unchanged(group)
+
+    conversion.choices["refit"] = result["records"]
+    return factors_of

@@ -1,0 +1,82 @@
+"""Tables on the terminal: what a conversion is about to do, what it did, what a checkpoint holds."""
+
+import re
+from collections.abc import Mapping, Sequence
+from itertools import takewhile
+
+from rich.console import Console
+from rich.table import Table
+
+from fermisvd_convert.record import GroupRow, Record, TextRecord, totals
+from fermisvd_convert.text import RowCounts
+
+
+def short_name(members: list[str], prefix: str) -> str:
+    """model.layers.3.self_attn.q_proj, ....k_proj -> 3.self_attn.q_proj, k_proj."""
+    return ", ".join([members[0].removeprefix(prefix), *[member.rpartition(".")[2] for member in members[1:]]])
+
+
+def _common_parent(names: list[str]) -> str:
+    """Leading dotted words that all names share, with the dot after them."""
+    words = [name.split(".")[:-1] for name in names]
+    shared = [column[0] for column in takewhile(lambda column: len(set(column)) == 1, zip(*words, strict=False))]
+    return "".join(f"{word}." for word in shared)
+
+
+def print_groups(rows: Sequence[GroupRow], console: Console) -> None:
+    """Per group and total: form, rank, parameters before and after."""
+    prefix = _common_parent([row.members[0] for row in rows])
+    table = Table(title=f"linear layers of {prefix.rstrip('.')}")
+    table.add_column("group", overflow="fold")
+    for column in ("form", "side"):
+        table.add_column(column)
+    for column in ("rank", "of", "before", "after"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        counts = (f"{row.parameters_before:,}", f"{row.parameters_after:,}")
+        side = row.side if row.form == "pivga" else ""
+        table.add_row(short_name(row.members, prefix), row.form, side, str(row.rank), str(row.full_rank), *counts)
+    total = totals(rows)
+    counts = (f"{total.parameters_before:,}", f"{total.parameters_after:,}")
+    table.add_section()
+    table.add_row("total", "", f"-{total.removed:.2%}", "", "", *counts)
+    console.print(table)
+
+
+def left_dense_lines(left_dense: dict[str, int]) -> list[str]:
+    """One line a kind of matrix that no group holds (experts, routers), layers counted."""
+    kinds: dict[str, list[int]] = {}
+    for name, count in left_dense.items():
+        kinds.setdefault(re.sub(r"\.\d+\.", ".*.", name), []).append(count)
+    return [f"left dense: {kind}, {len(c)} matrices, {sum(c):,} parameters" for kind, c in kinds.items()]
+
+
+def text_lines(text: TextRecord) -> list[str]:
+    """What became of each calibration text's rows, and how the first window that is calibrated on begins."""
+    counts = [(source.name, RowCounts(source.used, source.skipped, source.refused)) for source in text.sources]
+    return [*(f"calibration text {name}: {count}" for name, count in counts), f"it begins: {text.beginning!r}"]
+
+
+def settings_line(settings: Mapping[str, object]) -> str:
+    """The recorded options in a line, those that are left to the program out."""
+    given = {name: value for name, value in settings.items() if value is not None}
+    return ", ".join(f"{name.replace('_', '-')} {_shown(value)}" for name, value in given.items())
+
+
+def _shown(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def print_record(record: Record, console: Console) -> None:
+    """The groups, and what became of text, quality and size."""
+    print_groups(record.groups, console)
+    for line in left_dense_lines(record.left_dense):
+        console.print(line)
+    for line in text_lines(record.calibration_text):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    perplexity, size = record.perplexity, record.bytes
+    console.print(
+        f"perplexity on {perplexity.tokens:,} held-back tokens: {perplexity.before:.4f} before, "
+        f"{perplexity.after:.4f} after"
+    )
+    console.print(f"weights: {size.before / 1e6:,.2f} MB before, {size.after / 1e6:,.2f} MB after")
