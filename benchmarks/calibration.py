@@ -19,7 +19,7 @@ from fermisvd_convert.convert import convert
 from fermisvd_convert.evaluate import evaluate
 from fermisvd_convert.source import load_tokenizer
 from fermisvd_convert.text import windows_of
-from kinds import KINDS, write_kinds
+from tests.support.kinds import KINDS, write_kinds
 
 REMOVE, WINDOWS = 0.3, 32
 OPTIONS = {

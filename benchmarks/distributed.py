@@ -1,7 +1,7 @@
 """One process against two: ranks, perplexity and seconds of a conversion, each process on one core.
 
     python benchmarks/distributed.py ../shared/data/checkpoints/stories260K TEXT
-    python benchmarks/distributed.py tests/models/stdlib-2m TEXT --options="--steps 32 --samples 128"
+    python benchmarks/distributed.py tests/support/stdlib-2m TEXT --options="--steps 32 --samples 128"
 
 Results: benchmarks/results/distributed-MODEL.json.
 """

@@ -1,6 +1,6 @@
 """Cost of a FermiGrad step, relative to one forward and backward pass of the dense model on the same batch.
 
-    python benchmarks/fermigrad_cost.py tests/models/stdlib-2m models/kinds-11m
+    python benchmarks/fermigrad_cost.py tests/support/stdlib-2m models/kinds-11m
 
 The dense pass trains all weights (next-token loss); the FermiGrad step is teacher, student and gradient in mu, with the
 gates where uniform ranks at --remove would be. Interleaved, warmed up, median of --repeats.

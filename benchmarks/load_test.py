@@ -32,7 +32,7 @@ from records import RESULTS, new_record, write_record
 from shapes import FORMS, ROOT, SHAPES, TOKENIZER, write_folder
 
 sys.path.append(str(ROOT / "tests" / "models"))
-from server import VLLM, Server, serve
+from tests.support.server import VLLM, Server, serve
 
 HELD = re.compile(r"FermiSVD: .* holds ([\d,]+) numbers")
 WEIGHT_MEMORY = re.compile(r"Model loading took ([\d.]+) GiB")  # said on a GPU

@@ -1,6 +1,6 @@
 """Peak memory of `fermisvd convert` on the demo model, or on a random Llama where weights outweigh activations.
 
-    python benchmarks/memory.py tests/models/stdlib-2m
+    python benchmarks/memory.py tests/support/stdlib-2m
     python benchmarks/memory.py --random 100                  # a random model of about 100 M parameters
 
 Two peaks: bytes of live tensors, and growth of the resident set over what it is before, imports done. The bound is 3
@@ -29,7 +29,7 @@ from fermisvd.groups import find_groups
 from fermisvd_convert.convert import convert
 
 ROOT = Path(__file__).parent.parent
-TOKENIZER = ROOT / "tests" / "models" / "stdlib-2m"
+TOKENIZER = ROOT / "tests" / "support" / "stdlib-2m"
 
 
 def random_model(folder: Path, millions: int) -> Path:

@@ -6,7 +6,7 @@
 
 Results are kept in benchmarks/results/quality-MODEL.json, cell by cell; a cell is skipped next time, unless protocol
 or version has changed, or --fresh is given. stories260K needs the shared data beside the repository, kinds-11m is
-trained by tests/models/train.py; what is not there is left as it stands in the JSON.
+trained by tests.support.train; what is not there is left as it stands in the JSON.
 """
 
 import argparse
@@ -33,8 +33,8 @@ from fermisvd_convert.text import windows_of
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "models"))
-from kinds import KINDS, SHARED, write_kinds  # noqa: E402
-from stdlib_text import write_texts  # noqa: E402
+from tests.support.kinds import KINDS, SHARED, write_kinds  # noqa: E402
+from tests.support.stdlib_text import write_texts  # noqa: E402
 
 PLAIN = {"whitening": "input", "heal_steps": 0, "refit": False}
 METHODS = {
@@ -67,7 +67,7 @@ def models(folder: Path) -> dict[str, dict]:
     texts = write_texts(folder)
     found = {
         "stdlib-2m": {
-            "path": ROOT / "tests" / "models" / "stdlib-2m",
+            "path": ROOT / "tests" / "support" / "stdlib-2m",
             "calibration": [texts["calibration"]],
             "evaluation": texts["validation"],
         }

@@ -15,7 +15,7 @@ from fermisvd.format import FermiSVDConfig, Group
 from fermisvd.groups import LinearGroup
 
 ROOT = Path(__file__).parent.parent
-TOKENIZER = ROOT / "tests" / "models" / "stdlib-2m"
+TOKENIZER = ROOT / "tests" / "support" / "stdlib-2m"
 FORMS = ("dense", "svd", "pivga")
 SHAPES = {
     # half of Llama-3.2-1B's blocks, its widths: weights dominate on a CPU

@@ -30,10 +30,10 @@ import psutil
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 sys.path.append(str(ROOT / "tests" / "models"))
-from server import Server, serve  # noqa: E402
-from stdlib_text import write_texts  # noqa: E402
+from tests.support.server import Server, serve  # noqa: E402
+from tests.support.stdlib_text import write_texts  # noqa: E402
 
-DEMO_MODEL = ROOT / "tests" / "models" / "stdlib-2m"
+DEMO_MODEL = ROOT / "tests" / "support" / "stdlib-2m"
 CLIENTS, LENGTHS, NEW_TOKENS = 200, (4, 16, 60, 150, 400), 32
 OPTIONS = ("--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "64", "--served-model-name", "model")
 # Batches of other sizes take other GEMM kernels, which add in another order: log-probabilities move in float32, too.

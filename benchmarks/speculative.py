@@ -20,7 +20,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 sys.path.append(str(ROOT / "tests" / "models"))
-DEMO_MODEL = ROOT / "tests" / "models" / "stdlib-2m"
+DEMO_MODEL = ROOT / "tests" / "support" / "stdlib-2m"
 FRACTIONS = (0.2, 0.4, 0.6)
 RANKS = ("uniform", "fermigrad")
 SPECULATIVE_TOKENS = 4
@@ -52,7 +52,7 @@ def main() -> None:
     from fermisvd_convert.convert import convert
     from fermisvd_convert.source import load_tokenizer
     from fermisvd_convert.text import windows_of
-    from stdlib_text import write_texts
+    from tests.support.stdlib_text import write_texts
 
     parser = argparse.ArgumentParser()
     parser.add_argument("model", nargs="?", default=DEMO_MODEL, type=Path)

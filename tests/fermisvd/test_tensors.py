@@ -15,7 +15,7 @@ from fermisvd_convert.convert import convert
 from fermisvd_convert.evaluate import evaluate
 from fermisvd_convert.source import load_tokenizer, open_source
 from fermisvd_convert.text import calibration_text
-from folders import SAME, TWO_MODELS
+from tests.support.folders import SAME, TWO_MODELS
 
 TIED = [name for name in SAME if name.startswith("tied")]
 OTHERS = ["names without their prefix", "more layers", "buffers of an old version", "shards, a tensor not listed"]

@@ -3,10 +3,10 @@
 import json
 from pathlib import Path
 
-from stdlib_text import training_documents, validation_text
+from tests.support import SHARED
+from tests.support.stdlib_text import training_documents, validation_text
 
 KINDS = ("stories", "web", "code", "maths", "encyclopedia")
-SHARED = Path(__file__).parents[3] / "shared/data"
 HELD_BACK = 0.08  # of the kinds that come without a validation text of their own
 CODE_CHARACTERS = 5_000_000  # of the standard library, so that code does not outweigh the rest
 

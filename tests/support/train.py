@@ -1,7 +1,7 @@
 """Recipes of the trained checkpoints: small Llamas that plain SVD hurts.
 
-    python tests/models/train.py stdlib-2m tests/models/stdlib-2m --minutes 55    the demo model, committed
-    python tests/models/train.py kinds-11m models/kinds-11m --minutes 65     five kinds of text, ../shared/data
+    python -m tests.support.train stdlib-2m tests/support/stdlib-2m --minutes 55    the demo model, committed
+    python -m tests.support.train kinds-11m models/kinds-11m --minutes 65     five kinds of text, ../shared/data
 
 On a CPU, glibc gives every large buffer back to the system and faults it in again at each step; with
 MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592 in the environment a step took 0.95 s
@@ -23,8 +23,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from kinds import KINDS, kind_texts
-from stdlib_text import training_documents, validation_text
+from tests.support.kinds import KINDS, kind_texts
+from tests.support.stdlib_text import training_documents, validation_text
 
 END_OF_TEXT = "<|endoftext|>"
 

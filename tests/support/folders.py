@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from faults import INDEX, WEIGHTS, edit_config, edit_tensors, split_in_two
+from tests.support.faults import INDEX, WEIGHTS, edit_config, edit_tensors, split_in_two
 
 HEAD, EMBEDDING, NORM = "lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"
 SECOND = "model-00002-of-00002.safetensors"

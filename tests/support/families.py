@@ -16,8 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from fermisvd.format import validate_checkpoint
 from fermisvd.pivga import PivGa, dense_product
 from fermisvd_convert.convert import convert
-
-TOKENIZER = Path(__file__).parent / "stdlib-2m"
+from tests.support import DEMO_MODEL
 
 COMMON = dict(
     vocab_size=2048,
@@ -87,7 +86,7 @@ def save(family: str, folder: Path, seed: int = 0) -> Path:
             nn.init.normal_(parameter, mean=parameter.mean().item(), std=0.2)
     model.generation_config.eos_token_id = None
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(DEMO_MODEL).save_pretrained(folder)
     return folder
 
 

@@ -1,6 +1,6 @@
 """Kill -9 a conversion at a random moment, run it again, and compare what it writes with an undisturbed run's.
 
-python tests/convert/kill.py 50 --seed 0      # about 15 minutes on two cores; tests run a few
+python -m tests.support.kill 50 --seed 0      # about 15 minutes on two cores; tests run a few
 """
 
 import argparse
@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-DEMO = Path(__file__).parent.parent / "models" / "stdlib-2m"
+from tests.support import DEMO_MODEL
+
 FORMS = ("pivga", "svd")
 SETTINGS = (
     "--remove 0.3 --samples 16 --gradient-samples 16 --sequence-length 48 --batch-size 4 --steps 16 --heal-steps 16"
@@ -39,7 +40,7 @@ def make_model(folder: Path) -> Path:
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(DEMO / name, folder)
+        shutil.copy(DEMO_MODEL / name, folder)
     (folder / "text.txt").write_text("".join(f"def f{i}(x):\n    return x * {i * i}\n\n" for i in range(400)))
     return folder
 

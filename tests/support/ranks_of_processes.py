@@ -1,6 +1,6 @@
 """FermiGrad as one of torchrun's processes; the first writes ranks and losses.
 
-torchrun --nproc-per-node 2 tests/fermisvd/ranks_of_processes.py MODEL RESULT [--shard]
+torchrun --nproc-per-node 2 -m tests.support.ranks_of_processes MODEL RESULT [--shard]
 """
 
 import json

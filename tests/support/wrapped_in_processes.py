@@ -1,6 +1,6 @@
 """One of torchrun's processes: a compressed model wrapped, its logits against the plain model's.
 
-torchrun --nproc-per-node 2 tests/fermisvd/wrapped_in_processes.py MODEL RESULT; the first process writes what came out.
+torchrun --nproc-per-node 2 -m tests.support.wrapped_in_processes MODEL RESULT; the first process writes what came out.
 """
 
 import json

@@ -13,10 +13,10 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from server import serve
-from stdlib_text import write_texts
+from tests.support import DEMO_MODEL
+from tests.support.server import serve
+from tests.support.stdlib_text import write_texts
 
-MODEL = Path(__file__).parent / "stdlib-2m"
 BIN = Path(sys.executable).parent
 PROMPT = "def main():\n    parser = argparse.ArgumentParser("
 REMOVE = "0.2"
@@ -59,7 +59,7 @@ def main() -> None:
     texts = write_texts(out)
     rows: dict[str, dict] = {}
     evaluation = ["--text", texts["validation"], "--sequence-length", "256", "--windows", "96", "--json"]
-    rows["dense"] = json.loads(run("evaluate", MODEL, *evaluation))
+    rows["dense"] = json.loads(run("evaluate", DEMO_MODEL, *evaluation))
     for form in ("svd", "pivga"):
         options = [
             "--remove",
@@ -71,8 +71,8 @@ def main() -> None:
             "--sequence-length",
             "256",
         ]
-        print(run("convert", MODEL, out / form, *options, "--work", out / "work", "--overwrite"))
-        rows[form] = json.loads(run("evaluate", out / form, "--reference", MODEL, *evaluation))
+        print(run("convert", DEMO_MODEL, out / form, *options, "--work", out / "work", "--overwrite"))
+        rows[form] = json.loads(run("evaluate", out / form, "--reference", DEMO_MODEL, *evaluation))
     report = {form: json.loads((out / form / "fermisvd.json").read_text()) for form in ("svd", "pivga")}
     for form in report:
         check(report[form]["totals"]["removed"] >= float(REMOVE), f"{form}: at least {REMOVE} removed")
