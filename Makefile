@@ -21,7 +21,7 @@ lint: $(VENV)/installed
 
 # The README's quality table: about two hours on two cores; finished cells are kept (--fresh starts over).
 table: $(VENV)/installed
-	$(BIN)/python benchmarks/quality.py
+	$(BIN)/python -m benchmarks.quality.table
 
 # Every family compiled and with tensor parallel 2: about 20 minutes on two cores.
 families: $(VENV)/installed

@@ -1,26 +1,21 @@
-"""Mean acceptance length of a compressed model as the draft of its own dense parent, FermiGrad against uniform ranks.
+"""How many tokens are accepted when a model's compressed form drafts for it, by FermiGrad's and uniform ranks?
 
-    python benchmarks/speculative.py [MODEL]
+    python -m benchmarks.speed.speculative [MODEL]
 
 For each fraction removed the parent is compressed (kept in --work), then served with the result as its draft, greedily,
-in float32 on held-back text of the demo model's kind. Greedy tokens must equal the parent's own. Writes
-results/speculative-MODEL.json and prints the table of docs/serving.md.
+in float32 on held-back text of the demo model's kind. Greedy tokens must equal the parent's own. Prints the table of
+docs/serving.md. Results: benchmarks/results/speculative-MODEL.json.
 """
 
 import argparse
-import json
 import multiprocessing
 import os
-import platform
-import sys
 from concurrent.futures import ProcessPoolExecutor
-from importlib.metadata import version
 from pathlib import Path
 
-HERE = Path(__file__).parent
-ROOT = HERE.parent
-sys.path.append(str(ROOT / "tests" / "models"))
-DEMO_MODEL = ROOT / "tests" / "support" / "stdlib-2m"
+from benchmarks.records import command_line, new_record, vllm_versions, write_record
+from tests.support import DEMO_MODEL, ROOT
+
 FRACTIONS = (0.2, 0.4, 0.6)
 RANKS = ("uniform", "fermigrad")
 SPECULATIVE_TOKENS = 4
@@ -101,18 +96,16 @@ def main() -> None:
                 }
             )
             print(rows[-1], flush=True)
-    record = {
+    protocol = {
         "model": arguments.model.name,
         "speculative_tokens": SPECULATIVE_TOKENS,
-        "command": f"python benchmarks/speculative.py {arguments.model.name}",
         "prompts": PROMPTS,
         "prompt_tokens": PROMPT_LENGTH,
         "new_tokens": NEW_TOKENS,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "versions": {name: version(name) for name in ("fermisvd", "torch", "transformers", "vllm")},
-        "rows": rows,
     }
-    (HERE / "results" / f"speculative-{arguments.model.name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    record = new_record(command_line(), protocol) | {"rows": rows}
+    record["versions"] |= vllm_versions()
+    write_record(f"speculative-{arguments.model.name}", record)
     print(table(rows))
 
 

@@ -1,11 +1,11 @@
-"""Does memory grow with depth? A conversion's streamed steps on random models of equal decoder blocks.
+"""Does the memory of a conversion's streamed steps grow with the number of layers?
 
-    python benchmarks/depth.py --layers 4 16 64
+    python -m benchmarks.cost.depth --layers 4 16 64
 
-Calibration, decomposition, writing and both evaluations, ranks uniform and no healing (FermiGrad, --groups auto, refit
-and healing hold whole models). Each depth in processes of its own: peak of the anonymous resident set over what it is
-before, imports and a first conversion done; and bytes of live tensors. The bound is two blocks' weights in float32 and
-the largest Gram matrix. Results: benchmarks/results/depth.json.
+Random models of equal decoder blocks. Calibration, decomposition, writing and both evaluations, ranks uniform and no
+healing (FermiGrad, --groups auto, refit and healing hold whole models). Each depth in processes of its own: peak of the
+anonymous resident set over what it is before, imports and a first conversion done; and bytes of live tensors. The bound
+is two blocks' weights in float32 and the largest Gram matrix. Results: benchmarks/results/depth.json.
 """
 
 import argparse
@@ -17,11 +17,12 @@ import threading
 from pathlib import Path
 
 import torch
-from memory import TOKENIZER, LiveBytes
-from records import new_record, write_record
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.cost.memory import LiveBytes
+from benchmarks.records import new_record, write_record
 from fermisvd_convert.convert import convert
+from tests.support import DEMO_MODEL, ROOT
 
 SETTINGS = {"ranks": "uniform", "groups": "joint", "heal_steps": 0, "refit": False}
 SETTINGS |= {"samples": 16, "gradient_samples": 16, "sequence_length": 64, "batch_size": 2}
@@ -42,7 +43,7 @@ def equal_blocks(folder: Path, layers: int) -> Path:
     torch.manual_seed(0)
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder, max_shard_size="100MB")
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / name).write_bytes((TOKENIZER / name).read_bytes())
+        (folder / name).write_bytes((DEMO_MODEL / name).read_bytes())
     (folder / "text.txt").write_text("".join(f"def f{i}(x):\n    return x + {i}\n\n" for i in range(2000)))
     return folder
 
@@ -86,7 +87,9 @@ def peaks(model: Path, small: Path, scratch: Path, kind: str) -> dict:
 
 
 def in_own_process(*arguments: str) -> dict:
-    done = subprocess.run([sys.executable, __file__, "--peaks", *arguments], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.cost.depth", "--peaks", *arguments], cwd=ROOT, capture_output=True, text=True
+    )
     if done.returncode:
         raise SystemExit(done.stderr[-3000:])
     return json.loads(done.stdout.splitlines()[-1])
@@ -103,7 +106,7 @@ if __name__ == "__main__":
     block = 4 * (2 * HIDDEN * HIDDEN + 2 * HIDDEN * HIDDEN // 4 + 3 * HIDDEN * INTERMEDIATE + 2 * HIDDEN)
     bound = 2 * block + 8 * INTERMEDIATE**2
     settings = {**SETTINGS, "hidden": HIDDEN, "intermediate": INTERMEDIATE}
-    record = new_record(f"python benchmarks/depth.py --layers {' '.join(map(str, arguments.layers))}", settings)
+    record = new_record(f"python -m benchmarks.cost.depth --layers {' '.join(map(str, arguments.layers))}", settings)
     record |= {"two_blocks_and_largest_gram_bytes": bound, "depths": {}}
     print(f"two blocks and the largest Gram matrix: {bound / 2**20:.0f} MiB")
     for layers in arguments.layers:

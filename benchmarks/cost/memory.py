@@ -1,12 +1,12 @@
-"""Peak memory of `fermisvd convert` on the demo model, or on a random Llama where weights outweigh activations.
+"""How much memory does `fermisvd convert` take at its peak, over the model's own size?
 
-    python benchmarks/memory.py tests/support/stdlib-2m
-    python benchmarks/memory.py --random 100                  # a random model of about 100 M parameters
+    python -m benchmarks.cost.memory tests/support/stdlib-2m
+    python -m benchmarks.cost.memory --random 100    # a random model of 100 M parameters, where weights outweigh
 
 Two peaks: bytes of live tensors, and growth of the resident set over what it is before, imports done. The bound is 3
 times the model as loaded (float32 on a CPU) plus the factors of the largest group; what a forward pass of --batch-size
 windows needs comes on top, so windows are short here. Healing is left out: it holds teacher, student, gradients and
-Adam's moments. The resident set also holds mapped files and heap not given back.
+Adam's moments. The resident set also holds mapped files and heap not given back. Prints; keeps nothing.
 """
 
 import argparse
@@ -27,9 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fermisvd import load_model
 from fermisvd.groups import find_groups
 from fermisvd_convert.convert import convert
-
-ROOT = Path(__file__).parent.parent
-TOKENIZER = ROOT / "tests" / "support" / "stdlib-2m"
+from tests.support import DEMO_MODEL
 
 
 def random_model(folder: Path, millions: int) -> Path:
@@ -46,7 +44,7 @@ def random_model(folder: Path, millions: int) -> Path:
     )
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / name).write_bytes((TOKENIZER / name).read_bytes())
+        (folder / name).write_bytes((DEMO_MODEL / name).read_bytes())
     return folder
 
 

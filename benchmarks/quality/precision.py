@@ -1,6 +1,6 @@
-"""Which steps of a decomposition bear float32: the loss of the factors with one step in float32, all others in float64.
+"""Which steps of a decomposition bear float32, all others being in float64?
 
-    python benchmarks/precision.py
+    python -m benchmarks.quality.precision
 
 Steps: `accumulation`, x^T x of a batch in float32, summed in float64; `root`, the square root of G or C; `forming`, the
 matrix whose eigenbasis is sought; `eigh`; `products`, the factors. Gram matrices of real models, whose inputs are
@@ -9,6 +9,7 @@ whitening, the converter's damping) and r = k/4, k/2, 3k/4 the loss tr(G E C E^T
 `excess` is what it exceeds that of float64 factors by, as a share of it; the largest over groups and ranks is kept, and
 `inf` where a step fails. `spread` is the largest over the smallest diagonal entry of C. `damping` is what float64
 factors lose by being made with C's damping, as a share of the least possible loss without it.
+Results: benchmarks/results/precision.json.
 """
 
 import tempfile
@@ -16,9 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from quality import models
-from records import new_record, write_record
 
+from benchmarks.quality.table import models
+from benchmarks.records import new_record, write_record
 from fermisvd import load_model
 from fermisvd.calibration import calibration_grams
 from fermisvd.decomposition import DAMPING, OUTPUT_DAMPING
@@ -148,7 +149,7 @@ def measure(problems: Iterator[Problem]) -> dict[str, float]:
 
 def main() -> None:
     protocol = {"windows": WINDOWS, "batch": BATCH, "damping": DAMPING, "output_damping": OUTPUT_DAMPING}
-    record = new_record("python benchmarks/precision.py", protocol) | {"excess": {}}
+    record = new_record("python -m benchmarks.quality.precision", protocol) | {"excess": {}}
     print("| | spread | " + " | ".join(COLUMNS) + " |\n|---" + "|---" * (len(COLUMNS) + 1) + "|")
 
     def show(name: str, found: dict[str, float]) -> None:

@@ -1,9 +1,9 @@
-"""One change at a time to FermiGrad and its calibration: what each open point of the method is worth.
+"""What is each open point of FermiGrad and its calibration worth, changed by itself?
 
-    python benchmarks/ablations.py temperature            # one table; no name: all of them
-    python benchmarks/ablations.py groups --model stdlib-2m --remove 0.4
+    python -m benchmarks.quality.ablations temperature            # one table; no name: all of them
+    python -m benchmarks.quality.ablations groups --model stdlib-2m --remove 0.4
 
-Perplexity at --remove (0.3) of the linear parameters removed, the protocol of benchmarks/quality.py; everything but the
+Perplexity at --remove (0.3) of the linear parameters removed, the protocol of table.py here; everything but the
 named option is the converter's default, without refit and healing, so that the ranks' own worth shows. Results go to
 benchmarks/results/ablations-MODEL.json.
 """
@@ -13,9 +13,8 @@ import json
 import tempfile
 from pathlib import Path
 
-from quality import EVALUATION_WINDOWS, PROTOCOL, defaults, models
-from records import RESULTS, new_record, write_record
-
+from benchmarks.quality.table import EVALUATION_WINDOWS, PROTOCOL, defaults, models
+from benchmarks.records import RESULTS, new_record, write_record
 from fermisvd import load_model
 from fermisvd_convert.convert import convert
 from fermisvd_convert.evaluate import evaluate
@@ -56,7 +55,7 @@ def main() -> None:
     if unknown := set(arguments.names) - ABLATIONS.keys():
         parser.error(f"no ablation {min(unknown)}; there are {', '.join(ABLATIONS)}")
     protocol = {**PROTOCOL, **SEPARATE, "evaluation_windows": EVALUATION_WINDOWS, "defaults": defaults()}
-    record = new_record("python benchmarks/ablations.py", json.loads(json.dumps(protocol)))
+    record = new_record("python -m benchmarks.quality.ablations", json.loads(json.dumps(protocol)))
     out = RESULTS / f"ablations-{arguments.model}.json"
     earlier = json.loads(out.read_text()) if out.exists() else {}
     tables = earlier["tables"] if earlier.get("protocol") == record["protocol"] else {}

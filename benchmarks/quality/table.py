@@ -1,8 +1,8 @@
-"""Quality per parameter: perplexity and KL of several methods at 10 to 50 % removed, on three models.
+"""How good are models compressed by each of several methods, with 10 to 50 % removed, in perplexity and KL?
 
-    python benchmarks/quality.py                       # run what is missing, then rewrite README's table and the figure
-    python benchmarks/quality.py --only stories260K    # one model; --method and --remove name single cells
-    python benchmarks/quality.py --table-only
+    python -m benchmarks.quality.table           # run what is missing, then rewrite README's table and the figure
+    python -m benchmarks.quality.table --only stories260K      # one model; --method and --remove name single cells
+    python -m benchmarks.quality.table --table-only
 
 Results are kept in benchmarks/results/quality-MODEL.json, cell by cell; a cell is skipped next time, unless protocol
 or version has changed, or --fresh is given. stories260K needs the shared data beside the repository, kinds-11m is
@@ -14,15 +14,13 @@ import fcntl
 import inspect
 import json
 import math
-import sys
 import tempfile
 import time
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from records import RESULTS, commit, new_record, write_record
-
+from benchmarks.records import RESULTS, commit, new_record, write_record
 from fermisvd import load_model
 from fermisvd.decomposition import DAMPING, OUTPUT_DAMPING
 from fermisvd.healing import HealingSettings
@@ -30,11 +28,9 @@ from fermisvd_convert.convert import convert
 from fermisvd_convert.evaluate import evaluate
 from fermisvd_convert.source import load_tokenizer
 from fermisvd_convert.text import windows_of
-
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "tests" / "models"))
-from tests.support.kinds import KINDS, SHARED, write_kinds  # noqa: E402
-from tests.support.stdlib_text import write_texts  # noqa: E402
+from tests.support import DEMO_MODEL, ROOT, SHARED
+from tests.support.kinds import KINDS, write_kinds
+from tests.support.stdlib_text import write_texts
 
 PLAIN = {"whitening": "input", "heal_steps": 0, "refit": False}
 METHODS = {
@@ -67,7 +63,7 @@ def models(folder: Path) -> dict[str, dict]:
     texts = write_texts(folder)
     found = {
         "stdlib-2m": {
-            "path": ROOT / "tests" / "support" / "stdlib-2m",
+            "path": DEMO_MODEL,
             "calibration": [texts["calibration"]],
             "evaluation": texts["validation"],
         }
@@ -104,7 +100,7 @@ def new_results() -> dict:
     protocol["constants"] = {"damping": DAMPING, "output_damping": OUTPUT_DAMPING}
     protocol["healing"] = asdict(HealingSettings())
     protocol = json.loads(json.dumps(protocol))
-    return new_record("python benchmarks/quality.py", protocol) | {"cells": {}}
+    return new_record("python -m benchmarks.quality.table", protocol) | {"cells": {}}
 
 
 def kept(name: str) -> dict | None:

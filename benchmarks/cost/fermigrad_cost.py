@@ -1,9 +1,10 @@
-"""Cost of a FermiGrad step, relative to one forward and backward pass of the dense model on the same batch.
+"""What does a step of FermiGrad cost, over a forward and backward pass of the dense model on the same batch?
 
-    python benchmarks/fermigrad_cost.py tests/support/stdlib-2m models/kinds-11m
+    python -m benchmarks.cost.fermigrad_cost tests/support/stdlib-2m models/kinds-11m
 
 The dense pass trains all weights (next-token loss); the FermiGrad step is teacher, student and gradient in mu, with the
 gates where uniform ranks at --remove would be. Interleaved, warmed up, median of --repeats.
+Results: benchmarks/results/fermigrad-cost.json.
 """
 
 import argparse
@@ -13,8 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from records import new_record, write_record
 
+from benchmarks.records import new_record, write_record
 from fermisvd import load_model
 from fermisvd.budget import uniform_rank
 from fermisvd.decomposition import data_aware_svd
@@ -69,7 +70,7 @@ def main() -> None:
     for path in arguments.pop("models"):
         rows[path.name] = measure(path, **arguments)
         print(path.name, {key: round(value, 3) for key, value in rows[path.name].items()}, flush=True)
-    write_record("fermigrad-cost", new_record("python benchmarks/fermigrad_cost.py", arguments) | {"rows": rows})
+    write_record("fermigrad-cost", new_record("python -m benchmarks.cost.fermigrad_cost", arguments) | {"rows": rows})
 
 
 if __name__ == "__main__":

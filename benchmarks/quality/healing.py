@@ -1,6 +1,6 @@
-"""The paper's open question: do FermiGrad's ranks need less healing than uniform ones to reach the same loss?
+"""Do FermiGrad's ranks need less healing than uniform ones to reach the same loss (the paper's open question)?
 
-    python benchmarks/healing.py stdlib-2m
+    python -m benchmarks.quality.healing stdlib-2m
 
 Both starts have the same parameters, whitening and separate groups, neither refit nor healed; each is healed from the
 start for so many steps (the rate's schedule belongs to the number). Results: benchmarks/results/healing-MODEL.json.
@@ -10,9 +10,8 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from quality import EVALUATION_WINDOWS, PROTOCOL, models
-from records import new_record, write_record
-
+from benchmarks.quality.table import EVALUATION_WINDOWS, PROTOCOL, models
+from benchmarks.records import new_record, write_record
 from fermisvd import load_model
 from fermisvd_convert.convert import convert
 from fermisvd_convert.evaluate import evaluate
@@ -52,7 +51,7 @@ def main() -> None:
             cells = [f"{row['perplexity']:.3f} ({row['kl']:.4f})" for row in rows[ranks].values()]
             print(f"| {ranks} | " + " | ".join(cells) + " |", flush=True)
     protocol = {**PROTOCOL, "remove": arguments.remove, "healing_samples": SAMPLES, "windows": EVALUATION_WINDOWS}
-    record = new_record(f"python benchmarks/healing.py {arguments.model}", protocol)
+    record = new_record(f"python -m benchmarks.quality.healing {arguments.model}", protocol)
     write_record(f"healing-{arguments.model}", record | {"rows": rows})
 
 

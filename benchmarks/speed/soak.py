@@ -1,39 +1,36 @@
-"""A compressed model under load and faults, in a real `vllm serve`, beside the dense one.
+"""Does a real server of a compressed model stand load and faults as one of the dense model does?
 
-    python benchmarks/soak.py [--requests 10000]
+    python -m benchmarks.speed.soak [--requests 10000]
 
 1. 200 concurrent clients, mixed prompt lengths, some cancelled mid-stream: every answer against the same request alone.
 2. Memory of all server processes over --requests short requests.
 3. Malformed requests, and clients that disconnect while an answer streams.
 4. SIGTERM with requests in flight, for the compressed and the dense model, with and without vLLM's --shutdown-timeout.
 
-The demo model in pivga form with 20 % removed, float32. Writes results/soak.json; exit code 0 only if nothing is wrong.
+The demo model in pivga form with 20 % removed, float32. Exit code 0 only if nothing is wrong.
+Results: benchmarks/results/soak.json.
 """
 
 import argparse
 import asyncio
 import json
 import os
-import platform
 import random
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
-from importlib.metadata import version
 from pathlib import Path
 
 import aiohttp
 import psutil
 
-HERE = Path(__file__).parent
-ROOT = HERE.parent
-sys.path.append(str(ROOT / "tests" / "models"))
-from tests.support.server import Server, serve  # noqa: E402
-from tests.support.stdlib_text import write_texts  # noqa: E402
+from benchmarks.records import command_line, new_record, vllm_versions, write_record
+from tests.support import DEMO_MODEL, ROOT
+from tests.support.server import Server, serve
+from tests.support.stdlib_text import write_texts
 
-DEMO_MODEL = ROOT / "tests" / "support" / "stdlib-2m"
 CLIENTS, LENGTHS, NEW_TOKENS = 200, (4, 16, 60, 150, 400), 32
 OPTIONS = ("--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "64", "--served-model-name", "model")
 # Batches of other sizes take other GEMM kernels, which add in another order: log-probabilities move in float32, too.
@@ -293,13 +290,10 @@ def main() -> None:
             print(record["sigterm"][-1], flush=True)
     if arguments.sigterm_only:
         return
-    record |= {
-        "command": f"python benchmarks/soak.py --requests {arguments.requests}",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "versions": {name: version(name) for name in ("fermisvd", "torch", "transformers", "vllm")},
-        "faults": faults_of(record),
-    }
-    (HERE / "results" / "soak.json").write_text(json.dumps(record, indent=1) + "\n")
+    protocol = {"requests": arguments.requests, "clients": CLIENTS, "new_tokens": NEW_TOKENS, "options": OPTIONS}
+    record = new_record(command_line(), protocol) | record | {"faults": faults_of(record)}
+    record["versions"] |= vllm_versions()
+    write_record("soak", record)
     print(json.dumps(record, indent=1))
     sys.exit(bool(record["faults"]))
 

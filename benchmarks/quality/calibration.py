@@ -1,6 +1,6 @@
-"""Calibration text x evaluation text: what is kept and what is lost when they do not match.
+"""What is kept and what is lost when calibration text and evaluation text do not match?
 
-    python benchmarks/calibration.py
+    python -m benchmarks.quality.calibration
 
 The five-kinds model, 30 % removed, calibrated on each kind alone and on all five in equal parts; whitening and ranks
 only, neither refitted nor healed. Log-perplexity over dense on held-back text of each kind. Results:
@@ -11,14 +11,14 @@ import math
 import tempfile
 from pathlib import Path
 
-from quality import PROTOCOL, ROOT
-from records import new_record, write_record
-
+from benchmarks.quality.table import PROTOCOL
+from benchmarks.records import new_record, write_record
 from fermisvd import load_model
 from fermisvd_convert.convert import convert
 from fermisvd_convert.evaluate import evaluate
 from fermisvd_convert.source import load_tokenizer
 from fermisvd_convert.text import windows_of
+from tests.support import ROOT
 from tests.support.kinds import KINDS, write_kinds
 
 REMOVE, WINDOWS = 0.3, 32
@@ -57,7 +57,7 @@ def main() -> None:
             rows[name] = {k: math.log(evaluate(small, windows[k]).perplexity / before[k]) for k in KINDS}
             print(f"| {name} | " + " | ".join(f"{v:.3f}" for v in rows[name].values()) + " |", flush=True)
     protocol = {**OPTIONS, "remove": REMOVE, "evaluation_windows": WINDOWS}
-    record = new_record("python benchmarks/calibration.py", protocol)
+    record = new_record("python -m benchmarks.quality.calibration", protocol)
     write_record("calibration", record | {"dense": before, "lost": rows})
 
 

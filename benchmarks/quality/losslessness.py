@@ -1,25 +1,26 @@
-"""How lossless PivGa is: KL(svd form || pivga form) of the same factors, beside what rounding alone does.
+"""How lossless is PivGa, beside what rounding alone does?
 
-    python benchmarks/losslessness.py [MODEL ...]
+    python -m benchmarks.quality.losslessness [MODEL ...]
 
-Both forms are run as the reference modules, weights and activations in the type named. `plain` rounds skeleton and
+KL(svd form || pivga form) of the same factors. Both forms are run as the reference modules, weights and activations in
+the type named. `plain` rounds skeleton and
 interpolation matrix as they come; `solved` solves D by least squares against the rounded skeleton; `feedback`, what the
 converter writes, rounds D with error feedback too (fermisvd.pivga); `pivoted` is `feedback` with the skeleton of
 pivoted QR alone, `bound_1.1` and so on with columns exchanged until no entry of D exceeds that.
+Results: benchmarks/results/losslessness.json.
 """
 
 import math
-import shlex
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from quality import models
-from records import new_record, write_record
 from torch import nn
 
+from benchmarks.quality.table import models
+from benchmarks.records import command_line, new_record, write_record
 from fermisvd import load_model
 from fermisvd.budget import uniform_ranks
 from fermisvd.calibration import gram_matrices
@@ -125,7 +126,7 @@ def measure(path: Path, calibration: torch.Tensor, windows: torch.Tensor) -> dic
 
 def main() -> None:
     protocol = {"remove": REMOVE, "windows": WINDOWS, "ranks": "uniform, pivga, joint"}
-    results = new_record(shlex.join(["python", *sys.argv]), protocol) | {"kl": {}}
+    results = new_record(command_line(), protocol) | {"kl": {}}
     with tempfile.TemporaryDirectory() as scratch:
         for name, model in models(Path(scratch)).items():
             if name not in (sys.argv[1:] or [name]):

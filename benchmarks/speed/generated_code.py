@@ -1,7 +1,7 @@
-"""The kernels that inductor makes of residual, norm and a PivGa layer: does the permutation get one of its own?
+"""Does the permutation of a PivGa layer get a kernel of its own from inductor, beside residual and norm?
 
-    python benchmarks/generated_code.py          # C++, for this CPU
-    python benchmarks/generated_code.py --gpu    # Triton, and layers as on a GPU; generated without one, not compiled
+    python -m benchmarks.speed.generated_code          # C++, for this CPU
+    python -m benchmarks.speed.generated_code --gpu    # Triton, layers as on a GPU; made without one, not compiled
 
 Prints what the compiled graph calls, in order, and writes all of the code to the file named with --out.
 """
@@ -13,13 +13,13 @@ from pathlib import Path
 
 import torch
 import torch._inductor.config as inductor
-from layers import make_layer, one_by_one, one_process
-from shapes import SHAPES, groups_of
 from torch import nn
 from torch._inductor.graph import GraphLowering
 from torch._inductor.utils import run_and_get_code
 
 import fermisvd_vllm.linear
+from benchmarks.shapes import SHAPES, groups_of
+from benchmarks.speed.layers import make_layer, one_by_one, one_process
 from fermisvd_vllm.kernels import columns, outputs  # noqa: F401  defines the ops
 
 SHAPE = {**SHAPES["wide"], "num_hidden_layers": 1}
