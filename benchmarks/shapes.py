@@ -13,9 +13,8 @@ from transformers import LlamaConfig
 from fermisvd.budget import group_parameters, uniform_ranks
 from fermisvd.format import CheckpointConfig, Group
 from fermisvd.groups import LinearGroup
+from tests.support import DEMO_MODEL
 
-ROOT = Path(__file__).parent.parent
-TOKENIZER = ROOT / "tests" / "models" / "stdlib-2m"
 FORMS = ("dense", "svd", "pivga")
 SHAPES = {
     # half of Llama-3.2-1B's blocks, its widths: weights dominate on a CPU
@@ -88,5 +87,5 @@ def write_folder(folder: Path, name: str, form: str, remove: float) -> dict[str,
         layers = int(sum(group_parameters(g, r, form) for g, r in zip(groups, ranks, strict=True)))
     (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
     for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-        shutil.copy(TOKENIZER / file, folder)
+        shutil.copy(DEMO_MODEL / file, folder)
     return {"layers": layers, "head": shape["vocab_size"] * shape["hidden_size"]}

@@ -20,9 +20,7 @@ if find_spec("triton") and not shutil.which("nvidia-smi"):
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-TESTS = Path(__file__).parent
-DEMO_MODEL = TESTS / "models" / "stdlib-2m"
-SHARED = TESTS.parent.parent / "shared" / "data"
+from tests.support import DEMO_MODEL, SHARED
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +36,7 @@ def demo_model() -> Path:
 @pytest.fixture(scope="session")
 def demo_text(tmp_path_factory) -> dict[str, Path]:
     """The demo model's texts as files: calibration (shuffled training modules) and validation."""
-    from stdlib_text import write_texts
+    from tests.support.stdlib_text import write_texts
 
     return write_texts(tmp_path_factory.mktemp("text"))
 
@@ -100,8 +98,8 @@ def smallest_llama(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def family_checkpoints(tmp_path_factory, demo_text):
-    """(family, form) -> (dense source, compressed checkpoint) of tests/models/families.py."""
-    import families
+    """(family, form) -> (dense source, compressed checkpoint) of tests.support.families."""
+    from tests.support import families
 
     folder = tmp_path_factory.mktemp("families")
 

@@ -5,14 +5,14 @@ import pytest
 import torch
 from torch.nn import functional
 
-from faults import edit_config, edit_tensors
 from fermisvd.running.blocks import HiddenStates
 from fermisvd.errors import FermiSVDError
 from fermisvd.hf import load_model
 from fermisvd.running.streaming import stream_model
 from fermisvd_convert.evaluate import EvaluationError, evaluate, evaluate_by_blocks, evaluate_files
 from fermisvd_convert.loading import SourceError
-from folders import TWO_MODELS
+from tests.support.faults import edit_config, edit_tensors
+from tests.support.folders import TWO_MODELS
 
 
 def test_perplexity_is_the_mean_over_predicted_tokens(tiny_llama):

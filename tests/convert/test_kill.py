@@ -1,8 +1,8 @@
-"""A short version of tests/convert/kill.py."""
+"""A short version of tests.support.kill."""
 
 import pytest
 
-from kill import survive
+from tests.support.kill import survive
 
 
 def test_killed_conversions_go_on_to_the_same_output(tmp_path):

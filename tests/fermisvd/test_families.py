@@ -5,10 +5,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import families
-from families import FAMILIES, UNSERVED, dense_twin
 from fermisvd.groups import find_groups, left_dense
 from fermisvd.hf import load_model
+from tests.support import families
+from tests.support.families import FAMILIES, UNSERVED, dense_twin
 
 ATTENTION = ["q_proj k_proj v_proj", "o_proj"]
 GATED = ["gate_proj up_proj", "down_proj"]

@@ -4,10 +4,10 @@ import shutil
 
 import pytest
 
-from faults import FAULTS, SVD_FAULTS, edit_config
 from fermisvd.errors import FermiSVDError
 from fermisvd.format import validate_before_serving
 from fermisvd.hf import check_architecture, load_model
+from tests.support.faults import FAULTS, SVD_FAULTS, edit_config
 
 ALL = [("pivga", *item) for item in FAULTS.items()] + [("svd", *item) for item in SVD_FAULTS.items()]
 NAMES = [f"{form} {fault}" for form, fault, _ in ALL]

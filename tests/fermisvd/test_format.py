@@ -4,7 +4,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from faults import split_in_two
 from fermisvd.format import (
     CheckpointConfig,
     FormatError,
@@ -15,6 +14,7 @@ from fermisvd.format import (
     validate_checkpoint,
 )
 from fermisvd.pivga import fix_gauge
+from tests.support.faults import split_in_two
 
 COLUMNS = Group(members=("l.q", "l.k"), form="pivga", side="columns", rank=5)
 ROWS = Group(members=("l.o",), form="pivga", side="rows", rank=4)

@@ -10,10 +10,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from faults import INDEX, WEIGHTS, split_in_two
 from fermisvd.errors import FermiSVDError
 from fermisvd.format import validate_before_serving
 from fermisvd.hf import check_architecture, load_model
+from tests.support.faults import INDEX, WEIGHTS, split_in_two
 
 FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 json_values = st.recursive(

@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from families import compress, save
 from fermisvd import load_model
 from fermisvd.healing import HealingError, HealingSettings, heal, rounded_factors, trained_factors
 from fermisvd.losses import StudentLoss
+from tests.support.families import compress, save
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from families import dense_twin
 from fermisvd.format import FormatError, validate_checkpoint
 from fermisvd.hf import load_model
+from tests.support.families import dense_twin
 
 
 @pytest.fixture(scope="module", params=["pivga-joint", "pivga-separate", "svd-joint", "svd-separate"])

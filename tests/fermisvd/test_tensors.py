@@ -16,7 +16,7 @@ from fermisvd_convert.evaluate import evaluate
 from fermisvd_convert.loading import load_tokenizer
 from fermisvd_convert.source import open_source
 from fermisvd_convert.text import calibration_text
-from folders import SAME, TWO_MODELS
+from tests.support.folders import SAME, TWO_MODELS
 
 TIED = [name for name in SAME if name.startswith("tied")]
 OTHERS = ["names without their prefix", "more layers", "buffers of an old version", "shards, a tensor not listed"]

@@ -4,7 +4,6 @@ import copy
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import accelerate
 import pytest
@@ -15,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from fermisvd.hf import load_model
 from fermisvd.modules import CompressedLinear
 from fermisvd_convert.convert import convert
+from tests.support import ROOT
 
 IDS = torch.arange(40).view(2, 20)
 OUTSIDE = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"]
@@ -111,9 +111,10 @@ def test_functional_call(compressed):
 
 
 def test_divided_among_processes(compressed, tmp_path):
-    script, result = Path(__file__).with_name("wrapped_in_processes.py"), tmp_path / "result.json"
+    result = tmp_path / "result.json"
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*run, script, compressed, result], capture_output=True, text=True)
+    command = [*run, "-m", "tests.support.wrapped_in_processes", compressed, result]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(result.read_text())
     trained = ["FSDP2, each layer", "FSDP2, each layer and the model", "FSDP2, each block", "transformers, fsdp_size"]

@@ -5,10 +5,11 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+
+from tests.support import ROOT
 
 
 @pytest.fixture(scope="session")
@@ -43,12 +44,13 @@ def compressed(demo_model, demo_text, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def run_engines(vllm_environment, tmp_path_factory):
-    """Results of tests/vllm_plugin/engines.py for a list of tasks. An engine that died with its process is an error."""
+    """Results of tests.support.engines for a list of tasks. An engine that died with its process is an error."""
 
     def run(tasks: list[dict], **environment: str) -> list[dict]:
         out = tmp_path_factory.mktemp("engines") / "results.json"
         process = subprocess.run(
-            [sys.executable, str(Path(__file__).with_name("engines.py")), str(out)],
+            [sys.executable, "-m", "tests.support.engines", str(out)],
+            cwd=ROOT,
             input=json.dumps(tasks),
             text=True,
             capture_output=True,

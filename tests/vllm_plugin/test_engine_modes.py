@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from families import dense_twin
 from fermisvd.hf import load_model
-from reference import assert_agrees, greedy
+from tests.support.families import dense_twin
+from tests.support.reference import assert_agrees, greedy
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm

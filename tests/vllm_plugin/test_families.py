@@ -8,8 +8,8 @@ from importlib.util import find_spec
 
 import pytest
 
-from families import FAMILIES, dense_twin
-from reference import assert_agrees, greedy
+from tests.support.families import FAMILIES, dense_twin
+from tests.support.reference import assert_agrees, greedy
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm

@@ -2,12 +2,12 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+from tests.support import ROOT
+
 pytest.importorskip("triton")
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "generated_code.py"
 
 
 @pytest.fixture(scope="module")
@@ -15,8 +15,8 @@ def calls():
     """(case, option of the script) -> names of what the compiled graph calls."""
     found = {}
     for option in ("", "--gpu"):
-        command = [sys.executable, str(SCRIPT), *option.split()]
-        printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
+        command = [sys.executable, "-m", "benchmarks.speed.generated_code", *option.split()]
+        printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=300).stdout
         for section in printed.strip().split("\n\n"):
             case, *names = (line.strip(" :") for line in section.strip().splitlines())
             found[case, option] = [name.removesuffix(".default").removesuffix(".run") for name in names]

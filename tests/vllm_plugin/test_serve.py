@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from faults import FAULTS
 from fermisvd.hf import load_model
-from reference import assert_agrees, greedy
+from tests.support.faults import FAULTS
+from tests.support.reference import assert_agrees, greedy
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm

@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from fermisvd.hf import load_model
-from reference import greedy
-from server import serve
+from tests.support.reference import greedy
+from tests.support.server import serve
 
 pytest.importorskip("vllm")
 from openai import APIStatusError, OpenAI

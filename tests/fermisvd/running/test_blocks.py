@@ -2,10 +2,10 @@ import pytest
 import torch
 from torch import nn
 
-from families import FAMILIES, save
 from fermisvd import load_model
 from fermisvd.running.blocks import BlocksError, DecoderBlocks, HiddenStates, logits_by_blocks, sweep
 from fermisvd.running.streaming import StreamingError, stream_model
+from tests.support.families import FAMILIES, save
 
 
 @pytest.mark.parametrize("family", FAMILIES)

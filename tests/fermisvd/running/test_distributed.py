@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parent / "ranks_of_processes.py"
+from tests.support import ROOT
+
+SCRIPT = "tests.support.ranks_of_processes"
 
 
 def ranks(processes: int, model: Path, result: Path, *options: str) -> dict:
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    done = subprocess.run([*run, SCRIPT, model, result, *options], capture_output=True, text=True)
+    done = subprocess.run([*run, "-m", SCRIPT, model, result, *options], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(result.read_text())
 

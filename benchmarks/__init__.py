@@ -1,0 +1,1 @@
+"""Benchmarks of quality, speed and cost; README.md here is their index."""

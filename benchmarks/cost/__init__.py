@@ -1,0 +1,1 @@
+"""What a conversion takes, and what a server has to hold."""

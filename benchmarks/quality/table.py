@@ -1,0 +1,273 @@
+"""How good are models compressed by each of several methods, with 10 to 50 % removed, in perplexity and KL?
+
+    python -m benchmarks.quality.table           # run what is missing, then rewrite README's table and the figure
+    python -m benchmarks.quality.table --only stories260K      # one model; --method and --remove name single cells
+    python -m benchmarks.quality.table --table-only
+
+Results are kept in benchmarks/results/quality-MODEL.json, cell by cell; a cell is skipped next time, unless protocol
+or version has changed, or --fresh is given. stories260K needs the shared data beside the repository, kinds-11m is
+trained by tests.support.train; what is not there is left as it stands in the JSON.
+"""
+
+import argparse
+import fcntl
+import inspect
+import json
+import math
+import tempfile
+import time
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+from benchmarks.records import RESULTS, commit, new_record, write_record
+from fermisvd import load_model
+from fermisvd.decomposition import DAMPING, OUTPUT_DAMPING
+from fermisvd.healing import HealingSettings
+from fermisvd_convert.convert import convert
+from fermisvd_convert.evaluate import evaluate
+from fermisvd_convert.loading import load_tokenizer
+from fermisvd_convert.text import windows_of
+from tests.support import DEMO_MODEL, ROOT, SHARED
+from tests.support.kinds import KINDS, write_kinds
+from tests.support.stdlib_text import write_texts
+
+PLAIN = {"whitening": "input", "heal_steps": 0, "refit": False}
+METHODS = {
+    "svd, uniform, separate (SVD-LLM's rule)": {**PLAIN, "form": "svd", "ranks": "uniform", "groups": "separate"},
+    "pivga, uniform, joint": {**PLAIN, "form": "pivga", "ranks": "uniform", "groups": "joint"},
+    "FermiGrad as in the paper": {
+        **PLAIN,
+        "form": "pivga",
+        "groups": "separate",
+        "count": "svd",
+        "constraint": "penalty",
+        "steps": 150,
+    },
+    "default without healing": {"heal_steps": 0},
+    "default": {},
+    "default, svd form": {"form": "svd"},
+}
+REMOVALS = (0.1, 0.2, 0.3, 0.4, 0.5)
+# without BOS, as the published tables were measured
+PROTOCOL = {"samples": 256, "gradient_samples": 256, "sequence_length": 256, "align": 1, "bos": False}
+EVALUATION_WINDOWS = 96
+EVALUATION_CHARACTERS = 150_000
+NAMES = ("stdlib-2m", "stories260K", "kinds-11m")
+# stories260K, dense 4.130, their own code, same protocol (DESIGN, section 5): LEMS + KFAC-SVD at 10 %, then MPIFA
+BEST_PEER = {"stories260K": {0.1: 5.100, 0.2: 7.933, 0.3: 14.74, 0.4: 26.06, 0.5: 40.40}}
+
+
+def models(folder: Path) -> dict[str, dict]:
+    """Name -> path, calibration texts and evaluation text; only those that are here."""
+    texts = write_texts(folder)
+    found = {
+        "stdlib-2m": {
+            "path": DEMO_MODEL,
+            "calibration": [texts["calibration"]],
+            "evaluation": texts["validation"],
+        }
+    }
+    text = SHARED / "text"
+    if (SHARED / "checkpoints" / "stories260K").is_dir():
+        cut = folder / "tinystories.valid.txt"
+        cut.write_text((text / "tinystories.valid.txt").read_text(encoding="utf-8")[:EVALUATION_CHARACTERS])
+        found["stories260K"] = {
+            "path": SHARED / "checkpoints" / "stories260K",
+            "calibration": [text / "tinystories.train.txt"],
+            "evaluation": cut,
+        }
+    if (ROOT / "models" / "kinds-11m").is_dir() and SHARED.is_dir():
+        kinds = write_kinds(folder / "kinds")
+        mixed = folder / "kinds.validation.txt"
+        parts = [kinds[kind]["validation"].read_text(encoding="utf-8")[:20_000] for kind in KINDS]
+        mixed.write_text("\n\n".join(parts), encoding="utf-8")
+        found["kinds-11m"] = {
+            "path": ROOT / "models" / "kinds-11m",
+            "calibration": [kinds[kind]["calibration"] for kind in KINDS],
+            "evaluation": mixed,
+        }
+    return found
+
+
+def defaults() -> dict:
+    """The converter's own, by option."""
+    return {name: p.default for name, p in inspect.signature(convert).parameters.items() if p.kind == p.KEYWORD_ONLY}
+
+
+def new_results() -> dict:
+    protocol = {**PROTOCOL, "evaluation_windows": EVALUATION_WINDOWS, "methods": METHODS, "defaults": defaults()}
+    protocol["constants"] = {"damping": DAMPING, "output_damping": OUTPUT_DAMPING}
+    protocol["healing"] = asdict(HealingSettings())
+    protocol = json.loads(json.dumps(protocol))
+    return new_record("python -m benchmarks.quality.table", protocol) | {"cells": {}}
+
+
+def kept(name: str) -> dict | None:
+    """The model's record, if there is one."""
+    path = RESULTS / f"quality-{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def begin(name: str, forget: list[str]) -> None:
+    """See that the model has a record of today's protocol and versions, without the cells to `forget`."""
+    with locked(name):
+        results, earlier = new_results(), kept(name)
+        if earlier and same_protocol(earlier, results):
+            results = earlier
+        elif earlier:
+            write_record(f"quality-{name}-until-{results['date']}", earlier)
+        for key in forget:
+            results["cells"].pop(key, None)
+        write_record(f"quality-{name}", results)
+
+
+def put(name: str, key: str, cell: dict) -> None:
+    """Add a cell. Raises SystemExit where the record is no longer of the protocol this run began with."""
+    with locked(name):
+        results = kept(name)
+        if results is None or not same_protocol(results, new_results()):
+            raise SystemExit(f"quality-{name}.json has become one of another protocol; {key} is not written")
+        results["cells"][key] = cell | {"commit": commit()}
+        write_record(f"quality-{name}", results)
+
+
+def same_protocol(one: dict, other: dict) -> bool:
+    return all(one[key] == other[key] for key in ("protocol", "versions"))
+
+
+@contextmanager
+def locked(name: str):
+    """Runs beside each other may fill different cells of one model."""
+    with (Path(tempfile.gettempdir()) / f"quality-{name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def measure(only: str | None, methods: list[str], removals: list[float], fresh: bool) -> None:
+    """Fill the JSON cell by cell."""
+    wanted = [(remove, method, f"{method} | {remove}") for remove in removals for method in methods]
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, model in models(Path(scratch)).items():
+            if only not in (None, name):
+                continue
+            begin(name, [key for _, _, key in wanted] if fresh else [])
+            windows = windows_of(
+                load_tokenizer(model["path"]), str(model["evaluation"]), 256, EVALUATION_WINDOWS, bos=False
+            )
+            dense = load_model(model["path"])
+            if "dense" not in measured()[name]:
+                put(name, "dense", evaluate(dense, windows).as_dict())
+            for remove, method, key in wanted:
+                if key in measured()[name]:
+                    continue
+                folder, start = Path(scratch) / "out", time.perf_counter()
+                report = convert(
+                    str(model["path"]),
+                    folder,
+                    remove,
+                    calibration=[str(path) for path in model["calibration"]],
+                    work=Path(scratch) / "work" / name,
+                    overwrite=True,
+                    **PROTOCOL,
+                    **METHODS[method],
+                )
+                seconds = time.perf_counter() - start
+                cell = {
+                    **evaluate(load_model(folder), windows, dense).as_dict(),
+                    "removed": report["totals"]["removed"],
+                    "seconds": round(seconds, 1),
+                    "stage_seconds": report["seconds"],
+                }
+                print(name, key, f"{cell['perplexity']:.3f}", f"{seconds:.0f} s", flush=True)
+                put(name, key, cell)
+
+
+def measured() -> dict[str, dict]:
+    """Cells of every model that has a record."""
+    return {name: record["cells"] for name in NAMES if (record := kept(name))}
+
+
+def lost(cells: dict, method: str, remove: float) -> float:
+    """Log-perplexity over dense."""
+    return math.log(cells[f"{method} | {remove}"]["perplexity"] / cells["dense"]["perplexity"])
+
+
+def table() -> str:
+    """Markdown: perplexity of every method and fraction, then the default's loss as a share of others'."""
+    found = measured()
+    first, _, paper, _, default, _ = METHODS
+    lines = []
+    for name, cells in found.items():
+        lines += [
+            f"| {name}, dense {cells['dense']['perplexity']:.3f} | " + " | ".join(f"{r:.0%}" for r in REMOVALS) + " |",
+            "|---" * (len(REMOVALS) + 1) + "|",
+        ]
+        for method in METHODS:
+            values = [cells.get(f"{method} | {remove}") for remove in REMOVALS]
+            lines.append(f"| {method} | " + " | ".join(f"{v['perplexity']:.3f}" if v else "" for v in values) + " |")
+        if name in BEST_PEER:
+            values = " | ".join(f"{BEST_PEER[name][remove]:.3f}" for remove in REMOVALS)
+            lines.append(f"| best peer | {values} |")
+        for label, other in (("SVD-LLM's rule", first), ("the paper's", paper)):
+            shares = [
+                f"{lost(cells, default, r) / lost(cells, other, r):.2f}"
+                if f"{default} | {r}" in cells and f"{other} | {r}" in cells
+                else ""
+                for r in REMOVALS
+            ]
+            lines.append(f"| *default's loss, as a share of {label}* | " + " | ".join(shares) + " |")
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+def figure() -> None:
+    """docs/quality.svg: log-perplexity over dense against the fraction removed, a panel a model."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams["svg.hashsalt"] = "fermisvd"
+    found = measured()
+    panels, axes = plt.subplots(1, len(found), figsize=(4.2 * len(found), 3.6), squeeze=False)
+    for axis, (name, cells) in zip(axes[0], found.items(), strict=True):
+        for number, method in enumerate(METHODS):
+            points = [(100 * r, lost(cells, method, r)) for r in REMOVALS if f"{method} | {r}" in cells]
+            if points:
+                axis.plot(*zip(*points, strict=True), f"C{number}", marker="o", label=method)
+        if name in BEST_PEER:
+            dense = cells["dense"]["perplexity"]
+            peer = [(100 * r, math.log(p / dense)) for r, p in BEST_PEER[name].items()]
+            axis.plot(*zip(*peer, strict=True), "k--", marker="x", label="best peer")
+        axis.set(title=name, xlabel="% of linear parameters removed", ylim=(0, None))
+    axes[0][0].set_ylabel("log-perplexity over dense")
+    handles, labels = max((axis.get_legend_handles_labels() for axis in axes[0]), key=lambda pair: len(pair[0]))
+    panels.legend(handles, labels, loc="lower center", ncol=3, frameon=False)
+    panels.tight_layout(rect=(0, 0.16, 1, 1))
+    panels.savefig(ROOT / "docs" / "quality.svg", metadata={"Date": None})
+
+
+def write_readme() -> None:
+    """Put the table between its marks in README.md."""
+    begin, end = "<!-- quality table: make table -->\n", "<!-- end of quality table -->"
+    path = ROOT / "README.md"
+    before, rest = path.read_text(encoding="utf-8").split(begin)
+    after = rest.split(end)[1]
+    path.write_text(f"{before}{begin}\n{table()}\n\n{end}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--only", choices=NAMES)
+    parser.add_argument("--method", choices=METHODS, action="append", dest="methods")
+    parser.add_argument("--remove", type=float, choices=REMOVALS, action="append", dest="removals")
+    parser.add_argument("--fresh", action="store_true")
+    parser.add_argument("--table-only", action="store_true")
+    arguments = parser.parse_args()
+    if not arguments.table_only:
+        measure(
+            arguments.only, arguments.methods or list(METHODS), arguments.removals or list(REMOVALS), arguments.fresh
+        )
+    write_readme()
+    figure()

@@ -1,0 +1,1 @@
+"""How fast compressed models are served, and how steadily."""

@@ -1,0 +1,1 @@
+"""Tests of the three packages, and tests.support, which benchmarks and the demo use, too."""

@@ -1,0 +1,137 @@
+"""Tiny random models of the families that are served: every structure that a checkpoint's groups have to fit.
+
+`save(family, folder)` writes one with the demo model's tokenizer. Sizes are small and awkward: grouped-query attention,
+heads wider together than the hidden state, widths that no power of two divides.
+"""
+
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers.pytorch_utils import Conv1D
+
+from fermisvd.format import validate_checkpoint
+from fermisvd.pivga import PivGa, dense_product
+from fermisvd_convert.convert import convert
+from tests.support import DEMO_MODEL
+
+COMMON = dict(
+    vocab_size=2048,
+    hidden_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    max_position_embeddings=256,
+    bos_token_id=0,
+    eos_token_id=0,
+    pad_token_id=0,
+    tie_word_embeddings=False,
+)
+GATED = COMMON | dict(intermediate_size=136, num_key_value_heads=2, head_dim=32)
+MOE = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, norm_topk_prob=True)
+
+# family -> (config class, its settings); what is special about each stands beside it
+FAMILIES: dict[str, tuple[str, dict]] = {
+    "llama": ("LlamaConfig", GATED),
+    "mistral": ("MistralConfig", GATED | dict(num_key_value_heads=1, sliding_window=None)),  # fewer kv heads than ranks
+    "qwen2": ("Qwen2Config", {**GATED, "hidden_size": 128, "head_dim": 32}),  # bias on q, k, v
+    "qwen3": ("Qwen3Config", GATED),  # norms on q and k
+    "gemma2": (
+        "Gemma2Config",
+        GATED | dict(query_pre_attn_scalar=32, sliding_window=16, tie_word_embeddings=True),
+    ),  # norms on both sides
+    "gemma3": ("Gemma3TextConfig", GATED | dict(query_pre_attn_scalar=32, sliding_window=16, tie_word_embeddings=True)),
+    "phi3": ("Phi3Config", {**GATED, "hidden_size": 128}),  # q/k/v and gate/up fused on disk
+    "opt": ("OPTConfig", COMMON | dict(ffn_dim=136, hidden_size=128, word_embed_proj_dim=128)),  # biases, no gate
+    "gpt_neox": ("GPTNeoXConfig", COMMON | dict(intermediate_size=136, hidden_size=128)),  # vLLM: transformers backend
+    "falcon": (  # q, k, v interleaved by kv head on disk; vLLM sorts them while loading
+        "FalconConfig",
+        COMMON | dict(hidden_size=128, num_kv_heads=2, new_decoder_architecture=True, bias=False),
+    ),
+    "gpt2": (  # Conv1D: weights transposed on disk, q/k/v fused there; vLLM transposes what ends in .weight
+        "GPT2Config",
+        COMMON | dict(hidden_size=128, n_inner=136, tie_word_embeddings=True),
+    ),
+    "qwen3_moe": ("Qwen3MoeConfig", GATED | MOE),
+}
+
+# as above, of models that are tried in transformers alone
+GPT = dict(vocab_size=2048, n_embd=128, n_layer=2, n_head=4, n_positions=256, bos_token_id=0, eos_token_id=0)
+UNSERVED: dict[str, tuple[str, dict]] = {
+    "openai_gpt": ("OpenAIGPTConfig", GPT),  # Conv1D; its blocks give lists
+    "gpt_bigcode": ("GPTBigCodeConfig", GPT | dict(multi_query=True)),
+    "gptj": ("GPTJConfig", GPT | dict(rotary_dim=8, tie_word_embeddings=False)),  # attention and MLP side by side
+    "codegen": ("CodeGenConfig", GPT | dict(rotary_dim=8, n_ctx=256, tie_word_embeddings=False)),  # q/k/v fused on disk
+    "recurrent_gemma": (  # its _init_weights reaches for its children's weights, as GPT-2's
+        "RecurrentGemmaConfig",
+        GATED | dict(lru_width=96, attention_window_size=64, block_types=("recurrent", "attention")),
+    ),
+}
+
+
+def save(family: str, folder: Path, seed: int = 0) -> Path:
+    """A random float32 model of the family. Weights are large and biases non-zero, so that every mistake shows."""
+    class_name, settings = (FAMILIES | UNSERVED)[family]
+    torch.manual_seed(seed)
+    config: PretrainedConfig = getattr(transformers, class_name)(**settings)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter, std=0.5)
+        elif parameter.dim() > 1:
+            nn.init.normal_(parameter, std=2 / parameter.shape[-1] ** 0.5 if "embed" not in name else 1.0)
+        else:
+            nn.init.normal_(parameter, mean=parameter.mean().item(), std=0.2)
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(DEMO_MODEL).save_pretrained(folder)
+    return folder
+
+
+def compress(source: Path, form: str, text: Path, work: Path) -> Path:
+    """A checkpoint beside `source` with 30 % removed, float32, odd ranks: pivga joint, or svd separate."""
+    out = source.with_name(f"{source.name}-{form}")
+    convert(
+        str(source),
+        out,
+        0.3,
+        form=form,
+        groups="joint" if form == "pivga" else "separate",
+        ranks="uniform",
+        align=1,
+        heal_steps=0,
+        dtype="float32",
+        calibration=[str(text)],
+        samples=16,
+        gradient_samples=16,
+        sequence_length=64,
+        work=work,
+    )
+    return out
+
+
+@torch.no_grad()
+def dense_twin(source: Path, compressed: Path) -> nn.Module:
+    """The reference: the dense source with each compressed weight replaced by the float64 product of its factors.
+
+    Eager attention, the only one of transformers' that caps Gemma 2's logits.
+    """
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation="eager").eval()
+    tensors = load_file(compressed / "model.safetensors")
+    for group in validate_checkpoint(compressed).groups:
+        first = group.name
+        if group.form == "svd":
+            a = torch.cat([tensors[f"{m}.lowrank_a"] for m in group.members]).double()
+            weight = a @ tensors[f"{first}.lowrank_b"].double()
+        else:
+            names = [first] if group.side == "rows" else group.members
+            skeleton = torch.cat([tensors[f"{m}.skeleton"] for m in names])
+            gauge = PivGa(skeleton, tensors[f"{first}.interpolation"], tensors[f"{first}.permutation"], group.side)
+            weight = dense_product(gauge)
+        layers = [model.get_submodule(m) for m in group.members]
+        rows = [layer.nf if isinstance(layer, Conv1D) else layer.out_features for layer in layers]
+        for layer, part in zip(layers, weight.split(rows), strict=True):
+            layer.weight.copy_(part.T if isinstance(layer, Conv1D) else part)
+    return model

@@ -1,0 +1,43 @@
+"""FermiGrad as one of torchrun's processes; the first writes ranks and losses.
+
+torchrun --nproc-per-node 2 -m tests.support.ranks_of_processes MODEL RESULT [--shard]
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from fermisvd.running import distributed, fermigrad
+from fermisvd.decomposition import data_aware_svd
+from fermisvd.fermigrad import FermiGradSettings, install_gates, optimise_ranks
+from fermisvd.groups import find_groups, stacked_weight
+from fermisvd.hf import load_model
+from fermisvd.running.streaming import stream_model
+
+
+def main(folder: Path, result: Path, shard: bool) -> None:
+    fermigrad.KEPT_ACTIVATIONS = 0 if shard else fermigrad.KEPT_ACTIVATIONS  # so that blocks are checkpointed, too
+    with distributed.process_group("cpu"):
+        dense = load_model(folder)
+        groups = find_groups(dense, "separate")
+        factors = {
+            g.name: data_aware_svd(stacked_weight(dense, g), torch.eye(g.columns)).truncated(g.full_rank)
+            for g in groups
+        }
+        model = stream_model(folder, "cpu")
+        gated = install_gates(model, groups, lambda g: factors[g.name], shard)
+        sharded = [isinstance(p, DTensor) for block in model.model.layers for p in block.parameters()]
+        assert all(sharded) if shard else not any(sharded)
+        windows = torch.randint(2048, (7, 16), generator=torch.Generator().manual_seed(0))  # 3 and 1 a batch
+        settings = FermiGradSettings(steps=8, batch_size=3)
+        mus, records = optimise_ranks(model, groups, gated, windows, 0.7, "pivga", settings)
+        if distributed.this_process() == 0:
+            found = {"mus": mus, "kl": [r["kl"] for r in records], "processes": distributed.process_count()}
+            result.write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), "--shard" in sys.argv)
