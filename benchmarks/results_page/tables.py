@@ -114,7 +114,7 @@ def calibration() -> str:
 
 def losslessness() -> str:
     def small(value: float) -> str:
-        return "below 1e-8" if abs(value) < 1e-8 else f"{value:.2e}".replace("e-0", "e-")
+        return "below 2e-9" if abs(value) < 2e-9 else f"{value:.2e}".replace("e-0", "e-")
 
     rows = []
     for name, kl in record("losslessness")["kl"].items():
