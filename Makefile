@@ -7,7 +7,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 VERSIONS ?= 0.27.1 0.28.0 0.29.0 0.30.0 0.31.0 0.32.0
 
-.PHONY: demo test lint table families versions serving
+.PHONY: demo test lint table results families versions serving
 demo: $(VENV)/installed
 	$(BIN)/python -m tests.support.demo
 
@@ -22,6 +22,10 @@ lint: $(VENV)/installed
 # The README's quality table: about two hours on two cores; finished cells are kept (--fresh starts over).
 table: $(VENV)/installed
 	$(BIN)/python -m benchmarks.quality.table
+
+# docs/results.md, README's table and the figures, from the records in benchmarks/results: seconds.
+results: $(VENV)/installed
+	$(BIN)/python -m benchmarks.results_page
 
 # Every family compiled and with tensor parallel 2: about 20 minutes on two cores.
 families: $(VENV)/installed
