@@ -10,8 +10,8 @@ from functools import partial
 from typing import Annotated, Literal
 
 import torch
-from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 from fermisvd.batches import shuffled_batches
 from fermisvd.budget import Budget, Form, SoftBudget, dense_parameters, factor_parameters
@@ -129,7 +129,7 @@ class RankOptimiser:
 
 
 def optimise_ranks(
-    model: nn.Module,
+    model: PreTrainedModel,
     groups: Sequence[LinearGroup],
     gated: Sequence[GatedGroup],
     windows: torch.Tensor,
@@ -178,7 +178,7 @@ def optimise_ranks(
 
 
 def _backward(
-    model: nn.Module,
+    model: PreTrainedModel,
     groups: Sequence[LinearGroup],
     gated: Sequence[GatedGroup],
     batch: torch.Tensor,
@@ -200,7 +200,7 @@ def _backward(
 
 
 def gated_kl(
-    model: nn.Module, gated: Sequence[GatedGroup], batch: torch.Tensor, mus: torch.Tensor, temperature: float
+    model: PreTrainedModel, gated: Sequence[GatedGroup], batch: torch.Tensor, mus: torch.Tensor, temperature: float
 ) -> torch.Tensor:
     """KL(teacher || student) of a batch (windows, length) with the gates at mus (groups,), differentiable in mus."""
     open_gates(gated)
@@ -212,7 +212,7 @@ def gated_kl(
 
 @contextmanager
 def checkpointed(
-    model: nn.Module, groups: Sequence[LinearGroup], tokens: int, limit_bytes: int = KEPT_ACTIVATIONS
+    model: PreTrainedModel, groups: Sequence[LinearGroup], tokens: int, limit_bytes: int = KEPT_ACTIVATIONS
 ) -> Iterator[None]:
     """Blocks forget what they computed on the way and do it again for the gradient, where that would take more than
     limit_bytes."""

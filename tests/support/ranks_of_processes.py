@@ -12,7 +12,8 @@ from torch.distributed.tensor import DTensor
 
 from fermisvd.running import distributed, fermigrad
 from fermisvd.decomposition import data_aware_svd
-from fermisvd.fermigrad import FermiGradSettings, install_gates, optimise_ranks
+from fermisvd.fermigrad import FermiGradSettings, optimise_ranks
+from fermisvd.gates import install_gates
 from fermisvd.groups import find_groups, stacked_weight
 from fermisvd.hf import load_model
 from fermisvd.running.streaming import stream_model
