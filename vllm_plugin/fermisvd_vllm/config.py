@@ -145,7 +145,7 @@ class FermiSVDConfig(QuantizationConfig):
             sharded, replicated = map(sum, zip(*(numbers_held(m.slots) for m in self.layers.values()), strict=True))
             dense = sum(m.dense_numbers for m in self.layers.values())
             logger.info(
-                "FermiSVD: %d compressed layers; this rank (tensor parallel %d of %d) holds %s numbers of which %s "
+                "FermiSVD: %d compressed layers; this process (tensor parallel %d of %d) holds %s numbers of which %s "
                 "replicated; dense %s",
                 len(self.layers),
                 method.tp_rank,

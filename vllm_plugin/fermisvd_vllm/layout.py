@@ -124,9 +124,12 @@ class Loaded:
     slots: Slots
 
     def stacked(self, name: str, members: Iterable[int]) -> torch.Tensor:
-        """The tensors of that name of these members, neighbours in the flat one, on top of each other: a view."""
+        """The tensors of that name of these members, on top of each other: a view. Raises ValueError unless they are
+        neighbours, as those of a part are, or of all parts of a kind."""
         own = [self.slots[name, member] for member in members if (name, member) in self.slots]
         start, size = own[0].offset, sum(slot.size for slot in own)
+        if own[-1].offset + own[-1].size != start + size:
+            raise ValueError(f"{name}: not side by side")
         return self.flat[name][start : start + size].view(sum(slot.shape[0] for slot in own), *own[0].shape[1:])
 
 

@@ -28,7 +28,7 @@ class Part(nn.Module):
     It stays the same object, and its tensors keep their storage, when weights are reloaded.
     """
 
-    one_product: ClassVar[bool] = True  # is all of y of t, so that our op may do it for all parts of a layer together
+    one_product: ClassVar[bool] = True  # y is that product alone: our op may do it for all parts of a layer together
     group: Group | None = None  # None for a dense member
     second: Factor
 
