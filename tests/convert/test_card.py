@@ -5,12 +5,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from fermisvd_convert.report import calibration_name
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 
 from fermisvd_convert.card import name_repository, write_card
 from fermisvd_convert.convert import convert
-from fermisvd_convert.report import calibration_name
 
 PNG = b"\x89PNG"
 

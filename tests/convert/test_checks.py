@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from fermisvd.running.distributed import ProcessError, launched
 from fermisvd.errors import FermiSVDError
+from fermisvd.running.distributed import ProcessError, launched
 from fermisvd_convert.checks import OptionError
 from fermisvd_convert.convert import convert
 from fermisvd_convert.heal import heal_checkpoint

@@ -14,8 +14,8 @@ from fermisvd_convert import convert as convert_module
 from fermisvd_convert.convert import convert
 from fermisvd_convert.evaluate import evaluate
 from fermisvd_convert.inspect import inspect_checkpoint
-from fermisvd_convert.output import OutputError
 from fermisvd_convert.loading import SourceError
+from fermisvd_convert.output import OutputError
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from fermisvd.running.blocks import HiddenStates
 from fermisvd.errors import FermiSVDError
 from fermisvd.hf import load_model
+from fermisvd.running.blocks import HiddenStates
 from fermisvd.running.streaming import stream_model
 from fermisvd_convert.evaluate import EvaluationError, evaluate, evaluate_by_blocks, evaluate_files
 from fermisvd_convert.loading import SourceError

@@ -9,6 +9,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from fermisvd_convert.report import SPECTRUM_POINTS, decimated, kept_energy
 from matplotlib.collections import PatchCollection
 from safetensors.torch import load_file
 from typer.testing import CliRunner
@@ -18,7 +19,6 @@ from fermisvd_convert import figures
 from fermisvd_convert.cli import app
 from fermisvd_convert.convert import convert
 from fermisvd_convert.record import Record, RecordError, read_record
-from fermisvd_convert.report import SPECTRUM_POINTS, decimated, kept_energy
 
 KINDS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 KINDS += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")

@@ -275,7 +275,7 @@ def test_blocks_that_are_computed_again_for_the_gradient_give_the_same(tiny_llam
     (expected,) = torch.autograd.grad(gated_kl(model, gated, ids, mus, 0.01), mus)
     for block in model.model.layers:
         block.self_attn.register_forward_hook(lambda *_: runs.append(torch.is_grad_enabled()))
-    with checkpointed(model, groups, ids.numel(), limit_bytes=0):
+    with checkpointed(model, groups, ids.numel(), kept_bytes=0):
         (found,) = torch.autograd.grad(gated_kl(model, gated, ids, mus, 0.01), mus)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
     assert len(runs) == len(model.model.layers) * 3  # teacher, student, student again

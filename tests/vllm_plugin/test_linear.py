@@ -19,8 +19,7 @@ from vllm.model_executor.layers.linear import (
     UnquantizedLinearMethod,
 )
 
-from fermisvd.format import CheckpointConfig
-from fermisvd.format import FormatError, Group
+from fermisvd.format import CheckpointConfig, FormatError, Group
 from fermisvd.pivga import dense_product, fix_gauge
 from fermisvd_vllm.config import FermiSVDConfig
 from fermisvd_vllm.layout import Stored
