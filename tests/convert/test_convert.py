@@ -87,6 +87,7 @@ def test_second_removal_reuses_calibration_and_decomposition(tiny_llama, tmp_pat
     assert all((tmp_path / "b" / n).read_bytes() == (tmp_path / "c" / n).read_bytes() for n in same)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("change", ["samples", "sequence_length", "text", "model"])
 def test_changed_inputs_are_calibrated_again(tiny_llama, tmp_path, settings, change):
     first = convert(str(tiny_llama), tmp_path / "a", 0.2, ranks="uniform", **settings)
@@ -134,6 +135,7 @@ def test_second_run_after_joining_and_refitting_is_the_same(tiny_llama, tmp_path
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("damage", ["gone", "cut off"])
 def test_lost_tensors_of_a_stage_are_made_again(tiny_llama, tmp_path, settings, damage):
     """Its JSON is there, its tensors are not."""

@@ -300,6 +300,7 @@ def test_an_earlier_file_is_drawn_as_far_as_it_goes(tmp_path, caplog):
     assert len(figures.draw_ranks(Record.model_validate(report)).axes) == 2  # ranks and their colours
 
 
+@pytest.mark.long
 def test_healed_checkpoints_are_no_point_of_quality(tmp_path, caplog):
     outs = [write(tmp_path / name, made_up(1)) for name in ("a", "b", "c")]
     (outs[1] / "healing.json").write_text("{}")

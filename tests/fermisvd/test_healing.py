@@ -17,6 +17,7 @@ def compressed(request, dense, demo_text):
     return compress(dense, request.param, demo_text["calibration"], dense.parent / "work")
 
 
+@pytest.mark.long
 def test_healing_lowers_the_loss_and_moves_only_factors(dense, compressed):
     teacher, student = load_model(dense), load_model(compressed)
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}

@@ -213,6 +213,7 @@ def test_several_groups_on_a_gpu(like_a_gpu, partition, form, most):
     assert list(ran) == [f"{side}_{way(most)}" for side in sides]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("partition", PARTITIONS)
 @pytest.mark.parametrize("form", ["svd", "pivga"])
 def test_layers_compile_as_on_a_gpu(like_a_gpu, partition, form):
