@@ -39,7 +39,7 @@ def test_parameters_count_the_stored_tensors(shape, rank, form):
 @given(shapes, st.integers(1, 300), forms)
 def test_dense_is_stored_where_factors_are_no_smaller(shape, rank, form):
     group, rank = make_group(*shape), min(rank, *shape)
-    count = factor_parameters(rank, *shape, form)
+    count = factor_parameters(rank, shape[0], shape[1], form)
     assert stays_dense(group, rank, form) == (count >= shape[0] * shape[1])
     assert group_parameters(group, rank, form) == min(count, shape[0] * shape[1])
 
@@ -51,7 +51,7 @@ def test_pivga_meets_dense_exactly_at_full_rank():
 
 @given(shapes, st.floats(0.01, 0.99), forms)
 def test_uniform_rank_solves_its_equation(shape, remove, form):
-    count = factor_parameters(Budget.removing(remove, form).uniform_rank(make_group(*shape)), *shape, form)
+    count = factor_parameters(Budget.removing(remove, form).uniform_rank(make_group(*shape)), shape[0], shape[1], form)
     assert count == pytest.approx((1 - remove) * shape[0] * shape[1], rel=1e-9)
 
 

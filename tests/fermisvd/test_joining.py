@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from fermisvd import load_model
-from fermisvd.budget import Budget, RankedGroup, compressed, group_parameters
+from fermisvd.budget import Budget, Form, RankedGroup, compressed, group_parameters
 from fermisvd.decomposition import data_aware_svd
 from fermisvd.groups import find_groups, stacked_weight
 from fermisvd.joining import coarser_partitions, fused_layers, join_groups, joined, rank_at
@@ -36,8 +36,8 @@ def test_rank_at_is_the_largest_that_fits(tiny_llama, form, align):
 class Problem:
     """A random Llama, uniform ranks, separate groups; q, k and v of both layers may be made to share their rows."""
 
-    def __init__(self, folder, share_rows: bool, form="pivga"):
-        self.dense, self.form = load_model(folder), form
+    def __init__(self, folder, share_rows: bool, form: Form = "pivga"):
+        self.dense, self.budget = load_model(folder), Budget(0.5, form, align=1)
         self.groups = find_groups(self.dense, "separate")
         if share_rows:  # all three see the same 12 directions of the input: together they need them once
             for layer in self.dense.model.layers:
@@ -60,12 +60,11 @@ class Problem:
 
     def join(self):
         found = []
-        budget = Budget(0.5, self.form, align=1)
         result = join_groups(
             self.dense,
             self.student,
             self.ranked,
-            budget,
+            self.budget,
             self.aside,
             self.factors,
             batch_size=4,

@@ -5,14 +5,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fermisvd.budget import Form
 from fermisvd.format import FormatError, Group, expected_tensors
+from fermisvd.groups import Side
 from fermisvd_vllm.layout import LayerSizes, shard_of, slots_of
 from fermisvd_vllm.parts import DensePart, PivGaColumnsPart, PivGaRowsPart, SvdPart, part_of, parts_of
 
 QKV = ["q", "k", "v"]
 
 
-def group(members, form="svd", side=None, rank=4):
+def group(members, form: Form = "svd", side: Side | None = None, rank=4):
     return Group(members=tuple(members), form=form, side=side, rank=rank)
 
 
@@ -89,6 +91,7 @@ def test_shards_of_all_processes_make_the_tensor(tp_size, parallel, form):
         pieces = [shard_of(whole, slot, tp_rank, tp_size, name) for tp_rank in range(tp_size)]
         assert all(tuple(piece.shape) == slot.shape for piece in pieces)
         if name in sharded:
+            assert slot.shard is not None
             assert torch.equal(torch.cat(pieces, dim=slot.shard), whole)
         else:
             assert slot.shard is None and all(torch.equal(piece, whole) for piece in pieces)

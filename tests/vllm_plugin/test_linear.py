@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -75,14 +76,16 @@ def make_partition(partition, form):
     return [group for group, _, _ in made], tensors, dense
 
 
-def make_layer(kind, groups, bias=False, own_ops=None):
+def make_layer(kind, groups, bias=False, own_ops=None) -> Any:  # a layer that create_weights gives attributes
     entry = CheckpointConfig(groups=tuple(groups)).model_dump(mode="json", exclude_none=True)
     config = FermiSVDConfig(entry, own_ops)
     config.packed_modules_mapping = {
         "qkv_proj": ["q_proj", "k_proj", "v_proj"],
         "gate_up_proj": ["gate_proj", "up_proj"],
     }
-    common = dict(bias=bias, quant_config=config, prefix=f"m.{kind}", disable_tp=True, params_dtype=torch.float32)
+    common: dict[str, Any] = dict(
+        bias=bias, quant_config=config, prefix=f"m.{kind}", disable_tp=True, params_dtype=torch.float32
+    )
     if kind == "qkv_proj":
         return QKVParallelLinear(HIDDEN, HEAD, HEADS, KV_HEADS, **common)
     if kind == "gate_up_proj":
@@ -399,6 +402,8 @@ class QuantisedPart(GroupPart):
     """A kind that the plugin does not have: the dense matrix as int8, with a scale for each of its rows."""
 
     one_product = False
+    codes: torch.Tensor
+    scales: torch.Tensor
 
     def stored(self, sizes):
         [member] = self.members
@@ -422,7 +427,7 @@ def test_a_new_kind_of_part_is_a_class():
     quantised, other = (Group(members=(f"m.{x}",), form="svd", rank=4) for x in ("gate_proj", "up_proj"))
     parts = [QuantisedPart([0], quantised), part_of([1], other)]
     method = FermiSVDLinearMethod(parts, ["m.gate_proj", "m.up_proj"], "m.gate_up_proj")
-    layer = nn.Module()
+    layer: Any = nn.Module()
     layer.output_sizes = [8, 16]
     method.create_weights(layer, HIDDEN, [8, 16], HIDDEN, 24, torch.float32)
     codes = torch.randint(-127, 128, (8, HIDDEN), dtype=torch.int8)
@@ -444,7 +449,7 @@ class KeepsWeight(UnquantizedLinearMethod):
     """As on a GPU; on a CPU vLLM packs the weight away."""
 
     def process_weights_after_loading(self, layer):
-        layer.cpu_linear = nn.functional.linear
+        vars(layer)["cpu_linear"] = nn.functional.linear
 
 
 def check_reload(kind, partition, form, side, bias, own_ops=None):
@@ -496,7 +501,7 @@ def test_groups_that_fit_no_layer_are_refused():
     group = group.model_copy(update={"members": ("other.gate_proj", "other.up_proj")})
     entry = CheckpointConfig(groups=(group,)).model_dump(mode="json", exclude_none=True)
     layer = RowParallelLinear.__new__(RowParallelLinear)
-    method = FermiSVDConfig.from_config(entry).get_quant_method(layer, "m.o_proj")
+    method: Any = FermiSVDConfig.from_config(entry).get_quant_method(layer, "m.o_proj")
     with pytest.raises(FormatError, match=r"group other\.gate_proj: the model that vLLM built has no layer for it"):
         method.process_weights_after_loading(layer)
 
@@ -516,9 +521,9 @@ def test_hub_model_is_checked_once_downloaded(tmp_path, monkeypatch):
         {"m.o_proj.lowrank_a": torch.zeros(96, 4), "m.o_proj.lowrank_b": torch.zeros(4, 96)},
         snapshot / "model.safetensors",
     )
-    config = FermiSVDConfig.from_config(entry)
+    config: Any = FermiSVDConfig.from_config(entry)  # its vllm_config is made up below
     config.maybe_update_config("owner/name")
-    layer = RowParallelLinear(
+    layer: Any = RowParallelLinear(
         HIDDEN, 96, bias=False, quant_config=config, prefix="m.o_proj", disable_tp=True, params_dtype=torch.float32
     )
     config.vllm_config = SimpleNamespace(
