@@ -20,14 +20,14 @@ class Gemm(Protocol):
 class Products:
     """What multiplies in a layer.
 
-    gemm: vLLM's method for dense layers; own_ops: whether our ops do what they can (fermisvd_vllm.kernels);
-    own_outputs: whether one of them makes y of t for all parts together; measure: finds up to how many tokens an op's
+    gemm: vLLM's method for dense layers; uses_own_ops: whether our ops do what they can (fermisvd_vllm.kernels);
+    joins_outputs: whether one of them makes y of t for all parts together; measure: finds up to how many tokens an op's
     kernel is used (fermisvd_vllm.tuning).
     """
 
     gemm: Gemm
-    own_ops: bool
-    own_outputs: bool
+    uses_own_ops: bool
+    joins_outputs: bool
     measure: Callable[..., None]
 
 
@@ -43,7 +43,7 @@ class Factor(nn.Module):
         super().__init__()
         self.gemm = products.gemm
         # CUDA's products take rows of any stride; what a CPU's or ROCm's may be made of does not always
-        self.any_stride = products.own_ops and torch.version.hip is None
+        self.any_stride = products.uses_own_ops and torch.version.hip is None
         self.weight = nn.Parameter(matrix, requires_grad=False)
         if matrix.numel() and packed:
             self.gemm.process_weights_after_loading(self)

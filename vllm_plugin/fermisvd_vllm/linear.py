@@ -51,7 +51,7 @@ class FermiSVDLinearMethod(LinearMethodBase):
         self.gemm: Gemm = UnquantizedLinearMethod()
         self.slots: Slots = {}
         self.filled: set[tuple[str, int]] = set()
-        self.own_outputs = False  # known once the weights are there, and on which device
+        self.joins_outputs = False  # known once the weights are there, and on which device
         # --load-format dummy fills nothing through our loaders, and that is right
         self.loads_checkpoint = get_current_vllm_config().load_config.load_format != "dummy"
 
@@ -144,12 +144,12 @@ class FermiSVDLinearMethod(LinearMethodBase):
         for name in flat:
             delattr(layer, name)
         some = next(iter(flat.values()))
-        own_ops = self.own_ops.run_on(some.device)
-        self.own_outputs = own_ops and len(self.parts) > 1 and all(part.one_product for part in self.parts)
-        products = Products(self.gemm, own_ops, self.own_outputs, self.own_ops.measure)
+        uses_own_ops = self.own_ops.run_on(some.device)
+        self.joins_outputs = uses_own_ops and len(self.parts) > 1 and all(part.one_product for part in self.parts)
+        products = Products(self.gemm, uses_own_ops, self.joins_outputs, self.own_ops.measure)
         for kind, parts in self.kinds:
             kind.take_all(parts, Loaded(flat, self.slots), products)
-        if self.own_outputs:
+        if self.joins_outputs:
             self._measure_outputs()
         layer.register_buffer(LORA_DEVICE_NAME, some.new_empty(0), persistent=False)
         self.on_ready(self)
@@ -175,7 +175,7 @@ class FermiSVDLinearMethod(LinearMethodBase):
         for kind, parts in self.kinds:
             shared |= zip(parts, kind.shared_of_all(parts, x), strict=True)
         t = [shared[part] for part in self.parts]
-        if self.own_outputs:
+        if self.joins_outputs:
             y = torch.ops.fermisvd.outputs(t, [part.second.weight for part in self.parts], *self.member_places)
         else:
             y = self._joined([part.outputs(own) for part, own in zip(self.parts, t, strict=True)])

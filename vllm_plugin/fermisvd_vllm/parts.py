@@ -90,7 +90,7 @@ class DensePart(Part):
 
     def take(self, loaded: Loaded, products: Products) -> None:
         weight = loaded.stacked(WEIGHT, self.members)
-        self.second = self.factor(WEIGHT, weight, products, packed=not products.own_outputs)
+        self.second = self.factor(WEIGHT, weight, products, packed=not products.joins_outputs)
 
     def shared(self, x: torch.Tensor) -> torch.Tensor:
         return x
@@ -142,7 +142,7 @@ class SvdPart(GroupPart):
 
     def take(self, loaded: Loaded, products: Products) -> None:
         a = loaded.stacked(LOWRANK_A, self.members)
-        self.second = self.factor(LOWRANK_A, a, products, packed=not products.own_outputs)
+        self.second = self.factor(LOWRANK_A, a, products, packed=not products.joins_outputs)
 
     @classmethod
     def shared_of_all(cls, parts: Sequence[Self], x: torch.Tensor) -> Sequence[torch.Tensor]:
@@ -168,7 +168,7 @@ class PivGaColumnsPart(GroupPart):
     @classmethod
     def take_all(cls, parts: Sequence[Self], loaded: Loaded, products: Products) -> None:
         super().take_all(parts, loaded, products)
-        if not products.own_ops:
+        if not products.uses_own_ops:
             return
         from fermisvd_vllm.kernels import COLUMNS  # here: there need not be a Triton where there is no GPU
 
@@ -177,18 +177,18 @@ class PivGaColumnsPart(GroupPart):
             products.measure(COLUMNS, [noise(each, len(parts[0].places)) for each in d], d)
 
     def take(self, loaded: Loaded, products: Products) -> None:
-        self.own_ops = products.own_ops
+        self.uses_own_ops = products.uses_own_ops
         d = loaded.stacked(INTERPOLATION, self.members)
-        self.interpolation = self.factor(INTERPOLATION, d, products, packed=not products.own_ops)
+        self.interpolation = self.factor(INTERPOLATION, d, products, packed=not products.uses_own_ops)
         places = torch.argsort(loaded.stacked(PERMUTATION, self.members).long())
         self.register_buffer("places", self.keep("places", places))
         c = loaded.stacked(SKELETON, self.members)
-        self.second = self.factor(SKELETON, c, products, packed=not products.own_outputs)
+        self.second = self.factor(SKELETON, c, products, packed=not products.joins_outputs)
 
     @classmethod
     def shared_of_all(cls, parts: Sequence[Self], x: torch.Tensor) -> Sequence[torch.Tensor]:
         s = [part.skeleton_first(x) for part in parts]
-        if parts[0].own_ops:  # t in the place of s_skel
+        if parts[0].uses_own_ops:  # t in the place of s_skel
             torch.ops.fermisvd.columns(s, [part.interpolation.weight for part in parts])
             return [own[..., : part.rank] for own, part in zip(s, parts, strict=True)]
         return [part.interpolated(own) for own, part in zip(s, parts, strict=True)]
@@ -225,11 +225,11 @@ class PivGaRowsPart(GroupPart):
         yield Stored(PERMUTATION, member, (rows,), dtype=torch.int32)
 
     def take(self, loaded: Loaded, products: Products) -> None:
-        self.own_ops = products.own_ops
+        self.uses_own_ops = products.uses_own_ops
         self.skeleton = self.factor(SKELETON, loaded.stacked(SKELETON, self.members), products)
         self.interpolation = self.factor(INTERPOLATION, loaded.stacked(INTERPOLATION, self.members), products)
         permutation = loaded.stacked(PERMUTATION, self.members).long()
-        order = torch.argsort(permutation) if self.own_ops else permutation
+        order = torch.argsort(permutation) if self.uses_own_ops else permutation
         self.register_buffer("order", self.keep("order", order))
 
     def shared(self, x: torch.Tensor) -> torch.Tensor:
@@ -238,7 +238,7 @@ class PivGaRowsPart(GroupPart):
     def outputs(self, t: torch.Tensor) -> torch.Tensor:
         rows = len(self.order)
         p = self.interpolation(t) if self.rank < rows else t[..., :1]
-        if self.own_ops:
+        if self.uses_own_ops:
             return loaded_in_order(t, p, self.order)
         y = t.new_empty(*t.shape[:-1], rows)
         put(y, self.order[: self.rank], t)
