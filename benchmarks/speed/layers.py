@@ -27,8 +27,7 @@ from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVPar
 from benchmarks.records import command_line, new_record, vllm_versions, write_record
 from benchmarks.shapes import SHAPES, groups_of, ranks_of
 from fermisvd.budget import factor_parameters
-from fermisvd.format import CheckpointConfig
-from fermisvd.format import Group
+from fermisvd.format import CheckpointConfig, Group
 from fermisvd.groups import LinearGroup
 from fermisvd_vllm.config import FermiSVDConfig
 

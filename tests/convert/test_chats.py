@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from fermisvd_convert.chats import RowError, _takes_parts, holds_text, render, row_text
-from fermisvd_convert.rows import TextError, rows_of
 from fermisvd_convert.loading import load_tokenizer
+from fermisvd_convert.rows import TextError, rows_of
 
 # What templates of the hub do: content added to a string, looped-over arguments, tools as JSON.
 STRINGS = """

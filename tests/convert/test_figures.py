@@ -17,8 +17,7 @@ from fermisvd.errors import FermiSVDError
 from fermisvd_convert import figures
 from fermisvd_convert.cli import app
 from fermisvd_convert.convert import convert
-from fermisvd_convert.record import Record, RecordError, read_record
-from fermisvd_convert.report import SPECTRUM_POINTS, decimated, kept_energy
+from fermisvd_convert.record import Record, RecordError, decimated, kept_energy, read_record
 
 KINDS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 KINDS += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -343,20 +342,3 @@ def test_without_matplotlib_the_extra_is_named(tmp_path, monkeypatch):
     result = CliRunner().invoke(app, ["report", str(out), "--to", str(tmp_path / "to")])
     assert result.exit_code == 2 and 'pip install "fermisvd[report]"' in result.output
     assert not (tmp_path / "to").exists()
-
-
-@pytest.mark.parametrize("k", [1, 2, 63, 64, 65, 4096])
-def test_decimated_spectrum(k):
-    sigma = np.sort(np.random.default_rng(k).random(k))[::-1]
-    kept = decimated(sigma)
-    index = kept["index"]
-    assert len(index) == len(kept["sigma"]) <= SPECTRUM_POINTS
-    assert index[0] == 0 and index[-1] == k - 1 and all(a < b for a, b in pairwise(index))
-    assert kept["sigma"] == pytest.approx([sigma[i] for i in index], rel=1e-4)
-    assert json.loads(json.dumps(kept)) == kept
-
-
-def test_kept_energy():
-    assert kept_energy(np.array([3.0, 2.0, 1.0]), 2) == pytest.approx(13 / 14)
-    assert kept_energy(np.array([3.0, 2.0, 1.0]), 3) == 1
-    assert kept_energy(np.zeros(3), 1) == 1

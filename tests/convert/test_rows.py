@@ -11,8 +11,8 @@ import torch
 
 from fermisvd_convert import rows as rows_module
 from fermisvd_convert.chats import RowError
-from fermisvd_convert.rows import CHUNK, TextError, first_bad_byte, rows_of
 from fermisvd_convert.loading import load_tokenizer
+from fermisvd_convert.rows import CHUNK, TextError, first_bad_byte, rows_of
 from fermisvd_convert.text import read_windows, windows_of
 
 pa = pytest.importorskip("pyarrow")

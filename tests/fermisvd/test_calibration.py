@@ -2,10 +2,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from fermisvd.running.blocks import DecoderBlocks, HiddenStates, HiddenStatesError
 from fermisvd.calibration import CalibrationError, calibration_grams, gram_matrices, grams_by_blocks
 from fermisvd.decomposition import OutputGram, group_output_gram
 from fermisvd.groups import find_groups
+from fermisvd.running.blocks import DecoderBlocks, HiddenStates, HiddenStatesError
 from fermisvd.running.streaming import stream_model
 
 

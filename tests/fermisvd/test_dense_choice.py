@@ -4,9 +4,9 @@ from transformers import AutoModelForCausalLM
 
 from fermisvd.budget import BudgetError, kept_parameters, round_to_budget, total_parameters
 from fermisvd.decomposition import data_aware_svd
+from fermisvd.dense_choice import OpenTeacher, choose_dense, cut, jump_rank
 from fermisvd.fermigrad import install_gates
 from fermisvd.groups import find_groups, stacked_weight
-from fermisvd.dense_choice import OpenTeacher, cut, jump_rank, choose_dense
 from fermisvd.losses import StudentLoss, kl_divergence, set_weight
 
 

@@ -5,8 +5,8 @@ from fermisvd import load_model
 from fermisvd.budget import group_parameters, stays_dense
 from fermisvd.decomposition import data_aware_svd
 from fermisvd.groups import find_groups, stacked_weight
-from fermisvd.losses import StudentLoss, set_weight
 from fermisvd.joining import coarser_partitions, fused_layers, join_groups, joined, rank_at
+from fermisvd.losses import StudentLoss, set_weight
 
 
 def test_coarser_partitions_of_three():

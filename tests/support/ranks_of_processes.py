@@ -10,16 +10,17 @@ from pathlib import Path
 import torch
 from torch.distributed.tensor import DTensor
 
-from fermisvd.running import distributed, fermigrad
+from fermisvd.budget import Budget
 from fermisvd.decomposition import data_aware_svd
-from fermisvd.fermigrad import FermiGradSettings, install_gates, optimise_ranks
+from fermisvd.fermigrad import FermiGradSettings, checkpointed, optimise_ranks
+from fermisvd.gates import install_gates
 from fermisvd.groups import find_groups, stacked_weight
 from fermisvd.hf import load_model
+from fermisvd.running import distributed
 from fermisvd.running.streaming import stream_model
 
 
 def main(folder: Path, result: Path, shard: bool) -> None:
-    fermigrad.KEPT_ACTIVATIONS = 0 if shard else fermigrad.KEPT_ACTIVATIONS  # so that blocks are checkpointed, too
     with distributed.process_group("cpu"):
         dense = load_model(folder)
         groups = find_groups(dense, "separate")
@@ -32,8 +33,9 @@ def main(folder: Path, result: Path, shard: bool) -> None:
         sharded = [isinstance(p, DTensor) for block in model.model.layers for p in block.parameters()]
         assert all(sharded) if shard else not any(sharded)
         windows = torch.randint(2048, (7, 16), generator=torch.Generator().manual_seed(0))  # 3 and 1 a batch
-        settings = FermiGradSettings(steps=8, batch_size=3)
-        mus, records = optimise_ranks(model, groups, gated, windows, 0.7, "pivga", settings)
+        budget, settings = Budget(0.7, "pivga"), FermiGradSettings(steps=8)
+        with checkpointed(model, groups, windows.numel(), 0 if shard else 2**40):  # so both ways are seen
+            mus, records = optimise_ranks(model, groups, gated, windows, budget, settings, batch_size=3, seed=0)
         if distributed.this_process() == 0:
             found = {"mus": mus, "kl": [r["kl"] for r in records], "processes": distributed.process_count()}
             result.write_text(json.dumps(found))

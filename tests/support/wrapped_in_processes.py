@@ -17,9 +17,9 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 from transformers.distributed.configuration_utils import DistributedConfig
 
-from fermisvd.running import distributed
 from fermisvd.hf import load_model
 from fermisvd.modules import CompressedLinear
+from fermisvd.running import distributed
 
 FACTORS = ("lowrank_a", "lowrank_b", "skeleton", "interpolation")
 IDS = torch.arange(40).view(2, 20)

@@ -14,8 +14,7 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 
-from fermisvd.format import CheckpointConfig
-from fermisvd.format import FormatError, Group
+from fermisvd.format import CheckpointConfig, FormatError, Group
 from fermisvd.pivga import dense_product, fix_gauge
 from fermisvd_vllm.config import FermiSVDConfig
 from fermisvd_vllm.tuning import BUCKETS, check_agreement, key_of, limits
