@@ -44,7 +44,7 @@ def test_a_wrong_value_is_named_at_once(tmp_path, name, value):
 
 
 def test_an_unknown_option_is_named(tmp_path):
-    with pytest.raises(OptionError, match="^--unheard-of: no such option$"):
+    with pytest.raises(OptionError, match=r"^--unheard-of: no such option$"):
         convert(tmp_path / "nowhere", tmp_path / "out", 0.2, unheard_of=1)
 
 

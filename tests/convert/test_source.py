@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from weakref import WeakSet
 
 import pytest
 import transformers
@@ -11,7 +12,7 @@ from huggingface_hub import constants
 
 from fermisvd_convert.convert import convert
 from fermisvd_convert.loading import SourceError, context_length, load_tokenizer
-from fermisvd_convert.source import OTHER_WEIGHTS, folder_name, open_source
+from fermisvd_convert.source import OTHER_WEIGHTS, Source, folder_name, open_source
 from tests.support.folders import in_hub_cache
 
 
@@ -182,3 +183,19 @@ def test_a_file_that_may_not_be_read_is_no_truncated_one(smallest_llama, tmp_pat
     (folder / "model.safetensors").chmod(0)
     with pytest.raises(Exception, match=r"model\.safetensors: cannot be read \(.*[Pp]ermission"):
         open_source(str(folder))
+
+
+def test_every_weight_is_read_one_tensor_at_a_time(tiny_llama):
+    """The check of the values never holds more than one of the model's tensors."""
+    alive, most = WeakSet(), []
+
+    class Counting(Source):
+        def tensor(self, name):
+            tensor = super().tensor(name)
+            alive.add(tensor)
+            most.append(len(alive))
+            return tensor
+
+    source = Counting(**vars(open_source(str(tiny_llama))))
+    source.check_values()
+    assert len(most) == len(source.headers) and max(most) <= 2  # the one before is let go as the next is bound
