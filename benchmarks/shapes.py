@@ -10,7 +10,7 @@ from pathlib import Path
 
 from transformers import LlamaConfig
 
-from fermisvd.budget import group_parameters, uniform_ranks
+from fermisvd.budget import Budget, group_parameters
 from fermisvd.format import CheckpointConfig, Group
 from fermisvd.groups import LinearGroup
 from tests.support import DEMO_MODEL
@@ -65,7 +65,8 @@ def groups_of(shape: dict) -> list[LinearGroup]:
 
 def ranks_of(groups: list[LinearGroup], remove: float, align: int | None = None) -> list[int]:
     """Uniform ranks that remove the fraction in svd form, aligned (None: as the converter does)."""
-    return uniform_ranks(groups, remove, "svd", align)
+    budget = Budget.removing(remove, "svd", align)
+    return budget.ranks(groups, budget.uniform_ranks(groups))
 
 
 def write_folder(folder: Path, name: str, form: str, remove: float) -> dict[str, int]:

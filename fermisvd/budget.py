@@ -90,7 +90,7 @@ class Budget:
         total = dense_parameters(groups)
         numbers = math.floor(self.kept * total + 1e-6)
         if numbers == total:
-            raise BudgetError(f"--remove {1 - self.kept:g}: less than one of the {total} parameters")
+            raise BudgetError(f"--remove {1 - self.kept:.3g}: less than one of the {total} parameters")
         return numbers
 
     def alignment(self, group: LinearGroup) -> int:

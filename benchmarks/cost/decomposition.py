@@ -44,14 +44,16 @@ from benchmarks.cost.work import (
 )
 from benchmarks.records import command_line, new_record, write_record
 from benchmarks.shapes import SHAPES
-from fermisvd.budget import uniform_rank
+from fermisvd.budget import Budget
 from fermisvd.decomposition import OutputGram, kfac_svd
-from fermisvd.fermigrad import gated_kl, install_gates
+from fermisvd.fermigrad import gated_kl
+from fermisvd.gates import install_gates
 from fermisvd.groups import LinearGroup, find_groups
 from fermisvd.pivga import fix_gauge, least_squares, pivoted_cholesky, round_with_error_feedback
 from fermisvd_convert.memory import give_back
 
 REMOVE, TOKENS, VOCABULARY = 0.2, 2048, 2048
+BUDGET = Budget.removing(REMOVE, "pivga")
 Piece = tuple[float, Callable[[], object]]  # FLOPs, and a call that does them
 
 # FLOP/s of one H200 at sizes like these, none of it measured by us. Peaks from NVIDIA's data sheet: 67e12 for FP64 on
@@ -146,7 +148,7 @@ def fermigrad_step(hidden: int, device: str) -> Piece:
         return a / group.rows**0.5, b / group.full_rank**0.5
 
     gated = install_gates(model, groups, factors_of)
-    ranks = [uniform_rank(g, REMOVE, "pivga") for g in groups]
+    ranks = BUDGET.uniform_ranks(groups)
     mus = torch.tensor(ranks, dtype=torch.float64, requires_grad=True)
     batch = torch.randint(VOCABULARY, (8, TOKENS // 8), device=device)
     whole = sum(g.full_rank * (g.rows + g.columns) for g in groups)
@@ -155,7 +157,7 @@ def fermigrad_step(hidden: int, device: str) -> Piece:
     )
     attention = TOKENS / 8 * 2 * hidden
     flops = TOKENS * fermigrad_flops(whole, opened, VOCABULARY * hidden, attention)
-    return flops, lambda: gated_kl(model, groups, gated, batch, mus, 0.01).backward()
+    return flops, lambda: gated_kl(model, gated, batch, mus, 0.01).backward()
 
 
 def whole_calls(hidden: int, device: str) -> Iterator[tuple[str, Work, Callable[[], object]]]:
@@ -174,7 +176,7 @@ def whole_calls(hidden: int, device: str) -> Iterator[tuple[str, Work, Callable[
         output = OutputGram(positive(min(m, n)), 1.0)
         yield f"kfac_svd {name}", decomposition_work(m, n), lambda w=weight, c=gram, g=output: kfac_svd(w, c, g, 1e-6)
         del weight, gram, output
-        rank = int(uniform_rank(LinearGroup(("x",), (m,), n, side, "x"), REMOVE, "pivga"))
+        rank = int(BUDGET.uniform_rank(LinearGroup(("x",), (m,), n, side, "x")))
         a, b = torch.randn(m, rank, device=device), torch.randn(rank, n, device=device)
         a, b = a * torch.logspace(0, -2, rank, device=device), b
         run = partial(fix_gauge, a, b, side, torch.bfloat16)

@@ -101,7 +101,8 @@ if __name__ == "__main__":
     parser.add_argument("--peaks", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.peaks:
-        print(json.dumps(peaks(*map(Path, arguments.peaks[:3]), arguments.peaks[3])))
+        model, small, scratch, kind = arguments.peaks
+        print(json.dumps(peaks(Path(model), Path(small), Path(scratch), kind)))
         sys.exit()
     block = 4 * (2 * HIDDEN * HIDDEN + 2 * HIDDEN * HIDDEN // 4 + 3 * HIDDEN * INTERMEDIATE + 2 * HIDDEN)
     bound = 2 * block + 8 * INTERMEDIATE**2

@@ -17,9 +17,10 @@ import torch
 
 from benchmarks.records import new_record, write_record
 from fermisvd import load_model
-from fermisvd.budget import uniform_rank
+from fermisvd.budget import Budget
 from fermisvd.decomposition import data_aware_svd
-from fermisvd.fermigrad import gated_kl, install_gates
+from fermisvd.fermigrad import gated_kl
+from fermisvd.gates import install_gates
 from fermisvd.groups import find_groups, stacked_weight
 
 
@@ -35,7 +36,8 @@ def measure(path: Path, remove: float, batch_size: int, length: int, repeats: in
     factors = {g.name: data_aware_svd(stacked_weight(student, g), torch.eye(g.columns)) for g in groups}
     gated = install_gates(student, groups, lambda g: factors[g.name].truncated(g.full_rank))
     student.requires_grad_(False)
-    mus = torch.tensor([uniform_rank(g, remove, "pivga") for g in groups], dtype=torch.float64, requires_grad=True)
+    ranks = Budget.removing(remove, "pivga").uniform_ranks(groups)
+    mus = torch.tensor(ranks, dtype=torch.float64, requires_grad=True)
     batch = torch.randint(dense.config.vocab_size, (batch_size, length))
 
     def dense_pass() -> None:
@@ -44,9 +46,10 @@ def measure(path: Path, remove: float, batch_size: int, length: int, repeats: in
 
     def step() -> None:
         mus.grad = None
-        gated_kl(student, groups, gated, batch, mus, 0.01).backward()
+        gated_kl(student, gated, batch, mus, 0.01).backward()
 
-    dense_pass(), step()
+    dense_pass()
+    step()
     pairs = [(seconds(dense_pass), seconds(step)) for _ in range(repeats)]
     dense_seconds, step_seconds = (statistics.median(column) for column in zip(*pairs, strict=True))
     held = sum(t.numel() for g in factors.values() for t in (g.a, g.b)) / sum(g.dense_parameters for g in groups)

@@ -6,7 +6,7 @@ By the plugin's own shard arithmetic, uniform ranks, joint groups; prints the ta
 loaded layers in tests/vllm_plugin/test_tensor_parallel.py.
 """
 
-from fermisvd.budget import Form, uniform_ranks
+from fermisvd.budget import Budget, Form
 from fermisvd.format import Group
 from fermisvd.groups import LinearGroup
 from fermisvd_vllm.layout import LayerSizes, numbers_held, slots_of
@@ -43,7 +43,8 @@ def main() -> None:
     print("| dense | " + " | ".join(f"{dense / size / 1e6:.1f} M" for size in SIZES) + " |")
     for form in ("svd", "pivga"):
         for removed in REMOVED:
-            ranks = uniform_ranks(groups, removed, form)
+            budget = Budget.removing(removed, form)
+            ranks = budget.ranks(groups, budget.uniform_ranks(groups))
             cells = []
             for size in SIZES:
                 sharded, replicated = map(

@@ -5,15 +5,14 @@ are. Llama models, separate groups, kfac whitening, pivga form, uniform ranks in
 defaults else.
 """
 
-import inspect
 from collections.abc import Iterator
 
 from benchmarks.shapes import groups_of
-from fermisvd.budget import uniform_rank
+from fermisvd.budget import Budget
 from fermisvd.compress import ASIDE_WINDOWS
 from fermisvd.groups import LinearGroup
 from fermisvd.joining import coarser_partitions
-from fermisvd_convert.convert import convert
+from fermisvd_convert.options import ConvertOptions
 from fermisvd_convert.text import HELD_BACK_WINDOWS
 
 Work = list[tuple[str, int, float]]
@@ -27,7 +26,7 @@ LENGTH = 2048  # tokens a window: the converter's default for a model with such 
 
 def default(option: str) -> int:
     """The converter's own."""
-    return inspect.signature(convert).parameters[option].default
+    return ConvertOptions.options()[option].default
 
 
 def separate_groups(shape: dict) -> list[LinearGroup]:
@@ -91,7 +90,7 @@ def conversion_work(shape: dict, remove: float = 0.2) -> dict[str, Work]:
     """FLOPs of every stage but reading and writing files. Calibration and FermiGrad compute each block twice forward
     (docs/scale.md)."""
     groups, hidden = separate_groups(shape), shape["hidden_size"]
-    ranks = [uniform_rank(g, remove, "pivga") for g in groups]
+    ranks = Budget.removing(remove, "pivga").uniform_ranks(groups)
     dense = sum(g.dense_parameters for g in groups)
     head, attention = shape["vocab_size"] * hidden, attention_flops(shape)
     forward = 2 * (dense + head) + attention

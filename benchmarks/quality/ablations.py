@@ -70,7 +70,7 @@ def main() -> None:
         for name in arguments.names:
             print(f"\n| {name}, {arguments.model}, {arguments.remove:.0%} | perplexity | seconds |\n|---|---|---|")
             for label, options in ABLATIONS[name].items():
-                report = convert(
+                made = convert(
                     str(model["path"]),
                     Path(scratch) / "out",
                     arguments.remove,
@@ -80,12 +80,12 @@ def main() -> None:
                     **{**PROTOCOL, **SEPARATE, **options},
                 )
                 perplexity = evaluate(load_model(Path(scratch) / "out"), windows).perplexity
-                seconds = report["seconds"]["ranks"]
+                seconds = made.seconds["ranks"]
                 print(f"| {label} | {perplexity:.3f} | {seconds:.0f} |", flush=True)
                 tables.setdefault(f"{name} | {arguments.remove}", {})[label] = {
                     "perplexity": perplexity,
                     "ranks_seconds": seconds,
-                    "removed": report["totals"]["removed"],
+                    "removed": made.totals.removed,
                 }
                 write_record(f"ablations-{arguments.model}", record | {"tables": tables})
 

@@ -46,7 +46,7 @@ def main() -> None:
                 if steps:
                     healed = Path(scratch) / f"{ranks}-{steps}"
                     settings = {"samples": SAMPLES, "sequence_length": 256, "teacher": str(model["path"]), "bos": False}
-                    heal_checkpoint(out, healed, text, steps=steps, **settings)
+                    heal_checkpoint(out, healed, text=text, steps=steps, **settings)
                 rows[ranks][steps] = evaluate(load_model(healed), windows, dense).as_dict()
             cells = [f"{row['perplexity']:.3f} ({row['kl']:.4f})" for row in rows[ranks].values()]
             print(f"| {ranks} | " + " | ".join(cells) + " |", flush=True)

@@ -22,7 +22,7 @@ from torch import nn
 from benchmarks.quality.table import models
 from benchmarks.records import command_line, new_record, write_record
 from fermisvd import load_model
-from fermisvd.budget import uniform_ranks
+from fermisvd.budget import Budget, Form, RankedGroup
 from fermisvd.calibration import gram_matrices
 from fermisvd.decomposition import data_aware_svd
 from fermisvd.format import INTERPOLATION, PERMUTATION, SKELETON
@@ -30,7 +30,7 @@ from fermisvd.groups import LinearGroup, find_groups, stacked_weight
 from fermisvd.losses import StudentLoss
 from fermisvd.modules import replace_group
 from fermisvd.pivga import PivGa, dense_product, fix_gauge
-from fermisvd.storage import compressed_tensors, config_group
+from fermisvd.storage import config_group, pivga_tensors, svd_tensors
 from fermisvd_convert.loading import load_tokenizer
 from fermisvd_convert.text import windows_of
 
@@ -40,12 +40,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 Tensors = Callable[[LinearGroup, torch.Tensor, torch.Tensor, torch.dtype], dict[str, torch.Tensor]]
 
 
-def svd(group, a, b, dtype):
-    return compressed_tensors(group, a, b, "svd", dtype)
-
-
 def feedback(group, a, b, dtype):
-    return compressed_tensors(group, a, b, "pivga", dtype)
+    return pivga_tensors(group, a, b, dtype)
 
 
 def plain(group, a, b, dtype):
@@ -85,11 +81,11 @@ def _named(group: LinearGroup, gauge: PivGa) -> dict[str, torch.Tensor]:
     }
 
 
-def build(path: Path, compressed: list, form: str, tensors_of: Tensors, dtype: torch.dtype) -> nn.Module:
+def build(path: Path, compressed: list, form: Form, tensors_of: Tensors, dtype: torch.dtype) -> nn.Module:
     """The model with every group in that form, all of it in `dtype`."""
     model, state = load_model(path), {}
     for group, rank, a, b in compressed:
-        replace_group(model, config_group(group, rank, form))
+        replace_group(model, config_group(RankedGroup(group, rank, form)))
         state |= tensors_of(group, a, b, dtype)
     model = model.to(dtype)
     missing = model.load_state_dict(state, strict=False).unexpected_keys
@@ -101,18 +97,18 @@ def measure(path: Path, calibration: torch.Tensor, windows: torch.Tensor) -> dic
     dense = load_model(path)
     groups = find_groups(dense)
     grams = gram_matrices(dense, [g.source for g in groups], calibration.split(8))
-    compressed = []
-    for group, rank in zip(groups, uniform_ranks(groups, REMOVE, "pivga", 1), strict=True):
+    compressed, budget = [], Budget.removing(REMOVE, "pivga", align=1)
+    for group, rank in zip(groups, budget.ranks(groups, budget.uniform_ranks(groups)), strict=True):
         a, b = data_aware_svd(stacked_weight(dense, group), grams[group.source], 1e-6).truncated(rank)
         compressed.append((group, rank, a, b))
 
     def kl(reference: nn.Module, student: nn.Module) -> float:
-        return StudentLoss(reference, windows)(student)
+        return StudentLoss(reference, windows, batch_size=8)(student)
 
-    exact = build(path, compressed, "svd", svd, torch.float32)
+    exact = build(path, compressed, "svd", svd_tensors, torch.float32)
     found = {"dense || svd form, float32": kl(dense, exact)}
     for name, dtype in DTYPES.items():
-        rounded = build(path, compressed, "svd", svd, dtype)
+        rounded = build(path, compressed, "svd", svd_tensors, dtype)
         if dtype != torch.float32:
             found[f"svd form: float32 || {name}"] = kl(exact, rounded)
         skeletons = [bounded(math.inf, "pivoted"), *(bounded(bound, f"bound_{bound}") for bound in BOUNDS)]

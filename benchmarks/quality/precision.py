@@ -23,7 +23,8 @@ from benchmarks.records import new_record, write_record
 from fermisvd import load_model
 from fermisvd.calibration import calibration_grams
 from fermisvd.decomposition import DAMPING, OUTPUT_DAMPING
-from fermisvd.groups import find_groups, linear_layer
+from fermisvd.groups import find_groups
+from fermisvd.linear import linear_layer
 from fermisvd_convert.loading import load_tokenizer
 from fermisvd_convert.text import windows_of
 
@@ -94,7 +95,8 @@ def excess(problem: Problem) -> dict[str, float]:
 def summed_products(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """sum x^T x, products in float64 and in float32. x: inputs (tokens x n), float32."""
     parts = x.split(2048)
-    return sum(p.double().T @ p.double() for p in parts), sum((p.T @ p).double() for p in parts)
+    zero = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64)
+    return sum((p.double().T @ p.double() for p in parts), zero), sum(((p.T @ p).double() for p in parts), zero)
 
 
 def real_problems(path: Path, windows: torch.Tensor) -> Iterator[Problem]:

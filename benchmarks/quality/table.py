@@ -1,32 +1,29 @@
 """How good are models compressed by each of several methods, with 10 to 50 % removed, in perplexity and KL?
 
-    python -m benchmarks.quality.table           # run what is missing, then rewrite README's table and the figure
+    python -m benchmarks.quality.table                         # run what is missing
     python -m benchmarks.quality.table --only stories260K      # one model; --method and --remove name single cells
-    python -m benchmarks.quality.table --table-only
 
 Results are kept in benchmarks/results/quality-MODEL.json, cell by cell; a cell is skipped next time, unless protocol
 or version has changed, or --fresh is given. stories260K needs the shared data beside the repository, kinds-11m is
-trained by tests.support.train; what is not there is left as it stands in the JSON.
+trained by tests.support.train; what is not there is left as it stands in the JSON. `make results` writes
+docs/results.md from them.
 """
 
 import argparse
 import fcntl
-import inspect
 import json
-import math
 import tempfile
 import time
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.records import RESULTS, commit, new_record, write_record
 from fermisvd import load_model
 from fermisvd.decomposition import DAMPING, OUTPUT_DAMPING
-from fermisvd.healing import HealingSettings
 from fermisvd_convert.convert import convert
 from fermisvd_convert.evaluate import evaluate
 from fermisvd_convert.loading import load_tokenizer
+from fermisvd_convert.options import ConvertOptions
 from fermisvd_convert.text import windows_of
 from tests.support import DEMO_MODEL, ROOT, SHARED
 from tests.support.kinds import KINDS, write_kinds
@@ -54,8 +51,6 @@ PROTOCOL = {"samples": 256, "gradient_samples": 256, "sequence_length": 256, "al
 EVALUATION_WINDOWS = 96
 EVALUATION_CHARACTERS = 150_000
 NAMES = ("stdlib-2m", "stories260K", "kinds-11m")
-# stories260K, dense 4.130, their own code, same protocol (DESIGN, section 5): LEMS + KFAC-SVD at 10 %, then MPIFA
-BEST_PEER = {"stories260K": {0.1: 5.100, 0.2: 7.933, 0.3: 14.74, 0.4: 26.06, 0.5: 40.40}}
 
 
 def models(folder: Path) -> dict[str, dict]:
@@ -92,13 +87,13 @@ def models(folder: Path) -> dict[str, dict]:
 
 def defaults() -> dict:
     """The converter's own, by option."""
-    return {name: p.default for name, p in inspect.signature(convert).parameters.items() if p.kind == p.KEYWORD_ONLY}
+    options = ConvertOptions.named(remove=REMOVALS[0]).by_name()
+    return {name: value for name, value in options.items() if name != "remove"}
 
 
 def new_results() -> dict:
     protocol = {**PROTOCOL, "evaluation_windows": EVALUATION_WINDOWS, "methods": METHODS, "defaults": defaults()}
     protocol["constants"] = {"damping": DAMPING, "output_damping": OUTPUT_DAMPING}
-    protocol["healing"] = asdict(HealingSettings())
     protocol = json.loads(json.dumps(protocol))
     return new_record("python -m benchmarks.quality.table", protocol) | {"cells": {}}
 
@@ -162,7 +157,7 @@ def measure(only: str | None, methods: list[str], removals: list[float], fresh: 
                 if key in measured()[name]:
                     continue
                 folder, start = Path(scratch) / "out", time.perf_counter()
-                report = convert(
+                made = convert(
                     str(model["path"]),
                     folder,
                     remove,
@@ -175,9 +170,9 @@ def measure(only: str | None, methods: list[str], removals: list[float], fresh: 
                 seconds = time.perf_counter() - start
                 cell = {
                     **evaluate(load_model(folder), windows, dense).as_dict(),
-                    "removed": report["totals"]["removed"],
+                    "removed": made.totals.removed,
                     "seconds": round(seconds, 1),
-                    "stage_seconds": report["seconds"],
+                    "stage_seconds": made.seconds,
                 }
                 print(name, key, f"{cell['perplexity']:.3f}", f"{seconds:.0f} s", flush=True)
                 put(name, key, cell)
@@ -188,86 +183,11 @@ def measured() -> dict[str, dict]:
     return {name: record["cells"] for name in NAMES if (record := kept(name))}
 
 
-def lost(cells: dict, method: str, remove: float) -> float:
-    """Log-perplexity over dense."""
-    return math.log(cells[f"{method} | {remove}"]["perplexity"] / cells["dense"]["perplexity"])
-
-
-def table() -> str:
-    """Markdown: perplexity of every method and fraction, then the default's loss as a share of others'."""
-    found = measured()
-    first, _, paper, _, default, _ = METHODS
-    lines = []
-    for name, cells in found.items():
-        lines += [
-            f"| {name}, dense {cells['dense']['perplexity']:.3f} | " + " | ".join(f"{r:.0%}" for r in REMOVALS) + " |",
-            "|---" * (len(REMOVALS) + 1) + "|",
-        ]
-        for method in METHODS:
-            values = [cells.get(f"{method} | {remove}") for remove in REMOVALS]
-            lines.append(f"| {method} | " + " | ".join(f"{v['perplexity']:.3f}" if v else "" for v in values) + " |")
-        if name in BEST_PEER:
-            values = " | ".join(f"{BEST_PEER[name][remove]:.3f}" for remove in REMOVALS)
-            lines.append(f"| best peer | {values} |")
-        for label, other in (("SVD-LLM's rule", first), ("the paper's", paper)):
-            shares = [
-                f"{lost(cells, default, r) / lost(cells, other, r):.2f}"
-                if f"{default} | {r}" in cells and f"{other} | {r}" in cells
-                else ""
-                for r in REMOVALS
-            ]
-            lines.append(f"| *default's loss, as a share of {label}* | " + " | ".join(shares) + " |")
-        lines.append("")
-    return "\n".join(lines).rstrip()
-
-
-def figure() -> None:
-    """docs/quality.svg: log-perplexity over dense against the fraction removed, a panel a model."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams["svg.hashsalt"] = "fermisvd"
-    found = measured()
-    panels, axes = plt.subplots(1, len(found), figsize=(4.2 * len(found), 3.6), squeeze=False)
-    for axis, (name, cells) in zip(axes[0], found.items(), strict=True):
-        for number, method in enumerate(METHODS):
-            points = [(100 * r, lost(cells, method, r)) for r in REMOVALS if f"{method} | {r}" in cells]
-            if points:
-                axis.plot(*zip(*points, strict=True), f"C{number}", marker="o", label=method)
-        if name in BEST_PEER:
-            dense = cells["dense"]["perplexity"]
-            peer = [(100 * r, math.log(p / dense)) for r, p in BEST_PEER[name].items()]
-            axis.plot(*zip(*peer, strict=True), "k--", marker="x", label="best peer")
-        axis.set(title=name, xlabel="% of linear parameters removed", ylim=(0, None))
-    axes[0][0].set_ylabel("log-perplexity over dense")
-    handles, labels = max((axis.get_legend_handles_labels() for axis in axes[0]), key=lambda pair: len(pair[0]))
-    panels.legend(handles, labels, loc="lower center", ncol=3, frameon=False)
-    panels.tight_layout(rect=(0, 0.16, 1, 1))
-    panels.savefig(ROOT / "docs" / "quality.svg", metadata={"Date": None})
-
-
-def write_readme() -> None:
-    """Put the table between its marks in README.md."""
-    begin, end = "<!-- quality table: make table -->\n", "<!-- end of quality table -->"
-    path = ROOT / "README.md"
-    before, rest = path.read_text(encoding="utf-8").split(begin)
-    after = rest.split(end)[1]
-    path.write_text(f"{before}{begin}\n{table()}\n\n{end}{after}", encoding="utf-8")
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--only", choices=NAMES)
     parser.add_argument("--method", choices=METHODS, action="append", dest="methods")
     parser.add_argument("--remove", type=float, choices=REMOVALS, action="append", dest="removals")
     parser.add_argument("--fresh", action="store_true")
-    parser.add_argument("--table-only", action="store_true")
     arguments = parser.parse_args()
-    if not arguments.table_only:
-        measure(
-            arguments.only, arguments.methods or list(METHODS), arguments.removals or list(REMOVALS), arguments.fresh
-        )
-    write_readme()
-    figure()
+    measure(arguments.only, arguments.methods or list(METHODS), arguments.removals or list(REMOVALS), arguments.fresh)

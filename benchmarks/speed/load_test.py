@@ -3,12 +3,12 @@
     python -m benchmarks.speed.load_test wide --remove 0.4     # a shape of benchmarks/shapes.py, dummy weights
     python -m benchmarks.speed.load_test llama-3.1-8b --concurrent 1 16 64 256 --serve="--gpu-memory-utilization 0.3"
     python -m benchmarks.speed.load_test DENSE SVD PIVGA       # three checkpoints
-    python -m benchmarks.speed.load_test --table-only          # README's table and docs/load.svg from what was measured
 
 All three servers are up at once and asked in turn by `vllm bench serve`, case by case and repetition by repetition, so
 that a noisy minute hits all of them; figures are medians, ratios are to dense in the same repetition. It is checked
 that each server holds just the numbers that its ranks say. With --offline, `vllm bench throughput` and `latency` come
-first, an engine at a time. Results: benchmarks/results/load-NAME-REMOVE.json.
+first, an engine at a time. Results: benchmarks/results/load-NAME-REMOVE.json, from which `make results`
+writes docs/results.md.
 """
 
 import argparse
@@ -18,7 +18,6 @@ import os
 import re
 import shlex
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -29,9 +28,9 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.records import RESULTS, command_line, new_record, vllm_versions, write_record
+from benchmarks.records import command_line, new_record, vllm_versions, write_record
 from benchmarks.shapes import FORMS, SHAPES, write_folder
-from tests.support import DEMO_MODEL, ROOT
+from tests.support import DEMO_MODEL
 from tests.support.server import VLLM, Server, serve
 
 HELD = re.compile(r"FermiSVD: .* holds ([\d,]+) numbers")
@@ -169,8 +168,7 @@ def check_held(form: str, log: Path, layers: int | None) -> int | None:
 
 def measure(arguments: argparse.Namespace) -> None:
     """Asks all three servers all cases; the record is written after each repetition."""
-    protocol = {key: value for key, value in vars(arguments).items() if key != "table_only"}
-    record = new_record(command_line(), protocol)
+    record = new_record(command_line(), vars(arguments))
     record["versions"] |= vllm_versions()
     # its default of 5 s is shorter than the client's: connections were reset while a run was under way
     os.environ.setdefault("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "600")
@@ -234,102 +232,6 @@ def rates(arguments: argparse.Namespace, saturation: float) -> dict[str, list[st
     return found
 
 
-def speed_of(case: str) -> str | None:
-    """The figure that forms are compared by: output tokens/s; with the prompt's where that is the work; none where
-    requests come at a given rate."""
-    if case.endswith(RATE):
-        return None
-    return "total_token_throughput" if case.startswith(("prefill", "offline")) else "output_throughput"
-
-
-def median_of(runs: list[dict], form: str, figure: str) -> float:
-    return statistics.median(run[figure] for run in runs if run["form"] == form)
-
-
-def ratio(runs: list[dict], form: str, other: str, figure: str) -> float:
-    """Median over repetitions of form / other in the same one."""
-    of = {(run["form"], run["repeat"]): run[figure] for run in runs}
-    return statistics.median(of[form, repeat] / of[other, repeat] for f, repeat in of if f == other)
-
-
-def by_parameters(record: dict, form: str) -> float | None:
-    """The ratio to dense that parameters promise: numbers a token is multiplied by, the head's included."""
-    numbers = {f: about["layers"] + about["head"] for f, about in record["models"].items() if "layers" in about}
-    return numbers["dense"] / numbers[form] if numbers else None
-
-
-def table(record: dict) -> str:
-    """Markdown: a row a case and form. Reached: of what parameters promise, by svd over dense, by pivga over svd."""
-    lines = [
-        "| case | form | tokens/s | over dense | by parameters | reached | first token ms (p99) | further ms (p99) |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for case, runs in record["runs"].items():
-        for before, form in zip((None, *FORMS), FORMS, strict=False):
-            cells, figure, promised = [case, form, "", "", "", ""], speed_of(case), by_parameters(record, form)
-            if figure:
-                cells[2:4] = f"{median_of(runs, form, figure):.1f}", f"{ratio(runs, form, 'dense', figure):.2f}"
-            if figure and promised:
-                cells[4] = f"{promised:.2f}"
-                if before:
-                    reached = ratio(runs, form, before, figure) * by_parameters(record, before) / promised
-                    cells[5] = f"{reached:.3f}"
-            if FIGURES[2] in runs[0]:
-                first, first99, step, step99 = (median_of(runs, form, figure) for figure in FIGURES[2:6])
-                cells += [f"{first:.0f} ({first99:.0f})", f"{step:.1f} ({step99:.1f})"]
-            else:
-                cells += ["", ""]
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def sizes(record: dict) -> str:
-    """One line: weight memory, KV cache and start of each form."""
-    return "; ".join(
-        f"{form}: weights {about['weight_bytes'] / 2**20:,.0f} MiB ({about['weights_from']}), KV cache "
-        f"{about['kv_cache_tokens']:,} tokens, started in {about['start_seconds']:.0f} s"
-        for form, about in record["models"].items()
-    )
-
-
-def write_readme(records: dict[str, dict]) -> None:
-    """Put the tables between their marks in README.md."""
-    begin, end = "<!-- load test: python -m benchmarks.speed.load_test --table-only -->\n", "<!-- end of load test -->"
-    path = ROOT / "README.md"
-    before, rest = path.read_text(encoding="utf-8").split(begin)
-    tables = [
-        f"{name}, {r['machine']['processor']}, {r['date']}: `{r['command']}`. {sizes(r)}.\n\n{table(r)}\n"
-        for name, r in records.items()
-    ]
-    path.write_text(before + begin + "\n" + "\n".join(tables) + "\n" + end + rest.split(end)[1], encoding="utf-8")
-
-
-def figure(records: dict[str, dict]) -> None:
-    """docs/load.svg: tokens/s over dense by case, a panel a record; dashed what the parameters promise."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams["svg.hashsalt"] = "fermisvd"
-    panels, axes = plt.subplots(1, len(records), figsize=(5 * len(records), 3.8), squeeze=False)
-    for axis, (name, record) in zip(axes[0], records.items(), strict=True):
-        names = [case for case in record["runs"] if speed_of(case)]
-        for number, form in enumerate(FORMS[1:], 1):
-            ratios = [ratio(record["runs"][case], form, "dense", speed_of(case)) for case in names]
-            axis.plot(names, ratios, f"C{number}o-", label=form)
-            if promised := by_parameters(record, form):
-                axis.axhline(promised, color=f"C{number}", linestyle="--", linewidth=1)
-        axis.axhline(1, color="black", linewidth=1)
-        axis.set(title=name.removeprefix("load-"), ylabel="tokens/s over dense")
-        axis.tick_params(axis="x", rotation=35)
-        for label in axis.get_xticklabels():
-            label.set(ha="right", rotation_mode="anchor")
-        axis.legend()
-    panels.tight_layout()
-    panels.savefig(ROOT / "docs" / "load.svg", metadata={"Date": None})
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("model", nargs="*", help=f"one of {', '.join(SHAPES)}, or three folders: dense, svd, pivga")
@@ -345,20 +247,14 @@ if __name__ == "__main__":
     # a streamed token costs server and client most of a millisecond: on two cores that is what would be measured
     parser.add_argument("--stream-interval", type=int, default=16, help="tokens of an answer sent at once")
     parser.add_argument("--serve", default="", help="further options of vllm serve")
-    parser.add_argument("--table-only", action="store_true")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that the servers are stopped, too
-    if not arguments.table_only:
-        shape = len(arguments.model) == 1 and arguments.model[0] in SHAPES
-        if not shape and len(arguments.model) != 3:
-            parser.error(f"give one of {', '.join(SHAPES)}, or three folders")
-        for folder in () if shape else arguments.model:
-            if not Path(folder, "config.json").is_file():
-                parser.error(f"{folder}: no config.json there")
-        if "tensor-parallel" in arguments.serve:
-            parser.error("what a server holds is checked for one rank only: no tensor parallelism here")
-        measure(arguments)
-    records = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("load-*.json"))}
-    if records:
-        write_readme(records)
-        figure(records)
+    shape = len(arguments.model) == 1 and arguments.model[0] in SHAPES
+    if not shape and len(arguments.model) != 3:
+        parser.error(f"give one of {', '.join(SHAPES)}, or three folders")
+    for folder in () if shape else arguments.model:
+        if not Path(folder, "config.json").is_file():
+            parser.error(f"{folder}: no config.json there")
+    if "tensor-parallel" in arguments.serve:
+        parser.error("what a server holds is checked for one rank only: no tensor parallelism here")
+    measure(arguments)

@@ -278,7 +278,7 @@ def main() -> None:
         convert(str(DEMO_MODEL), out, 0.2, work=work / "stages", **options)
     windows = windows_of(load_tokenizer(DEMO_MODEL), str(texts["validation"]), max(LENGTHS), CLIENTS)
     prompts = [window[: LENGTHS[i % len(LENGTHS)]].tolist() for i, window in enumerate(windows)]
-    record = {"sigterm": []}
+    record: dict = {"sigterm": []}
     if not arguments.sigterm_only:
         with serve(out, work / "server.log", *OPTIONS) as server:
             record |= asyncio.run(soak(server, prompts, arguments.requests))

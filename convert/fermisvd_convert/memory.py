@@ -154,5 +154,5 @@ def parse_bytes(text: str) -> int:
     except ValidationError:
         value = 0
     if value <= 0:
-        raise MemoryLimitError(f"--max-memory {text}: give it as 24GiB or 900MB")
+        raise MemoryLimitError(f"{text!r} is no size; give it as 24GiB or 900MB")
     return int(value)

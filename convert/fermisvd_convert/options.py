@@ -74,13 +74,19 @@ class ConvertOptions(RunOptions, TextOptions, CompressOptions):
         return self.groups == "auto" and self.ranks in RANK_RULES
 
 
+class HealSettings(HealingSettings):
+    """Options of the distillation where it is all that is asked for."""
+
+    steps: Annotated[Count, option("Steps of distillation on the text.")] = 200
+
+
 class HealOptions(RunOptions, TextOptions, Batched, Seeded):
     """Options of `fermisvd heal`."""
 
     text: Annotated[Texts, option("Text to train on, as --calibration of convert; several may follow.")]
     teacher: Annotated[str | None, option("The dense model.", shown="the hub id that the checkpoint names")] = None
     samples: Annotated[Count, Field(ge=2), option("Windows to train on, over and over.")] = 1024
-    healing: Annotated[HealingSettings, nested("Healing")] = HealingSettings(steps=200)
+    healing: Annotated[HealSettings, nested("Healing")] = HealSettings()
 
 
 class EvaluateOptions(RunOptions, TextOptions, Batched):

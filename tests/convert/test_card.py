@@ -1,16 +1,16 @@
-import json
 import logging
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
-from fermisvd_convert.report import calibration_name
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 
 from fermisvd_convert.card import name_repository, write_card
 from fermisvd_convert.convert import convert
+from fermisvd_convert.record import Record, read_record
+from fermisvd_convert.text import recorded_names
 
 PNG = b"\x89PNG"
 
@@ -30,16 +30,16 @@ def converted(tiny_llama, tmp_path_factory):
 
 
 @pytest.fixture
-def report(converted):
-    return json.loads((converted / "fermisvd.json").read_text())
+def record(converted):
+    return read_record(converted)
 
 
-def card_of(report: dict, folder: Path, base: Path) -> ModelCard:
-    write_card(report, folder, base)
+def card_of(record: Record, folder: Path, base: Path) -> ModelCard:
+    write_card(record, folder, base)
     return ModelCard.load(folder / "README.md")
 
 
-def test_card_of_a_conversion(converted, report):
+def test_card_of_a_conversion(converted, record):
     card = ModelCard.load(converted / "README.md")  # huggingface_hub's own reading
     data = card.data.to_dict()
     assert data["library_name"] == "transformers" and data["pipeline_tag"] == "text-generation"
@@ -54,9 +54,9 @@ def test_card_of_a_conversion(converted, report):
     text = card.text
     assert text.strip().startswith("# base-model, 30.")
     for said in (
-        f"{report['perplexity']['before']:.4f}",
-        f"{report['perplexity']['after']:.4f}",
-        f"{report['totals']['removed']:.1%}",
+        f"{record.perplexity.before:.4f}",
+        f"{record.perplexity.after:.4f}",
+        f"{record.totals.removed:.1%}",
         "FermiGrad ranks",
         "pivga form",
         "vllm serve .",
@@ -77,39 +77,39 @@ def test_the_lines_on_loading_run_as_they_stand(converted, monkeypatch):
     assert found["tokenizer"]("def f(x):")["input_ids"]
 
 
-def test_hub_names_are_metadata(report, tmp_path):
+def test_hub_names_are_metadata(record, tmp_path):
     base = tmp_path / "models--lab--base" / "snapshots" / "0123abc"
     base.mkdir(parents=True)
-    report |= {"model": "lab/base", "revision": "0123abc"}
-    report["settings"]["calibration"] = ["Salesforce/wikitext:wikitext-2-raw-v1@3", "a.txt@1", "b.jsonl"]
-    card = card_of(report, tmp_path, base)
+    record.model, record.revision = "lab/base", "0123abc"
+    record.settings["calibration"] = ["Salesforce/wikitext:wikitext-2-raw-v1@3", "a.txt@1", "b.jsonl"]
+    card = card_of(record, tmp_path, base)
     assert card.data.base_model == "lab/base"
     assert card.data.datasets == ["Salesforce/wikitext"]
     assert card.data.license is None
     assert "[lab/base](https://huggingface.co/lab/base) (revision `0123abc`)" in card.text
 
 
-def test_base_card_that_cannot_be_read_is_said(report, tmp_path, caplog):
+def test_base_card_that_cannot_be_read_is_said(record, tmp_path, caplog):
     base = tmp_path / "base"
     base.mkdir()
     (base / "README.md").write_text("---\nlicense: [mit\n---\n")
-    assert card_of(report, tmp_path, base).data.license is None
+    assert card_of(record, tmp_path, base).data.license is None
     assert "base/README.md" in caplog.text and "no license" in caplog.text
 
 
-def test_card_without_matplotlib_has_no_figure_and_that_is_said(report, tmp_path, monkeypatch, caplog):
+def test_card_without_matplotlib_has_no_figure_and_that_is_said(record, tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with caplog.at_level(logging.WARNING):
-        card = card_of(report, tmp_path, tmp_path / "base")
+        card = card_of(record, tmp_path, tmp_path / "base")
     assert "ranks.png" not in card.text and [path.name for path in tmp_path.iterdir()] == ["README.md"]
     assert "no ranks figure: matplotlib cannot be imported" in caplog.text and "fermisvd[report]" in caplog.text
     assert "vllm serve" in card.text
 
 
-def test_layers_left_dense_are_in_the_card(report, tmp_path):
-    report["left_dense"] = {f"model.layers.{i}.mlp.experts.gate_up_proj": 1000 for i in range(3)}
+def test_layers_left_dense_are_in_the_card(record, tmp_path):
+    record.left_dense = {f"model.layers.{i}.mlp.experts.gate_up_proj": 1000 for i in range(3)}
     expected = "Left dense: model.layers.*.mlp.experts.gate_up_proj, 3 matrices, 3,000 parameters."
-    assert expected in card_of(report, tmp_path, tmp_path / "base").text
+    assert expected in card_of(record, tmp_path, tmp_path / "base").text
 
 
 def test_name_repository_changes_the_commands_alone(converted, tmp_path):
@@ -126,6 +126,5 @@ def test_name_repository_changes_the_commands_alone(converted, tmp_path):
 
 def test_calibration_names_tell_nothing_of_the_machine(tmp_path):
     (tmp_path / "a.txt").write_text("x")
-    assert calibration_name(f"{tmp_path}/a.txt@3") == "a.txt@3"
-    assert calibration_name(str(tmp_path)) == tmp_path.name
-    assert calibration_name("lab/set:config@2") == "lab/set:config@2"
+    given = [f"{tmp_path}/a.txt@3", str(tmp_path), "lab/set:config@2"]
+    assert recorded_names(given) == ["a.txt@3", tmp_path.name, "lab/set:config@2"]

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -80,6 +81,27 @@ def test_convert_prints_the_closing_table(converted):
     assert report["totals"]["removed"] >= 0.25
     for key in ("rank", "form", "parameters_before", "parameters_after"):
         assert all(key in group for group in report["groups"])
+
+
+BARS = ("check weights", "calibrate", "evaluate dense", "decompose", "FermiGrad", "choose dense groups", "join groups")
+BARS += ("refit", "write", "heal", "evaluate compressed")
+
+
+def test_settings_are_said_before_the_first_stage_and_every_bar_has_a_total(smallest_llama, texts, tmp_path):
+    options = "--remove 0.3 --form svd --refit --samples 8 --sequence-length 24 --steps 2 --heal-steps 2 --align 1"
+    command = ["convert", smallest_llama, tmp_path / "out", *options.split(), "--calibration", texts / "a.txt"]
+    run = [sys.executable, "-m", "fermisvd_convert", *map(str, command)]
+    said = subprocess.run(run, capture_output=True, text=True, check=True).stderr
+    line = re.search(rf"^{smallest_llama.name}: (.*)$", said, re.MULTILINE)
+    assert line and line.start() < said.index("calibrate:")
+    record = json.loads((tmp_path / "out" / "fermisvd.json").read_text())
+    for name in ("remove", "form", "refit", "steps", "heal_steps", "align", "seed", "batch_size", "learning_rate"):
+        assert f"{name.replace('_', '-')} {record['settings'][name]}" in line[1]
+    assert "calibration a.txt" in line[1]
+    shown = [part for part in re.split(r"[\r\n]", said) if part.startswith(BARS)]
+    for name in BARS:
+        states = [part for part in shown if part.startswith(f"{name}:")]
+        assert states and all(re.search(r"\d+%\|.*\| \d+/[1-9]\d* \[", part) for part in states), name
 
 
 def test_bad_rows_end_every_command_or_are_skipped_and_recorded(smallest_llama, tmp_path):

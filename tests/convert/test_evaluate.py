@@ -62,7 +62,7 @@ def test_perplexity_beyond_all_numbers_is_infinite(tiny_llama):
 
 def test_missing_model_is_named():
     with pytest.raises(SourceError, match=r"\./nowhere"):
-        evaluate_files("./nowhere", "text", None, None, None, 8, "cpu")
+        evaluate_files("./nowhere", text="text", device="cpu")
 
 
 BROKEN = {
@@ -91,7 +91,7 @@ def test_what_a_conversion_refuses_is_not_evaluated(smallest_llama, tmp_path, ki
     text.write_text("def f(x):\n    return x\n" * 100)
     model, reference = (broken, None) if role == "model" else (smallest_llama, str(broken))
     with pytest.raises(FermiSVDError, match=message):
-        evaluate_files(str(model), str(text), reference, 32, 4, 8, "cpu")
+        evaluate_files(str(model), text=str(text), reference=reference, sequence_length=32, windows=4, device="cpu")
 
 
 def test_logits_that_are_no_numbers_are_no_perplexity(tiny_llama):

@@ -9,7 +9,6 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from fermisvd_convert.report import SPECTRUM_POINTS, decimated, kept_energy
 from matplotlib.collections import PatchCollection
 from safetensors.torch import load_file
 from typer.testing import CliRunner
@@ -18,7 +17,7 @@ from fermisvd.errors import FermiSVDError
 from fermisvd_convert import figures
 from fermisvd_convert.cli import app
 from fermisvd_convert.convert import convert
-from fermisvd_convert.record import Record, RecordError, read_record
+from fermisvd_convert.record import Record, RecordError, decimated, kept_energy, read_record
 
 KINDS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 KINDS += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -300,7 +299,6 @@ def test_an_earlier_file_is_drawn_as_far_as_it_goes(tmp_path, caplog):
     assert len(figures.draw_ranks(Record.model_validate(report)).axes) == 2  # ranks and their colours
 
 
-@pytest.mark.long
 def test_healed_checkpoints_are_no_point_of_quality(tmp_path, caplog):
     outs = [write(tmp_path / name, made_up(1)) for name in ("a", "b", "c")]
     (outs[1] / "healing.json").write_text("{}")
@@ -344,20 +342,3 @@ def test_without_matplotlib_the_extra_is_named(tmp_path, monkeypatch):
     result = CliRunner().invoke(app, ["report", str(out), "--to", str(tmp_path / "to")])
     assert result.exit_code == 2 and 'pip install "fermisvd[report]"' in result.output
     assert not (tmp_path / "to").exists()
-
-
-@pytest.mark.parametrize("k", [1, 2, 63, 64, 65, 4096])
-def test_decimated_spectrum(k):
-    sigma = np.sort(np.random.default_rng(k).random(k))[::-1]
-    kept = decimated(sigma)
-    index = kept["index"]
-    assert len(index) == len(kept["sigma"]) <= SPECTRUM_POINTS
-    assert index[0] == 0 and index[-1] == k - 1 and all(a < b for a, b in pairwise(index))
-    assert kept["sigma"] == pytest.approx([sigma[i] for i in index], rel=1e-4)
-    assert json.loads(json.dumps(kept)) == kept
-
-
-def test_kept_energy():
-    assert kept_energy(np.array([3.0, 2.0, 1.0]), 2) == pytest.approx(13 / 14)
-    assert kept_energy(np.array([3.0, 2.0, 1.0]), 3) == 1
-    assert kept_energy(np.zeros(3), 1) == 1

@@ -18,6 +18,7 @@ from fermisvd_convert.memory import (
     needs,
     parse_bytes,
 )
+from fermisvd_convert.options import ConvertOptions
 
 GIB = 2**30
 LLAMA_8B = Sizes(
@@ -33,7 +34,7 @@ def test_sizes_are_read(text, value):
 
 @pytest.mark.parametrize("text", ["", "much", "-3GB", "0", "3 apples"])
 def test_other_sizes_are_refused(text):
-    with pytest.raises(MemoryLimitError, match="--max-memory"):
+    with pytest.raises(MemoryLimitError, match="24GiB or 900MB"):
         parse_bytes(text)
 
 
@@ -61,34 +62,27 @@ def test_command_of_the_docs_converts_an_8b_model_in_24_gib():
             groups.append(LinearGroup((full,), (rows,), columns, "columns", full))
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         headers[name] = TensorInfo(Path("model.safetensors"), "", "BF16", (vocabulary, hidden))
-    steps = {"form": "pivga", "ranks": "uniform", "groups": "joint", "refit": False, "heal_steps": 0, "remove": 0.2}
+    options = ConvertOptions.named(remove=0.2, ranks="uniform", groups="joint", refit=False, heal_steps=0)
     one, eight = (model_sizes(headers, groups, vocabulary, windows, 2048) for windows in (1, 8))
     assert one.blocks == 4 * 32 * 218_103_808 and one.outside == 4 * 2 * vocabulary * hidden
-    check_memory(needs(one, **steps), 24 * GIB)
+    check_memory(needs(one, options), 24 * GIB)
     with pytest.raises(MemoryLimitError, match="calibration"):
-        check_memory(needs(eight, **steps), 24 * GIB)
+        check_memory(needs(eight, options), 24 * GIB)
 
 
 def test_devices_share_fermigrad():
     assert gated_bytes(LLAMA_8B) > LLAMA_8B.factors
     assert gated_bytes(LLAMA_8B, 8) < gated_bytes(LLAMA_8B, 4) < gated_bytes(LLAMA_8B) < 60 * GIB
-    steps = {"form": "pivga", "ranks": "fermigrad", "groups": "joint", "refit": False, "heal_steps": 0, "remove": 0.3}
-    check_memory(needs(LLAMA_8B, **steps, parts=4), 24 * GIB)
+    options = ConvertOptions.named(remove=0.3, groups="joint", refit=False, heal_steps=0)
+    check_memory(needs(LLAMA_8B, options, parts=4), 24 * GIB)
     with pytest.raises(MemoryLimitError, match="FermiGrad"):
-        check_memory(needs(LLAMA_8B, **steps), 24 * GIB)
+        check_memory(needs(LLAMA_8B, options), 24 * GIB)
 
 
 def test_steps_that_hold_whole_models_are_refused_by_name():
     def check(gib, **changes):
-        steps = {
-            "form": "pivga",
-            "ranks": "fermigrad",
-            "groups": "auto",
-            "refit": False,
-            "heal_steps": 128,
-            "remove": 0.3,
-        }
-        check_memory(needs(LLAMA_8B, **(steps | changes)), gib * GIB)
+        options = ConvertOptions.named(**{"remove": 0.3, "refit": False} | changes)
+        check_memory(needs(LLAMA_8B, options), gib * GIB)
 
     check(200)
     with pytest.raises(MemoryLimitError, match=r"FermiGrad takes about 4.*--ranks uniform"):

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from fermisvd_convert import output
 from fermisvd_convert.output import OutputError, check_free, claimed, complete, move_into_place, place_of, unfinished
 from fermisvd_convert.places import MARKER, PlaceError
 from fermisvd_convert.workspace import WorkspaceError
@@ -83,25 +82,29 @@ class Killed(BaseException):
 @pytest.mark.parametrize("step", range(12))
 @pytest.mark.parametrize("earlier", [False, True])
 @pytest.mark.parametrize("cleared", [False, True])
-def test_stopped_at_any_rename_the_next_run_finds_one_checkpoint_whole(out, earlier, step, cleared, monkeypatch):
+def test_stopped_at_any_rename_the_next_run_finds_one_checkpoint_whole(
+    out, earlier, step, cleared, monkeypatch, tmp_path_factory
+):
     """The finished one is put into place. cleared: by Ctrl-C, after which the program clears up; a kill leaves all."""
     if earlier:
         write(out, "earlier")
-    renames, rename = [], Path.rename
+    renames, rename, at_the_kill = [], Path.rename, tmp_path_factory.mktemp("kill") / "there"
 
     def counted(self, target):
         renames.append(self)
         if len(renames) > step:
+            shutil.copytree(out.parent, at_the_kill)
             raise Killed
         return rename(self, target)
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", counted)
-        if not cleared:
-            patch.setattr(output, "remove_own", lambda folder: None)
         try:
             write(out, "new", overwrite=True)
         except Killed:
+            if not cleared:
+                shutil.rmtree(out.parent)
+                shutil.copytree(at_the_kill, out.parent)
             assert not (out / "config.json").exists() or holds(out, "new") or holds(out, "earlier")
     with claimed(out):
         assert holds(out, "new")

@@ -4,14 +4,16 @@ import json
 import os
 import shutil
 from pathlib import Path
+from weakref import WeakSet
 
 import pytest
 import transformers
+from huggingface_hub import constants
 
-from fermisvd_convert import source
 from fermisvd_convert.convert import convert
 from fermisvd_convert.loading import SourceError, context_length, load_tokenizer
-from fermisvd_convert.source import folder_name, open_source
+from fermisvd_convert.source import OTHER_WEIGHTS, Source, folder_name, open_source
+from tests.support.folders import in_hub_cache
 
 
 @pytest.fixture
@@ -35,7 +37,7 @@ def test_a_folder_has_its_last_name_however_it_is_written(tmp_path, monkeypatch,
 
 
 def test_model_as_dot_and_dot_dot(smallest_llama, tmp_path, monkeypatch, text):
-    """Its name is in card and report, and the work directory is below .fermisvd, not OUT's parent."""
+    """Its name is in card and record, and the work directory is below .fermisvd, not OUT's parent."""
     model = shutil.copytree(smallest_llama, tmp_path / "a" / "model")
     (model / "sub").mkdir()
     mine = tmp_path / "b" / "hidden-project"
@@ -44,8 +46,8 @@ def test_model_as_dot_and_dot_dot(smallest_llama, tmp_path, monkeypatch, text):
     for given, here in ((".", model), ("..", model / "sub")):
         monkeypatch.chdir(here)
         out = tmp_path / "b" / f"out{len(given)}"
-        report = convert(given, out, 0.3, calibration=[str(text)], **QUICK)
-        assert report["model"] == "model"
+        record = convert(given, out, 0.3, calibration=[str(text)], **QUICK)
+        assert record.model == "model"
         assert "# model, " in (out / "README.md").read_text()
     assert {path.name for path in (tmp_path / "b").iterdir()} == {".fermisvd", "hidden-project", "out1", "out2"}
     assert (mine / "a").read_text() == "mine"
@@ -53,16 +55,11 @@ def test_model_as_dot_and_dot_dot(smallest_llama, tmp_path, monkeypatch, text):
 
 
 def test_a_hub_models_commit_is_recorded_and_a_folders_is_not(smallest_llama, tmp_path, monkeypatch, text):
-    commit = tmp_path / "snapshots" / "0123abc"
-    shutil.copytree(smallest_llama, commit)
-    asked = []
-    monkeypatch.setattr(
-        source, "snapshot_download", lambda *args, **kwargs: asked.append((args, kwargs)) or str(commit)
-    )
-    report = convert("lab/base", tmp_path / "out", 0.3, revision="main", calibration=[str(text)], **QUICK)
-    assert asked[0][0] == ("lab/base",) and asked[0][1]["revision"] == "main"
+    in_hub_cache(tmp_path / "hub", "lab/base", smallest_llama, commit="0123abc")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    record = convert("lab/base", tmp_path / "out", 0.3, revision="main", calibration=[str(text)], **QUICK)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert report["revision"] == config["quantization_config"]["provenance"]["revision"] == "0123abc"
+    assert record.revision == config["quantization_config"]["provenance"]["revision"] == "0123abc"
     assert "(revision `0123abc`)" in (tmp_path / "out" / "README.md").read_text()
     assert open_source(str(smallest_llama)).revision is None
 
@@ -71,7 +68,7 @@ def test_a_tokenizers_bin_file_is_downloaded_and_pickles_are_not():
     from huggingface_hub.utils import filter_repo_objects
 
     files = ["vocab.bin", "pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "model.gguf", "model.safetensors"]
-    assert list(filter_repo_objects(files, ignore_patterns=source.OTHER_WEIGHTS)) == ["vocab.bin", "model.safetensors"]
+    assert list(filter_repo_objects(files, ignore_patterns=OTHER_WEIGHTS)) == ["vocab.bin", "model.safetensors"]
 
 
 CONTEXTS = {
@@ -109,8 +106,8 @@ def test_models_with_n_positions_convert_with_default_length(kind, asked, demo_m
         with pytest.raises(SourceError, match="--sequence-length 129: must be 2 to 128"):
             convert(str(tmp_path / "model"), tmp_path / "out", 0.3, **options)
         return
-    report = convert(str(tmp_path / "model"), tmp_path / "out", 0.3, **options)
-    assert report["settings"]["sequence_length"] == (asked or 128)
+    record = convert(str(tmp_path / "model"), tmp_path / "out", 0.3, **options)
+    assert record.settings["sequence_length"] == (asked or 128)
 
 
 def damaged(kind: str):
@@ -186,3 +183,19 @@ def test_a_file_that_may_not_be_read_is_no_truncated_one(smallest_llama, tmp_pat
     (folder / "model.safetensors").chmod(0)
     with pytest.raises(Exception, match=r"model\.safetensors: cannot be read \(.*[Pp]ermission"):
         open_source(str(folder))
+
+
+def test_every_weight_is_read_one_tensor_at_a_time(tiny_llama):
+    """The check of the values never holds more than one of the model's tensors."""
+    alive, most = WeakSet(), []
+
+    class Counting(Source):
+        def tensor(self, name):
+            tensor = super().tensor(name)
+            alive.add(tensor)
+            most.append(len(alive))
+            return tensor
+
+    source = Counting(**vars(open_source(str(tiny_llama))))
+    source.check_values()
+    assert len(most) == len(source.headers) and max(most) <= 2  # the one before is let go as the next is bound

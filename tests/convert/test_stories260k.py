@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fermisvd.budget import uniform_rank
+from fermisvd.budget import Budget
 from fermisvd.calibration import gram_matrices
 from fermisvd.decomposition import data_aware_svd
 from fermisvd.groups import find_groups, stacked_weight
@@ -27,9 +27,10 @@ def test_uniform_ranks_rounded_down_give_the_trials_perplexity(stories260k, form
     weights = {g.name: stacked_weight(model, g).clone() for g in groups}
     factors = {g.name: data_aware_svd(weights[g.name], grams[g.source]) for g in groups}
     for remove, trial in zip((0.2, 0.3, 0.4), TRIAL[form, partition], strict=True):
+        budget = Budget.removing(remove, form)
         with torch.no_grad():
             for g in groups:
-                a, b = factors[g.name].truncated(int(uniform_rank(g, remove, form)))
+                a, b = factors[g.name].truncated(int(budget.uniform_rank(g)))
                 for member, part in zip(g.members, (a @ b).split(list(g.member_rows)), strict=True):
                     model.get_submodule(member).weight.copy_(part)
         assert evaluate(model, evaluation).perplexity == pytest.approx(trial, rel=0.01)

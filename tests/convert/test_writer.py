@@ -52,15 +52,15 @@ def test_all_but_weights_is_copied_whatever_its_folder(folder, tmp_path, caplog)
     text = tmp_path / "text.txt"
     text.write_text("".join(f"def f{i}(x):\n    return x * {i * i}\n\n" for i in range(400)))
     options = dict(ranks="uniform", heal_steps=0, samples=8, sequence_length=32, calibration=[str(text)])
-    report = convert(str(folder), tmp_path / "out", 0.3, **options)
+    record = convert(str(folder), tmp_path / "out", 0.3, **options)
     for name, content in COPIED.items():
         assert (tmp_path / "out" / name).read_bytes() == content, name
     assert not any((tmp_path / "out" / name).exists() for name in LEFT)
     assert not any((tmp_path / "out" / name).exists() for name in NEITHER.keys() - {"README.md"})
     assert "fermisvd" in (tmp_path / "out" / "README.md").read_text()
-    assert set(report["left_out"]["files"]) == LEFT.keys()
+    assert set(record.left_out.files) == LEFT.keys()
     assert f"not copied to OUT: {len(LEFT)} files" in caplog.text
-    assert json.loads((tmp_path / "out" / "fermisvd.json").read_text())["left_out"] == report["left_out"]
+    assert json.loads((tmp_path / "out" / "fermisvd.json").read_text())["left_out"] == record.left_out.model_dump()
     validate_before_serving(tmp_path / "out")  # vocab.bin is no pickle
 
 

@@ -2,7 +2,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from fermisvd.calibration import CalibrationError, calibration_grams, gram_matrices, grams_by_blocks
+from fermisvd.calibration import (
+    CalibrationError,
+    calibration_grams,
+    gram_matrices,
+    grams_by_blocks,
+    passes_by_blocks,
+)
 from fermisvd.decomposition import OutputGram, group_output_gram
 from fermisvd.groups import find_groups
 from fermisvd.running.blocks import DecoderBlocks, HiddenStates, HiddenStatesError
@@ -115,9 +121,9 @@ def test_block_by_block_is_the_pass_of_the_whole_model(model, tiny_llama, tmp_pa
     batches = torch.randint(2048, (5, 16)).split(2)
     expected, expected_outputs = calibration_grams(model, sources, members, batches, seed=1)
     streamed, hidden = stream_model(tiny_llama, "cpu"), HiddenStates(tmp_path, 4000)
-    grams, outputs, done = {}, {}, []
-    blocks, on_block = DecoderBlocks(streamed), lambda: done.append(len(grams) + len(outputs))
-    for part in grams_by_blocks(blocks, sources, members, batches, hidden, 1, limit, on_block):
+    grams, outputs, calls = {}, {}, []
+    blocks, on_batch = DecoderBlocks(streamed), lambda: calls.append(1)
+    for part in grams_by_blocks(blocks, sources, members, batches, hidden, 1, limit, on_batch):
         assert limit != 1 or len(part[0]) + len(part[1]) == 1
         grams |= part[0]
         outputs |= part[1]
@@ -130,9 +136,10 @@ def test_block_by_block_is_the_pass_of_the_whole_model(model, tiny_llama, tmp_pa
         torch.testing.assert_close(output.matrix, reference.matrix, rtol=1e-4, atol=1e-5 * scale)
         assert output.mean == pytest.approx(reference.mean, rel=1e-5)
     assert hidden.room == 4000 and not list(tmp_path.iterdir())
-    there = [0, 0] if gradients else []  # the way there gathers nothing, and is told of
-    half, everything = (len(grams) + len(outputs)) // 2, len(grams) + len(outputs)
-    assert done == [*there, half, everything]
+    assert len(calls) == passes_by_blocks(blocks, sources, members, batches, limit)
+    runs = {None: 2, 1: len(grams) + len(outputs)}  # of the two blocks, or one a matrix
+    if limit in runs:  # with gradients also through both blocks and the head on the way there
+        assert len(calls) == (runs[limit] + 3 * gradients) * len(batches)
 
 
 @pytest.mark.parametrize("gradients", [False, True])
@@ -140,7 +147,10 @@ def test_missing_matrices_alone_are_gathered(model, tmp_path, gradients):
     source, member = "model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.o_proj"
     batches, members = torch.randint(2048, (4, 16)).split(2), [member] if gradients else []
     expected, outputs = calibration_grams(model, [source], members, batches)
-    found = list(grams_by_blocks(DecoderBlocks(model), [source], members, batches, HiddenStates(tmp_path, 0)))
+    blocks, calls = DecoderBlocks(model), []
+    hidden, on_batch = HiddenStates(tmp_path, 0), lambda: calls.append(1)
+    found = list(grams_by_blocks(blocks, [source], members, batches, hidden, on_batch=on_batch))
+    assert len(calls) == passes_by_blocks(blocks, [source], members, batches) == (4 if gradients else 2) * len(batches)
     found = [part for part in found if any(part)]
     assert len(found) == 1 and found[0][0].keys() == {source} and found[0][1].keys() == set(members)
     torch.testing.assert_close(found[0][0][source], expected[source], rtol=1e-5, atol=1e-3)

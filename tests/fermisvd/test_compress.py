@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import fermisvd
-from fermisvd import FermiGradSettings, HealingSettings, compress, load_model, validate_checkpoint
+from fermisvd import compress, load_model, validate_checkpoint
 from fermisvd.budget import BudgetError
 from fermisvd.compress import CompressError
+from fermisvd.settings import OptionError
 from fermisvd_convert.convert import convert
 from fermisvd_convert.loading import load_tokenizer
 from fermisvd_convert.text import calibration_text
@@ -34,13 +35,9 @@ def windows(tiny_llama, text):
     return calibration_text(load_tokenizer(tiny_llama), [str(text)], SAMPLES, LENGTH).windows
 
 
-# name -> (of compress, of convert)
 SETTINGS = {
-    "default": ({}, {}),
-    "uniform, joint, input, refitted": (
-        dict(ranks=None, groups="joint", whitening="input", healing=None),
-        dict(ranks="uniform", groups="joint", whitening="input", heal_steps=0),
-    ),
+    "default": dict(steps=6, heal_steps=4),
+    "uniform, joint, input, refitted": dict(ranks="uniform", groups="joint", whitening="input", heal_steps=0),
 }
 
 
@@ -49,19 +46,13 @@ SETTINGS = {
 @pytest.mark.parametrize("form", ["pivga", "svd"])
 def test_the_converter_gives_the_same(tiny_llama, text, windows, tmp_path, form, settings):
     """Ranks and groups are equal; logits as close as sums in another order leave them."""
-    ours, theirs = SETTINGS[settings]
-    ranks, healing = FermiGradSettings(steps=6, batch_size=BATCH), HealingSettings(steps=4, batch_size=BATCH)
+    options = dict(form=form, align=1, batch_size=BATCH, **SETTINGS[settings])
     dense = AutoModelForCausalLM.from_pretrained(tiny_llama)
     before = copy.deepcopy(dense.state_dict())
-    small = compress(
-        dense, windows, 0.3, form, **{"ranks": ranks, "healing": healing, "align": 1, "batch_size": BATCH, **ours}
-    )
+    small = compress(dense, windows, 0.3, **options)
     assert all(torch.equal(tensor, before[name]) for name, tensor in dense.state_dict().items())
-    options = dict(samples=SAMPLES, gradient_samples=SAMPLES, sequence_length=LENGTH, batch_size=BATCH, align=1)
-    if theirs.get("ranks") != "uniform":
-        options |= dict(steps=6, heal_steps=4)
-    out = tmp_path / "converted"
-    convert(str(tiny_llama), out, 0.3, form=form, calibration=[str(text)], **{**options, **theirs})
+    out, cut = tmp_path / "converted", dict(samples=SAMPLES, gradient_samples=SAMPLES, sequence_length=LENGTH)
+    convert(tiny_llama, out, 0.3, calibration=[str(text)], **options, **cut)
     small.save_pretrained(tmp_path / "saved")
     assert validate_checkpoint(tmp_path / "saved").groups == validate_checkpoint(out).groups
     saved, written = (load_file(folder / "model.safetensors") for folder in (tmp_path / "saved", out))
@@ -76,8 +67,7 @@ def test_the_converter_gives_the_same(tiny_llama, text, windows, tmp_path, form,
 def test_a_narrow_model_stays_narrow(tiny_llama, windows, tmp_path):
     """bfloat16 in, bfloat16 out, healed in float32 and rounded once."""
     dense = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.bfloat16)
-    ranks, healing = FermiGradSettings(steps=4, batch_size=BATCH), HealingSettings(steps=4, batch_size=BATCH)
-    small = compress(dense, windows, 0.3, ranks=ranks, healing=healing, batch_size=BATCH)
+    small = compress(dense, windows, 0.3, steps=4, heal_steps=4, batch_size=BATCH)
     assert {t.dtype for t in small.state_dict().values()} == {torch.bfloat16, torch.int32}
     small.save_pretrained(tmp_path)
     loaded = load_model(tmp_path, torch.bfloat16)
@@ -87,12 +77,16 @@ def test_a_narrow_model_stays_narrow(tiny_llama, windows, tmp_path):
 
 def test_what_cannot_be_compressed_is_refused(tiny_llama, windows):
     dense = AutoModelForCausalLM.from_pretrained(tiny_llama)
-    quick = dict(ranks=None, groups="joint", healing=None)
+    quick = dict(ranks="uniform", groups="joint", heal_steps=0, refit=False)
     for wrong in (windows[0], windows[:1], windows.float()):
         with pytest.raises(CompressError, match="windows are token ids"):
             compress(dense, wrong, 0.3, **quick)
     with pytest.raises(BudgetError, match="between 0 and 1"):
         compress(dense, windows, 1.5, **quick)
+    with pytest.raises(OptionError, match=r"^--heal-steps: "):
+        compress(dense, windows, 0.3, **quick | {"heal_steps": -1})
+    with pytest.raises(CompressError, match="'greedy' is neither fermigrad nor uniform"):
+        compress(dense, windows, 0.3, **quick | {"ranks": "greedy"})
     with pytest.raises(CompressError, match="compressed already"):
         compress(compress(dense, windows, 0.3, **quick), windows, 0.3, **quick)
 

@@ -65,24 +65,24 @@ def compress(folder, tmp_path, **settings):
 
 
 @pytest.mark.parametrize("kind", [*TIED, *OTHERS])
-def test_out_has_the_models_tensors_and_the_report_is_of_them(folder, tmp_path, kind, caplog):
-    """Reported perplexities against those of the models that transformers loads; what is left out is told."""
+def test_out_has_the_models_tensors_and_the_record_is_of_them(folder, tmp_path, kind, caplog):
+    """Recorded perplexities against those of the models that transformers loads; what is left out is told."""
     SAME[kind](folder)
     before = set(load_file(folder / "model.safetensors")) if (folder / "model.safetensors").exists() else set()
-    report, text = compress(folder, tmp_path)
+    record, text = compress(folder, tmp_path)
     out = tmp_path / "out"
     held_back = calibration_text(load_tokenizer(folder), [str(text)], 8, 32).held_back
     for model, when in ((folder, "before"), (out, "after")):
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-        assert evaluate(loaded, held_back).perplexity == pytest.approx(report["perplexity"][when], rel=1e-5)
+        assert evaluate(loaded, held_back).perplexity == pytest.approx(getattr(record.perplexity, when), rel=1e-5)
     stored, state = read_headers(out), loaded.state_dict()
     assert stored.keys() <= state.keys()
     assert ("lm_head.weight" in stored) == (kind not in TIED)  # vLLM ties by the embedding's name
     assert "model.embed_tokens.weight" in stored
-    left = report["left_out"]["tensors"]
+    left = record.left_out.tensors
     assert set(left) == {name for name in before if "layers.2." in name or "inv_freq" in name}
     assert all(name in caplog.text for name in left[:5])
-    assert report["bytes"]["after"] == sum(t.nbytes for t in load_file(out / "model.safetensors").values())
+    assert record.bytes.after == sum(t.nbytes for t in load_file(out / "model.safetensors").values())
 
 
 SERVED = {

@@ -35,6 +35,14 @@ def write_index(folder: Path, weight_map: dict[str, str]) -> None:
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
+def in_hub_cache(cache: Path, model: str, folder: Path, commit: str) -> Path:
+    """The model's snapshot of that commit, a copy of the folder, as the hub's client keeps its branch main."""
+    repository = cache / f"models--{model.replace('/', '--')}"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    return Path(shutil.copytree(folder, repository / "snapshots" / commit))
+
+
 def unlisted(folder: Path) -> None:
     """The index forgets a tensor that a shard holds."""
     weight_map = split_in_two(folder)

@@ -4,7 +4,6 @@ python -m tests.support.kill 50 --seed 0      # about 15 minutes on two cores; t
 """
 
 import argparse
-import json
 import random
 import shutil
 import signal
@@ -19,6 +18,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.support import DEMO_MODEL
+from tests.support.artefacts import kinds
 
 FORMS = ("pivga", "svd")
 SETTINGS = (
@@ -67,14 +67,7 @@ def written(out: Path) -> dict[str, bytes]:
 
 def last_stage(folder: Path) -> str:
     """Kind of the artefact that was finished last before the kill."""
-    manifest = folder / "work" / "manifest.jsonl"
-    lines = [line for line in manifest.read_text().splitlines() if line] if manifest.exists() else []
-    for line in reversed(lines):
-        try:
-            return json.loads(line)["artefact"].partition("-")[0]
-        except ValueError:
-            continue
-    return "nothing"
+    return (kinds(folder / "work") or ["nothing"])[-1]
 
 
 def begun(model: Path, folder: Path, form: str, more: str = "") -> subprocess.Popen:

@@ -1,0 +1,142 @@
+"""Each option stands once: the command line, the keywords and the record cannot drift from its field."""
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pytest
+import typer
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic_core import PydanticUndefined
+from typer.testing import CliRunner
+
+from fermisvd.settings import Count, OptionError, Settings, extra, nested, option
+from fermisvd_convert.cli import READ_BY, app
+from fermisvd_convert.command import takes
+from fermisvd_convert.options import ConvertOptions, EvaluateOptions, HealOptions
+
+COMMANDS = {"convert": ConvertOptions, "heal": HealOptions, "evaluate": EvaluateOptions}
+OWN = {"convert": {"push_to", "private"}, "heal": set(), "evaluate": {"as_json"}}  # of the command line alone
+LEAST = {ConvertOptions: {"remove": 0.2}, HealOptions: {"text": ["a.txt"]}, EvaluateOptions: {"text": "a.txt"}}
+EVERY = [(settings, name) for settings in COMMANDS.values() for name in settings.options()]
+
+
+def flags(command: str) -> dict[str, Any]:
+    """The options of a command."""
+    group: Any = typer.main.get_command(app)
+    found = group.commands[command].params
+    return {flag.name: flag for flag in found if flag.param_type_name == "option" and flag.name}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_is_on_the_command_line_as_its_field_says(command):
+    options, given = COMMANDS[command].options(), flags(command)
+    assert given.keys() - {"help"} == options.keys() | OWN[command]
+    for name, each in options.items():
+        flag = given[name]
+        assert f"--{name.replace('_', '-')}" in flag.opts and flag.help == each.field.description
+        assert flag.required == (each.default is PydanticUndefined)
+        if (shown := extra(each.field, "shown")) is not None:
+            assert flag.default is None and flag.show_default == shown
+        elif not flag.required:
+            assert flag.default == each.default, name
+
+
+def test_what_only_one_value_reads_are_options():
+    options = ConvertOptions.options()
+    assert {owner for owner, _ in READ_BY} | {name for names in READ_BY.values() for name in names} <= options.keys()
+    assert len({options[name].path[0] for name in READ_BY["constraint", "penalty"]}) == 1
+
+
+TEXTS = st.lists(st.text(min_size=1, max_size=9), min_size=1, max_size=3)
+SOME = {
+    "form": st.sampled_from(["pivga", "svd"]),
+    "ranks": st.sampled_from(["fermigrad", "uniform"]),
+    "refit": st.none() | st.booleans(),
+    "align": st.none() | st.integers(1, 64),
+    "seed": st.integers(0, 2**31 - 1),
+    "sequence_length": st.none() | st.integers(1, 4096),
+    "bos": st.booleans(),
+    "steps": st.integers(1, 999),
+    "temperature": st.floats(1e-6, 1),
+    "penalty_growth": st.floats(1, 2),
+    "count": st.none() | st.sampled_from(["pivga", "svd"]),
+    "heal_steps": st.integers(0, 999),
+    "heal_learning_rate": st.floats(0, 10),
+}
+
+
+@given(st.fixed_dictionaries({"remove": st.floats(0.01, 0.99), "calibration": TEXTS}, optional=SOME))
+def test_what_is_recorded_gives_the_same_options_again(values):
+    options = ConvertOptions.named(**values)
+    recorded = json.loads(json.dumps(options.by_name()))
+    assert ConvertOptions.named(**recorded) == options
+    assert {name: recorded[name] for name in values} == values
+    assert recorded.keys() == ConvertOptions.options().keys() - {
+        "work", "device", "max_memory", "revision", "overwrite", "trust_remote_code", "skip_bad_rows",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("settings", "name"), EVERY)
+def test_a_wrong_value_is_told_by_the_options_name(settings, name):
+    with pytest.raises(OptionError, match=rf"^--{name.replace('_', '-')}: "):
+        settings.named(**LEAST[settings] | {name: object()})
+
+
+@pytest.mark.parametrize("settings", LEAST)
+def test_what_must_be_given_is_told_by_its_name(settings):
+    (name,) = LEAST[settings]
+    assert [each for each, field in settings.options().items() if field.default is PydanticUndefined] == [name]
+    with pytest.raises(OptionError, match=f"^--{name}: Field required$"):
+        settings.named()
+
+
+class Brewing(Settings):
+    degrees: Annotated[float, option("Of the water.", ge=0, le=100)] = 92.5
+
+
+class Tea(Settings):
+    """Options that no command has: one of every kind."""
+
+    leaf: Annotated[Literal["green", "black"], option("Its kind.")] = "green"
+    cups: Annotated[Count, option("How many.")]
+    sweet: Annotated[bool, option("With sugar.")] = False
+    pot: Annotated[Path | None, option("Where.", shown="none")] = None
+    brewing: Annotated[Brewing, nested("The brewing", prefix="brew_")] = Brewing()
+
+
+@pytest.fixture
+def tea():
+    """What the command of these options is given, on a command line."""
+    made, seen = typer.Typer(), []
+
+    @made.command()
+    @takes(Tea)
+    def make(*, options: dict[str, Any]) -> None:
+        seen.append(options)
+
+    def run(*arguments: str) -> tuple[Any, list[dict]]:
+        return CliRunner().invoke(made, arguments, env={"COLUMNS": "100", "TERM": "dumb"}), seen
+
+    return run
+
+
+def test_a_new_field_is_an_option_at_once(tea):
+    result, seen = tea("--cups", "3", "--brew-degrees", "80", "--sweet", "--pot", "~/pot", "--leaf", "black")
+    assert result.exit_code == 0, result.output
+    (options,) = seen
+    assert options == {"cups": 3, "brew_degrees": 80, "sweet": True, "pot": Path("~/pot").expanduser(), "leaf": "black"}
+    assert Tea.named(**options).brewing == Brewing(degrees=80)
+
+
+def test_its_default_range_and_help_are_the_fields(tea):
+    result, seen = tea("--cups", "1")
+    assert result.exit_code == 0
+    assert seen == [{"cups": 1, "brew_degrees": 92.5, "sweet": False, "leaf": "green"}]
+    shown = re.sub(r"[│\s]+", " ", tea("--help")[0].output)
+    assert all(part in shown for part in ("Of the water.", "The brewing", "92.5", "0.0<=x<=100.0", "[default: (none)]"))
+    for wrong, name in ((["--brew-degrees", "101"], "--brew-degrees"), (["--leaf", "red"], "--leaf"), ([], "--cups")):
+        result, _ = tea(*(["--cups", "1"] if wrong else []), *wrong)
+        assert result.exit_code == 2 and name in result.output
