@@ -83,7 +83,16 @@ def test_convert_prints_the_closing_table(converted):
         assert all(key in group for group in report["groups"])
 
 
-BARS = ("check weights", "calibrate", "evaluate dense", "decompose", "FermiGrad", "choose dense groups", "join groups")
+BARS = (
+    "read text",
+    "check weights",
+    "calibrate",
+    "evaluate dense",
+    "decompose",
+    "FermiGrad",
+    "choose dense groups",
+    "join groups",
+)
 BARS += ("refit", "write", "heal", "evaluate compressed")
 
 
