@@ -2,9 +2,11 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from fermisvd.decomposition import OutputGram
 from fermisvd.errors import FermiSVDError
@@ -28,7 +30,7 @@ class GramSums:
     selection compares.
     """
 
-    def __init__(self, model: nn.Module, sources: Sequence[str], members: Sequence[str]):
+    def __init__(self, model: PreTrainedModel, sources: Sequence[str], members: Sequence[str]):
         self.model = model
         self.layers = {name: linear_layer(model, name) for name in members}
         device = device_of(model)
@@ -40,16 +42,11 @@ class GramSums:
     def watching(self) -> Iterator[None]:
         """Forward and backward passes inside are added."""
         hooks = [
-            linear_layer(self.model, name).register_forward_pre_hook(
-                lambda _, inputs, name=name: self._see_input(name, inputs[0])
-            )
+            linear_layer(self.model, name).register_forward_pre_hook(partial(self._see_input, name))
             for name in self.grams
         ]
         hooks += [
-            layer.register_forward_hook(
-                lambda _, inputs, y, name=name: y.register_hook(lambda g: self._see_gradient(name, g)) and None
-            )
-            for name, layer in self.layers.items()
+            layer.register_forward_hook(partial(self._await_gradient, name)) for name, layer in self.layers.items()
         ]
         try:
             yield
@@ -57,9 +54,12 @@ class GramSums:
             for hook in hooks:
                 hook.remove()
 
-    def _see_input(self, name: str, inputs: torch.Tensor) -> None:
-        x = inputs.detach().flatten(0, -2).double()  # (tokens, n)
+    def _see_input(self, name: str, _: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        x = inputs[0].detach().flatten(0, -2).double()  # (tokens, n)
         self.grams[name].addmm_(x.T, x)
+
+    def _await_gradient(self, name: str, _: nn.Module, inputs: object, outputs: torch.Tensor) -> None:
+        outputs.register_hook(partial(self._see_gradient, name))
 
     def _see_gradient(self, name: str, gradient: torch.Tensor) -> None:
         weight, g = weight_of(self.layers[name]), gradient.flatten(0, -2).double()  # (tokens, m)
@@ -82,13 +82,13 @@ class GramSums:
 
 
 @torch.no_grad()
-def gram_matrices(model: nn.Module, sources: Sequence[str], batches: Iterable[torch.Tensor]) -> Grams:
+def gram_matrices(model: PreTrainedModel, sources: Sequence[str], batches: Iterable[torch.Tensor]) -> Grams:
     """Gram matrix of the input of each layer in `sources`, over all tokens of all batches; see `calibration_grams`."""
     return calibration_grams(model, sources, [], batches)[0]
 
 
 def calibration_grams(
-    model: nn.Module,
+    model: PreTrainedModel,
     sources: Sequence[str],
     members: Sequence[str],
     batches: Iterable[torch.Tensor],
@@ -227,7 +227,7 @@ def _inside(blocks: DecoderBlocks, index: int, sources: Sequence[str], members: 
     return [n for n in sources if n.startswith(prefix)], [n for n in members if n.startswith(prefix)]
 
 
-def _parts(model: nn.Module, sources: list[str], members: list[str], limit_bytes: int | None) -> list[Part]:
+def _parts(model: PreTrainedModel, sources: list[str], members: list[str], limit_bytes: int | None) -> list[Part]:
     """Names whose matrices are gathered together; one at least in each part, and one part at least."""
     parts: list[Part] = [([], [])]
     room = limit_bytes
@@ -279,7 +279,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _differentiable_embeddings(model: nn.Module) -> Iterator[None]:
+def _differentiable_embeddings(model: PreTrainedModel) -> Iterator[None]:
     """So that there is a graph though no parameter is trained."""
     hook = model.get_input_embeddings().register_forward_hook(lambda _, inputs, y: y.requires_grad_())
     try:

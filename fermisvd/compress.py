@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BeforeValidator
 from torch import nn
+from transformers import PreTrainedModel
 
 from fermisvd.budget import Budget, Form, RankedGroup, compressed
 from fermisvd.calibration import Grams, OutputGrams, calibration_grams
@@ -80,7 +81,7 @@ class CompressError(FermiSVDError):
     """The model or the windows are not what can be compressed."""
 
 
-def compress(model: nn.Module, windows: torch.Tensor, remove: float = 0.2, **options: Any) -> nn.Module:
+def compress(model: PreTrainedModel, windows: torch.Tensor, remove: float = 0.2, **options: Any) -> PreTrainedModel:
     """A compressed copy of `model`, in its types, that save_pretrained writes, from_pretrained loads and vLLM serves.
 
     model: a dense causal language model of transformers, which stays as it is; windows: token ids (samples, length) to
@@ -122,7 +123,7 @@ def set_aside(windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return windows[:held], windows[held:]
 
 
-def in_float32(model: nn.Module) -> nn.Module:
+def in_float32(model: PreTrainedModel) -> PreTrainedModel:
     """A copy for measuring, in evaluation mode."""
     return copy.deepcopy(model).float().eval().requires_grad_(False)
 
@@ -131,7 +132,7 @@ class Compression:
     """What the steps share: the model, its copy in float32 (teacher), the windows to decide and to train on, the
     budget. Raises CompressError or StructureError for a model that cannot be compressed."""
 
-    def __init__(self, model: nn.Module, windows: torch.Tensor, options: CompressOptions):
+    def __init__(self, model: PreTrainedModel, windows: torch.Tensor, options: CompressOptions):
         if getattr(model.config, "quantization_config", None) is not None:
             raise CompressError("the model is quantised or compressed already; give the dense one")
         check_unshared(model)
@@ -148,7 +149,7 @@ class Decomposition:
     member, none with `input` whitening.
     """
 
-    weights: nn.Module
+    weights: PreTrainedModel
     grams: Grams
     outputs: OutputGrams
     made: dict[tuple[str, ...], Factors] = field(default_factory=dict)
@@ -220,17 +221,19 @@ def refitted(
     return {each.group: better[each.group.name] for each in ranked if each.group.name in better}
 
 
-def low_rank(teacher: nn.Module, factors: Mapping[LinearGroup, Pair]) -> nn.Module:
+def low_rank(teacher: PreTrainedModel, factors: Mapping[LinearGroup, Pair]) -> PreTrainedModel:
     """A copy whose groups have A B for their weights."""
     return set_products(copy.deepcopy(teacher), factors.items())
 
 
-def with_modules(model: nn.Module, ranked: Sequence[RankedGroup], factors: Mapping[LinearGroup, Pair]) -> nn.Module:
+def with_modules(
+    model: PreTrainedModel, ranked: Sequence[RankedGroup], factors: Mapping[LinearGroup, Pair]
+) -> PreTrainedModel:
     """A copy of the model with compressed layers, in its weights' type, in place of the groups' dense ones."""
     student = copy.deepcopy(model)
     for each in ranked:
         dtype = linear_layer(model, each.group.name).weight.dtype
-        biases = {name: student.get_submodule(name).bias for name in each.group.members}
+        biases = {name: linear_layer(student, name).bias for name in each.group.members}
         replace_group(student, config_group(each))
         for name, tensor in compressed_tensors(each, *factors[each.group], dtype).items():
             put(student, name, tensor)
@@ -246,7 +249,7 @@ def put(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
         model.state_dict(keep_vars=True)[name].copy_(tensor)
 
 
-def healed(work: Compression, student: nn.Module) -> None:
+def healed(work: Compression, student: PreTrainedModel) -> None:
     """Distil the student's factors in float32, and round them to its own type."""
     trained, options = in_float32(student), work.options
     heal(

@@ -10,8 +10,8 @@ from functools import partial
 from typing import Annotated, Literal
 
 import torch
-from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 from fermisvd.batches import shuffled_batches
 from fermisvd.budget import Budget, Form, SoftBudget, dense_parameters, factor_parameters
@@ -129,7 +129,7 @@ class RankOptimiser:
 
 
 def optimise_ranks(
-    model: nn.Module,
+    model: PreTrainedModel,
     groups: Sequence[LinearGroup],
     gated: Sequence[GatedGroup],
     windows: torch.Tensor,
@@ -141,13 +141,15 @@ def optimise_ranks(
     on_step: Callable[[dict], None] = lambda _: None,
     begun: dict | None = None,
     on_progress: Callable[[dict], None] = lambda _: None,
+    kept_bytes: int = KEPT_ACTIVATIONS,
 ) -> tuple[list[float], list[dict]]:
     """Real ranks mu that minimise KL(teacher || student) on the budget.
 
     model: holds the gated layers of `install_gates`; windows: token ids (samples, length), of which a step takes
     batch_size, in an order that the seed decides. on_step sees each step's record: step, kl, kept, and `share`, the
-    list of mu/k; on_progress what `begun` takes to go on from there, to the same result. Of several processes
-    each takes its part of every batch's windows; the gradients are added up.
+    list of mu/k; on_progress what `begun` takes to go on from there, to the same result. kept_bytes: of activations;
+    beyond them blocks are computed again for the gradient. Of several processes each takes its part of every batch's
+    windows; the gradients are added up.
     Returns one mu a group, on the budget, and the records. Raises FermiGradError if the loss is not finite.
     """
     optimiser = RankOptimiser(groups, budget, settings)
@@ -162,7 +164,7 @@ def optimise_ranks(
     for number in range(len(records), settings.steps):
         if on_a_plateau(records, optimiser.kept, settings.plateau):
             break
-        kl = _backward(model, groups, gated, next(batches), optimiser, settings.temperature)
+        kl = _backward(model, groups, gated, next(batches), optimiser, kept_bytes)
         if not kl.isfinite():
             raise FermiGradError(
                 f"KL is {kl.item()} at FermiGrad step {number}; check the model and the calibration text"
@@ -178,20 +180,20 @@ def optimise_ranks(
 
 
 def _backward(
-    model: nn.Module,
+    model: PreTrainedModel,
     groups: Sequence[LinearGroup],
     gated: Sequence[GatedGroup],
     batch: torch.Tensor,
     optimiser: RankOptimiser,
-    temperature: float,
+    kept_bytes: int,
 ) -> torch.Tensor:
     """The KL of a batch (windows, length), float64 on the CPU; its gradient is the shares' `grad`."""
     mine = batch[this_process() :: process_count()]
     weight = len(mine) / len(batch)
     mine = mine if weight else batch[:1]  # every process takes part in every pass
     optimiser.adam.zero_grad()
-    with checkpointed(model, groups, mine.numel()):
-        kl = gated_kl(model, gated, mine.to(device_of(model)), optimiser.mus(), temperature)
+    with checkpointed(model, groups, mine.numel(), kept_bytes):
+        kl = gated_kl(model, gated, mine.to(device_of(model)), optimiser.mus(), optimiser.settings.temperature)
         (kl * weight).backward()
     assert optimiser.share.grad is not None
     total = sum_over_processes(kl.detach().double().cpu() * weight)
@@ -200,7 +202,7 @@ def _backward(
 
 
 def gated_kl(
-    model: nn.Module, gated: Sequence[GatedGroup], batch: torch.Tensor, mus: torch.Tensor, temperature: float
+    model: PreTrainedModel, gated: Sequence[GatedGroup], batch: torch.Tensor, mus: torch.Tensor, temperature: float
 ) -> torch.Tensor:
     """KL(teacher || student) of a batch (windows, length) with the gates at mus (groups,), differentiable in mus."""
     open_gates(gated)
@@ -212,11 +214,11 @@ def gated_kl(
 
 @contextmanager
 def checkpointed(
-    model: nn.Module, groups: Sequence[LinearGroup], tokens: int, limit_bytes: int = KEPT_ACTIVATIONS
+    model: PreTrainedModel, groups: Sequence[LinearGroup], tokens: int, kept_bytes: int = KEPT_ACTIVATIONS
 ) -> Iterator[None]:
     """Blocks forget what they computed on the way and do it again for the gradient, where that would take more than
-    limit_bytes."""
-    if 4 * tokens * sum(group.rows + group.columns for group in groups) <= limit_bytes:
+    kept_bytes."""
+    if 4 * tokens * sum(group.rows + group.columns for group in groups) <= kept_bytes:
         yield
         return
     blocks = list(model.get_submodule(decoder_blocks(model)).children())

@@ -4,6 +4,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -96,20 +97,7 @@ def find_groups(model: nn.Module, partition: Partition = "joint") -> list[Linear
         for name, module in model.named_modules()
         if name.startswith(f"{blocks}.") and isinstance(module, Linear) and not is_router(model, name)
     }
-    calls: list[tuple[str, torch.Tensor]] = []  # holds the inputs, so that no address is used twice
-    hooks = [
-        layer.register_forward_pre_hook(lambda _, inputs, name=name: calls.append((name, inputs[0])))
-        for name, layer in layers.items()
-    ]
-    try:
-        device = next(model.parameters()).device
-        model(input_ids=torch.arange(PROBE_TOKENS, device=device)[None])
-    finally:
-        for hook in hooks:
-            hook.remove()
-    for name, x in calls:
-        if not x.isfinite().all():
-            raise ActivationsError(f"the input of {name} holds NaN or infinite values; the weights before it are wrong")
+    calls = _calls_of(model, layers)
     seen = Counter()
     for name, x in calls:  # two calls or a part of the tokens: no
         seen[name] += 1 if x.numel() == PROBE_TOKENS * weight_of(layers[name]).shape[1] else 2
@@ -144,6 +132,29 @@ def find_groups(model: nn.Module, partition: Partition = "joint") -> list[Linear
                 )
             )
     return groups
+
+
+def _calls_of(model: nn.Module, layers: dict[str, Linear]) -> list[tuple[str, torch.Tensor]]:
+    """Name and input of each call of these layers while PROBE_TOKENS tokens run through the model. The inputs are held,
+    so that no address is used twice."""
+    calls: list[tuple[str, torch.Tensor]] = []
+    hooks = [layer.register_forward_pre_hook(partial(_note_call, calls, name)) for name, layer in layers.items()]
+    try:
+        device = next(model.parameters()).device
+        model(input_ids=torch.arange(PROBE_TOKENS, device=device)[None])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for name, x in calls:
+        if not x.isfinite().all():
+            raise ActivationsError(f"the input of {name} holds NaN or infinite values; the weights before it are wrong")
+    return calls
+
+
+def _note_call(
+    calls: list[tuple[str, torch.Tensor]], name: str, _: nn.Module, inputs: tuple[torch.Tensor, ...]
+) -> None:
+    calls.append((name, inputs[0]))
 
 
 def check_unshared(model: nn.Module) -> None:

@@ -11,6 +11,7 @@ from typing import Annotated
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from fermisvd.batches import shuffled_batches
 from fermisvd.errors import FermiSVDError
@@ -52,8 +53,8 @@ def trained_factors(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def heal(
-    teacher: nn.Module,
-    student: nn.Module,
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
     windows: torch.Tensor,
     aside: torch.Tensor,
     settings: HealingSettings,

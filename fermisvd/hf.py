@@ -7,11 +7,11 @@ writes the model at its small size again.
 import json
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -43,7 +43,7 @@ class FermiSVDQuantizationConfig(QuantizationConfigMixin):
     """transformers' view of fermisvd.format.CheckpointConfig; to_dict gives back the validated entry."""
 
     def __init__(self, **entry: Any):
-        self.quant_method = QUANT_METHOD
+        self.quant_method = QUANT_METHOD  # pyright: ignore[reportAttributeAccessIssue]: an enum of transformers' own methods
         self.fermisvd = parse_config({"quant_method": QUANT_METHOD, **entry})
 
     @classmethod
@@ -61,8 +61,8 @@ class FermiSVDQuantizer(HfQuantizer):
 
     requires_calibration = True  # a dense model is compressed by `fermisvd convert`, not while it loads
 
-    def _process_model_before_weight_loading(self, model: nn.Module, checkpoint_files=None, **kwargs) -> None:
-        config = self.quantization_config.fermisvd
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, checkpoint_files=None, **kwargs) -> None:
+        config: CheckpointConfig = vars(self.quantization_config)["fermisvd"]
         if (getattr(getattr(model.config, "distributed_config", None), "tp_size", None) or 1) > 1:
             # its plans know one weight a layer: they would split shared factors, and what a member gets of its first
             raise ParallelismError(
@@ -96,11 +96,11 @@ class FermiSVDQuantizer(HfQuantizer):
         return False
 
 
-def mark_compressed(model: nn.Module, config: CheckpointConfig) -> None:
+def mark_compressed(model: PreTrainedModel, config: CheckpointConfig) -> None:
     """A model whose layers are in place already: save_pretrained writes its config's groups from now on."""
     entry = FermiSVDQuantizationConfig(**config.model_dump(mode="json", exclude_none=True, exclude={"quant_method"}))
     model.config.quantization_config = entry
-    model.hf_quantizer = FermiSVDQuantizer(entry)
+    vars(model)["hf_quantizer"] = FermiSVDQuantizer(entry)  # as from_pretrained does
 
 
 def check_architecture(folder: Path) -> None:
@@ -127,7 +127,7 @@ def check_architecture(folder: Path) -> None:
 
 
 def replace_groups(
-    model: nn.Module, config: CheckpointConfig, headers: dict[str, TensorInfo], folder: Path
+    model: PreTrainedModel, config: CheckpointConfig, headers: dict[str, TensorInfo], folder: Path
 ) -> ModelTensors:
     """Puts reference modules in place of the config's layers, and says which tensors are the model's.
 
@@ -173,7 +173,7 @@ def replace_groups(
     return found
 
 
-def load_model(path: str | Path, dtype: torch.dtype = torch.float32, **kwargs) -> nn.Module:
+def load_model(path: str | Path, dtype: torch.dtype = torch.float32, **kwargs) -> PreTrainedModel:
     """A causal language model, dense or compressed, for evaluation; never from pickles. kwargs: from_pretrained's.
 
     Raises FormatError for a folder that transformers and vLLM would not read alike (fermisvd.files, fermisvd.tensors).
@@ -188,14 +188,19 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32, **kwargs) -
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **kwargs).eval()
 
 
-def empty_model(folder: Path, trust_remote_code: bool = False) -> nn.Module:
+def empty_model(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
     """The causal language model that a folder's config.json describes, dense, without weights."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
 
-def compressed_config(model: nn.Module) -> CheckpointConfig | None:
+def vocabulary_of(model: PreTrainedModel) -> int:
+    """How many tokens a model can read."""
+    return len(cast(torch.Tensor, model.get_input_embeddings().weight))
+
+
+def compressed_config(model: PreTrainedModel) -> CheckpointConfig | None:
     """The groups that a model's config says are compressed; None for a dense model."""
     entry = getattr(model.config, "quantization_config", None)
     return parse_config(entry) if isinstance(entry, dict) and entry.get("quant_method") == QUANT_METHOD else None

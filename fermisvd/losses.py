@@ -1,6 +1,7 @@
 """How far a student is from its teacher: KL(teacher || student), and a student made of replaced weights."""
 
 from collections.abc import Iterable
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -9,6 +10,7 @@ from torch.nn import functional
 from fermisvd.groups import LinearGroup
 from fermisvd.linear import linear_layer, weight_of
 
+M = TypeVar("M", bound=nn.Module)
 Pair = tuple[torch.Tensor, torch.Tensor]  # A (m x r) and B (r x n) of a group
 
 KL_SLICE = 1024  # tokens
@@ -72,7 +74,7 @@ def set_weight(model: nn.Module, group: LinearGroup, weight: torch.Tensor) -> No
             weight_of(linear_layer(model, name)).copy_(rows)
 
 
-def set_products(model: nn.Module, factors: Iterable[tuple[LinearGroup, Pair]]) -> nn.Module:
+def set_products(model: M, factors: Iterable[tuple[LinearGroup, Pair]]) -> M:
     """The model, each group's dense weight replaced by A B: a student that needs no compressed layers."""
     for group, (a, b) in factors:
         set_weight(model, group, a @ b)

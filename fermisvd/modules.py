@@ -63,6 +63,8 @@ class LowRankLinear(CompressedLinear):
 class PivGaColumnsLinear(CompressedLinear):
     """pivga form, columns: t = x[skel] + x[rest] D^T; y = t C_skel^T. D: (r, n-r) and P shared; C_skel: (m, r)."""
 
+    permutation: torch.Tensor
+
     def __init__(self, in_features, out_features, rank, bias=False, first=None):
         super().__init__(in_features, out_features, rank, bias, first)
         self.skeleton = _parameter(out_features, rank)
@@ -81,6 +83,8 @@ class PivGaColumnsLinear(CompressedLinear):
 
 class PivGaRowsLinear(CompressedLinear):
     """pivga form, rows: z = x R_skel^T; y = P [z ; z D^T]. R_skel: (r, n); D: (m-r, r)."""
+
+    permutation: torch.Tensor
 
     def __init__(self, in_features, out_features, rank, bias=False, first=None):
         super().__init__(in_features, out_features, rank, bias, first)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from itertools import groupby
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 from fermisvd.budget import RankedGroup
 from fermisvd.decomposition import Factors
@@ -38,8 +38,8 @@ def refit_map(cross: torch.Tensor, gram: torch.Tensor, mixture: float, damping: 
 
 @torch.no_grad()
 def refit(
-    dense: nn.Module,
-    student: nn.Module,
+    dense: PreTrainedModel,
+    student: PreTrainedModel,
     ranked: Sequence[RankedGroup],
     windows: torch.Tensor,
     aside: torch.Tensor,

@@ -21,8 +21,8 @@ Natural = Annotated[int, Field(ge=0, le=LARGEST)]  # with 0
 def option(help: str, *, shown: str | None = None, recorded: bool = True, **limits: Any) -> Any:
     """What stands beside an option's type: its help, what the help shows for the default where that is no value,
     whether a conversion's record names it, and its limits (ge, le, gt)."""
-    extra = {"shown": shown} if shown else None
-    return Field(description=help, json_schema_extra=extra, exclude=not recorded or None, **limits)
+    beside: Any = {"shown": shown} if shown else None
+    return Field(description=help, json_schema_extra=beside, exclude=not recorded or None, **limits)
 
 
 def nested(panel: str, prefix: str = "") -> Any:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from safetensors import safe_open
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -36,7 +37,7 @@ class ModelTensors:
     left_out: list[str] = field(default_factory=list)
 
 
-def model_tensors(model: nn.Module, headers: Mapping[str, TensorInfo]) -> ModelTensors:
+def model_tensors(model: PreTrainedModel, headers: Mapping[str, TensorInfo]) -> ModelTensors:
     """headers: name -> TensorInfo of the files (fermisvd.files); model: on any device, its weights are not looked at.
 
     Raises FormatError, naming both, for two stored tensors of one parameter that differ, by their names or because
@@ -87,7 +88,7 @@ def model_tensors(model: nn.Module, headers: Mapping[str, TensorInfo]) -> ModelT
     return found
 
 
-def ties(model: nn.Module) -> dict[str, list[str]]:
+def ties(model: PreTrainedModel) -> dict[str, list[str]]:
     """Parameter -> those that are to be one with it: as transformers ties them by config.json, or as the model's own
     code made them."""
     found: dict[str, list[str]] = {}
@@ -102,7 +103,7 @@ def ties(model: nn.Module) -> dict[str, list[str]]:
     return found
 
 
-def parameters_of(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[str, bool]]:
+def parameters_of(model: PreTrainedModel, names: Iterable[str]) -> dict[str, tuple[str, bool]]:
     """Tensor name -> the parameter that transformers fills from it, and whether it is taken as it is, be it under
     another name, or made into another (stacked experts)."""
     conversions = get_model_conversion_mapping(model)

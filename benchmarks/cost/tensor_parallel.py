@@ -9,7 +9,8 @@ loaded layers in tests/vllm_plugin/test_tensor_parallel.py.
 from fermisvd.budget import Budget, Form
 from fermisvd.format import Group
 from fermisvd.groups import LinearGroup
-from fermisvd_vllm.layout import Part, numbers_held, slots_of
+from fermisvd_vllm.layout import LayerSizes, numbers_held, slots_of
+from fermisvd_vllm.parts import part_of
 
 HIDDEN, HEAD, HEADS, KV_HEADS, WIDE = 4096, 128, 32, 8, 14336
 LAYERS = {
@@ -23,16 +24,15 @@ SIZES, REMOVED = (1, 2, 4, 8), (0.2, 0.4)
 
 
 def held(layer: str, rank: int, form: Form, tp_size: int) -> tuple[int, int]:
-    """(sharded, replicated) numbers of one layer on one rank."""
+    """(sharded, replicated) numbers of one layer in one process."""
     row_parallel = layer in ("o", "down")
     side = "rows" if row_parallel else "columns"
     members = tuple(f"{layer}.{i}" for i in range(len(LAYERS[layer])))
     group = Group(members=members, form=form, side=side if form == "pivga" else None, rank=rank)
-    sections = [((m, m if row_parallel else m // tp_size),) for m in LAYERS[layer]]  # kv heads: 8 ranks at most
+    sections = [((m, m if row_parallel else m // tp_size),) for m in LAYERS[layer]]  # kv heads: 8 processes at most
     columns = INPUTS[layer], INPUTS[layer] // tp_size if row_parallel else INPUTS[layer]
-    kind = "row" if row_parallel else "column"
-    parts = [Part(tuple(range(len(members))), group)]
-    return numbers_held(slots_of(parts, sections, columns, kind, tp_size, layer))
+    sizes = LayerSizes(sections, columns, "row" if row_parallel else "column", tp_size, layer)
+    return numbers_held(slots_of([part_of(range(len(members)), group)], sizes))
 
 
 def main() -> None:

@@ -3,10 +3,10 @@
     python -m benchmarks.quality.losslessness [MODEL ...]
 
 KL(svd form || pivga form) of the same factors. Both forms are run as the reference modules, weights and activations in
-the type named. `plain` rounds skeleton and
-interpolation matrix as they come; `solved` solves D by least squares against the rounded skeleton; `feedback`, what the
-converter writes, rounds D with error feedback too (fermisvd.pivga); `pivoted` is `feedback` with the skeleton of
-pivoted QR alone, `bound_1.1` and so on with columns exchanged until no entry of D exceeds that.
+the type named. `plain` rounds skeleton and interpolation matrix as they come; `solved` solves D by least squares
+against the rounded skeleton; `feedback`, what the converter writes, rounds D with error feedback too (fermisvd.pivga);
+`pivoted` is `feedback` with the skeleton of pivoted QR alone, `bound_1.1` and so on with columns exchanged until no
+entry of D exceeds that.
 Results: benchmarks/results/losslessness.json.
 """
 

@@ -17,10 +17,10 @@ from torch import nn
 from torch._inductor.graph import GraphLowering
 from torch._inductor.utils import run_and_get_code
 
-import fermisvd_vllm.linear
 from benchmarks.shapes import SHAPES, groups_of
 from benchmarks.speed.layers import make_layer, one_by_one, one_process
 from fermisvd_vllm.kernels import columns, outputs  # noqa: F401  defines the ops
+from fermisvd_vllm.tuning import OwnOps
 
 SHAPE = {**SHAPES["wide"], "num_hidden_layers": 1}
 RANK, TOKENS = 512, 8
@@ -33,12 +33,12 @@ def norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> tuple
     return (total * scale).to(x.dtype) * weight, total.to(x.dtype)
 
 
-def cases() -> dict[str, Callable]:
+def cases(own_ops: OwnOps) -> dict[str, Callable]:
     """What is compiled: (x, residual) -> outputs. Real layers of vLLM, a plain product before or after them."""
     qkv, o, *_ = groups_of(SHAPE)
-    joint = make_layer(qkv, "pivga", [(qkv, RANK)], SHAPE)
-    separate = make_layer(qkv, "pivga", [(part, RANK // 2) for part in one_by_one(qkv)], SHAPE)
-    rows = make_layer(o, "pivga", [(o, RANK)], SHAPE)
+    joint = make_layer(qkv, "pivga", [(qkv, RANK)], SHAPE, own_ops)
+    separate = make_layer(qkv, "pivga", [(part, RANK // 2) for part in one_by_one(qkv)], SHAPE, own_ops)
+    rows = make_layer(o, "pivga", [(o, RANK)], SHAPE, own_ops)
     weight = torch.ones(SHAPE["hidden_size"], dtype=torch.bfloat16)
     product = nn.Linear(SHAPE["hidden_size"], SHAPE["hidden_size"], bias=False, dtype=torch.bfloat16)
 
@@ -122,12 +122,10 @@ def main() -> None:
     arguments = parser.parse_args()
     if torch.cuda.is_available():
         parser.error("this shows what is generated where there is no GPU; TORCH_LOGS=output_code shows the rest")
-    if arguments.gpu:
-        fermisvd_vllm.linear.GPU_DEVICES = {"cpu"}
-        fermisvd_vllm.linear.measure = lambda *_: None
+    own_ops = OwnOps(frozenset({"cpu"}), lambda *_: None) if arguments.gpu else OwnOps()
     whole = ""
     with one_process():
-        for name, call in cases().items():
+        for name, call in cases(own_ops).items():
             torch._dynamo.reset()
             code = generate(call, arguments.gpu)
             print(f"{name}:", *calls_in(code), sep="\n    ", end="\n\n", flush=True)

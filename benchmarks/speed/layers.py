@@ -30,6 +30,7 @@ from fermisvd.budget import factor_parameters
 from fermisvd.format import CheckpointConfig, Group
 from fermisvd.groups import LinearGroup
 from fermisvd_vllm.config import FermiSVDConfig
+from fermisvd_vllm.tuning import OwnOps
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOKENS = (1, 16, 64, 256, 1024, 4096, 8192)
@@ -55,7 +56,13 @@ def one_by_one(group: LinearGroup) -> list[LinearGroup]:
     return [replace(group, members=(name,), member_rows=(rows,)) for name, rows in members]
 
 
-def make_layer(group: LinearGroup, form: str, parts: list[tuple[LinearGroup, int]], shape: dict) -> nn.Module:
+def make_layer(
+    group: LinearGroup,
+    form: str,
+    parts: list[tuple[LinearGroup, int]],
+    shape: dict,
+    own_ops: OwnOps | None = None,
+) -> nn.Module:
     """vLLM's layer for one group of a decoder block, split in parts, with random weights, ready to multiply."""
     config = None
     parent, last = group.name.rsplit(".", 1)
@@ -65,7 +72,7 @@ def make_layer(group: LinearGroup, form: str, parts: list[tuple[LinearGroup, int
             Group(members=part.members, form=form, side=part.side if form == "pivga" else None, rank=rank)
             for part, rank in parts
         )
-        config = FermiSVDConfig.from_config(CheckpointConfig(groups=entries).model_dump(mode="json"))
+        config = FermiSVDConfig(CheckpointConfig(groups=entries).model_dump(mode="json"), own_ops)
         config.packed_modules_mapping = FUSED
     options = {"bias": False, "quant_config": config, "prefix": f"{parent}.{kind}", "disable_tp": True}
     options["params_dtype"] = torch.bfloat16

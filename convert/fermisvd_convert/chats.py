@@ -176,9 +176,9 @@ def _content(content: object, number: int) -> list[str]:
     texts = []
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
-        known = isinstance(kind, str) and kind in TEXT_PARTS
-        text = part.get(TEXT_PARTS[kind]) if known else part
-        if known and text is None:  # Parquet has a null for each field of other parts
+        holder = TEXT_PARTS.get(kind) if isinstance(kind, str) else None
+        text = part if holder is None else part.get(holder)
+        if holder is not None and text is None:  # Parquet has a null for each field of other parts
             continue
         if not isinstance(text, str):
             raise RowError(f"message {number}: a part of type {kind}, only texts are read")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 from fermisvd.budget import Budget
 from fermisvd.compress import set_aside
@@ -76,11 +76,11 @@ class Conversion:
         """Those that are refitted and healed on."""
         return set_aside(self.windows)[1]
 
-    def load(self) -> nn.Module:
+    def load(self) -> PreTrainedModel:
         """The dense model, float32."""
         return self.source.load(self.device)
 
-    def stream(self) -> nn.Module:
+    def stream(self) -> PreTrainedModel:
         """The dense model, float32, one decoder block in memory at a time."""
         return self.source.stream(self.device, bounded=self.options.max_memory is not None)
 

@@ -9,9 +9,10 @@ from itertools import repeat
 from typing import Any
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 from fermisvd.errors import FermiSVDError
+from fermisvd.hf import vocabulary_of
 from fermisvd.losses import kl_divergence
 from fermisvd.running.blocks import BlocksError, DecoderBlocks, HiddenStates, device_of, logits_by_blocks
 from fermisvd_convert.loading import SourceError, context_length, load_tokenizer, resolve_device, window_length
@@ -44,9 +45,9 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module,
+    model: PreTrainedModel,
     windows: torch.Tensor,
-    reference: nn.Module | None = None,
+    reference: PreTrainedModel | None = None,
     batch_size: int = 8,
     label: str = "evaluate",
 ) -> Evaluation:
@@ -62,7 +63,7 @@ def evaluate(
 
 @torch.no_grad()
 def evaluate_by_blocks(
-    model: nn.Module, windows: torch.Tensor, hidden: HiddenStates, batch_size: int = 8, label: str = "evaluate"
+    model: PreTrainedModel, windows: torch.Tensor, hidden: HiddenStates, batch_size: int = 8, label: str = "evaluate"
 ) -> Evaluation:
     """As `evaluate`, a decoder block at a time: for a streamed model, which reads each block's weights once."""
     try:
@@ -123,5 +124,5 @@ def evaluate_files(model: str, **given: Any) -> Evaluation:
     tokenizer = load_tokenizer(folder, trust)
     read = read_windows(tokenizer, options.text, length, options.windows, options.bos, options.skip_bad_rows)
     logger.warning("%s: %s", options.text, read.rows)
-    check_vocabulary(read.ids, len(loaded.get_input_embeddings().weight), model)
+    check_vocabulary(read.ids, vocabulary_of(loaded), model)
     return evaluate(loaded, read.ids, compared, options.batch_size)

@@ -74,7 +74,7 @@ def style() -> Iterator[None]:
         raise MatplotlibMissing(f'matplotlib cannot be imported ({error}): pip install "fermisvd[report]"') from None
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update(STYLE)
+        matplotlib.rcParams.update(STYLE)  # pyright: ignore[reportCallIssue, reportArgumentType]: keys are literals there
         yield
 
 
@@ -264,7 +264,7 @@ def draw_spectra(record: Record) -> "Figure":
             if not known.any():
                 continue
             index, relative = np.array(group.spectrum.index)[known], sigma[known] / sigma[0]
-            colour = colours.to_rgba(place(group.members[0])[0])
+            colour = colours.to_rgba(np.array(place(group.members[0])[0]))
             axis.semilogy(index / group.full_rank, relative, color=colour, linewidth=0.8, rasterized=many)
             if group.form != "dense":
                 height = np.exp(np.interp(group.rank, index, np.log(relative)))
@@ -282,7 +282,7 @@ def draw_spectra(record: Record) -> "Figure":
     figure.supxlabel("j / k (dot: where the rank cuts)", fontsize=9)
     figure.supylabel(r"singular value $\sigma_j / \sigma_0$", fontsize=9)
     bar = figure.colorbar(colours, ax=axes, label="decoder block", fraction=0.03, pad=0.02)
-    bar.locator.set_params(integer=True)
+    bar.locator.set_params(integer=True)  # pyright: ignore[reportCallIssue]: it is a MaxNLocator
     return figure
 
 

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 from fermisvd.files import read_headers
 from fermisvd.format import read_config, validate_checkpoint
 from fermisvd.healing import heal, rounded_factors, trained_factors
-from fermisvd.hf import load_model
 from fermisvd_convert.checks import check_place
 from fermisvd_convert.evaluate import Evaluation, evaluate
 from fermisvd_convert.loading import (
@@ -66,7 +65,7 @@ def heal_checkpoint(checkpoint: str | Path, healed: str | Path, **given: Any) ->
             stored = read_headers(checkpoint)[next(iter(trained_factors(student)))]  # all factors have one type
             replace_tensors(partial, rounded_factors(student, TORCH_TYPES[stored.dtype]))
             with complete(place):
-                final = load_model(partial, torch.float32, trust_remote_code=options.trust_remote_code).to(device)
+                final = load_dense_or_compressed(partial, device, options.trust_remote_code)
                 after = evaluate(final, text.held_back, teacher, options.batch_size, label="evaluate healed")
                 record = healing_record(source, text, options, before, after) | outcome
                 write_records(partial, record, conversion)
@@ -97,7 +96,7 @@ def dense_model(checkpoint: Path, options: HealOptions) -> Source:
     return source
 
 
-def training_text(checkpoint: Path, student: nn.Module, source: Source, options: HealOptions) -> CalibrationText:
+def training_text(checkpoint: Path, student: PreTrainedModel, source: Source, options: HealOptions) -> CalibrationText:
     """Windows to train on, and held-back ones. Raises TextError for fewer than two."""
     length = window_length(options.sequence_length, context_length(student.config))
     tokenizer = load_tokenizer(checkpoint, options.trust_remote_code)
@@ -113,7 +112,7 @@ def training_text(checkpoint: Path, student: nn.Module, source: Source, options:
     return text
 
 
-def train(teacher: nn.Module, student: nn.Module, windows: torch.Tensor, options: HealOptions) -> dict:
+def train(teacher: PreTrainedModel, student: PreTrainedModel, windows: torch.Tensor, options: HealOptions) -> dict:
     """Distil the student in place; an eighth of the windows decides whether it helped.
 
     The last decide: the first may be those that the checkpoint was calibrated on.

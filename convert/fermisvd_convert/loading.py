@@ -5,8 +5,7 @@ import logging
 from pathlib import Path
 
 import torch
-from torch import nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from fermisvd.errors import FermiSVDError, explained
 from fermisvd.hf import load_model
@@ -19,14 +18,15 @@ class SourceError(FermiSVDError):
     """The model cannot be read, or is not a dense safetensors model."""
 
 
-def load_dense_or_compressed(folder: Path, device: str, trust_remote_code: bool = False) -> nn.Module:
+def load_dense_or_compressed(folder: Path, device: str, trust_remote_code: bool = False) -> PreTrainedModel:
     """A causal language model in float32. Raises SourceError if transformers cannot load it, FormatError for a folder
     that is not one model to everybody."""
     with explained(SourceError, f"{folder}: transformers cannot load it"):
-        return load_model(folder, torch.float32, trust_remote_code=trust_remote_code).to(device)
+        model = load_model(folder, torch.float32, trust_remote_code=trust_remote_code)
+        return model.to(device)  # pyright: ignore[reportArgumentType]: transformers' decorator hides what it takes
 
 
-def open_streamed(folder: Path, device: str, trust_remote_code: bool = False, bounded: bool = False) -> nn.Module:
+def open_streamed(folder: Path, device: str, trust_remote_code: bool = False, bounded: bool = False) -> PreTrainedModel:
     """A causal language model in float32 that reads a decoder block's weights when it is called; whole, and said so,
     where transformers changes tensors on loading. Raises SourceError if transformers cannot load it."""
     try:

@@ -9,7 +9,7 @@ import math
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -54,7 +54,7 @@ class TextError(FermiSVDError):
     """A text cannot be read or is too short."""
 
 
-def rows_of(source: str, characters: int | None = None) -> Iterator[tuple[str, object]]:
+def rows_of(source: str, characters: int | None = None) -> Generator[tuple[str, object], None, None]:
     """Where a row stands and what stands there, row by row; a RowError in place of a row that cannot be read.
 
     source: a file, or a data set (folder or hub id, NAME[:CONFIG]). A plain text is one row, {"text": ...}, of at most

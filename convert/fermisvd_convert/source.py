@@ -9,14 +9,13 @@ from pathlib import Path
 import torch
 from huggingface_hub import constants, snapshot_download
 from safetensors import safe_open
-from torch import nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from fermisvd.errors import FormatError, explained, reason
 from fermisvd.files import COPY, TensorInfo, check_name, is_lfs_pointer, read_headers
 from fermisvd.format import quantization_method
 from fermisvd.groups import LinearGroup, StructureError, check_unshared
-from fermisvd.hf import empty_model
+from fermisvd.hf import empty_model, vocabulary_of
 from fermisvd.tensors import ModelTensors, model_tensors
 from fermisvd_convert.loading import (
     SourceError,
@@ -123,11 +122,11 @@ class Source:
         """Number of decoder blocks, 1 where the config does not say."""
         return getattr(self.parsed.get_text_config(), "num_hidden_layers", None) or 1
 
-    def load(self, device: str) -> nn.Module:
+    def load(self, device: str) -> PreTrainedModel:
         """The model in float32, ready for forward passes. Raises SourceError if transformers cannot load it."""
         return load_dense_or_compressed(self.folder, device, self.trust_remote_code)
 
-    def stream(self, device: str, bounded: bool = False) -> nn.Module:
+    def stream(self, device: str, bounded: bool = False) -> PreTrainedModel:
         """As `load`, with one decoder block in memory at a time where the files allow. Raises SourceError if they do
         not and the memory is `bounded`."""
         return open_streamed(self.folder, device, self.trust_remote_code, bounded)
@@ -149,7 +148,7 @@ def folder_name(folder: str | Path) -> str:
     return name if name not in ("", "..") else Path(folder).resolve().name or "model"
 
 
-def load_checked(model: str, device: str, trust_remote_code: bool = False) -> tuple[nn.Module, Path]:
+def load_checked(model: str, device: str, trust_remote_code: bool = False) -> tuple[PreTrainedModel, Path]:
     """A model in float32 and its folder, dense or compressed: all of it checked, as a conversion checks its model.
 
     Raises SourceError or FormatError: transformers would fill what is missing with random numbers, and go on.
@@ -218,7 +217,7 @@ def open_source(model: str, revision: str | None = None, trust_remote_code: bool
     )
 
 
-def check_tensors(folder: Path, empty: nn.Module, found: ModelTensors) -> None:
+def check_tensors(folder: Path, empty: PreTrainedModel, found: ModelTensors) -> None:
     """Raises SourceError unless the files have every parameter of the model, in its shape and a dense type."""
     name = type(empty).__name__
     if found.missing:  # transformers would fill it with random numbers
@@ -261,7 +260,7 @@ def _read_config(folder: Path, trust_remote_code: bool) -> dict:
     return config
 
 
-def _empty_model(folder: Path, config: dict, trust_remote_code: bool) -> tuple[nn.Module, int]:
+def _empty_model(folder: Path, config: dict, trust_remote_code: bool) -> tuple[PreTrainedModel, int]:
     """The causal language model that config.json describes, without weights, and how many tokens it can read.
 
     Raises SourceError if it describes none.
@@ -269,7 +268,7 @@ def _empty_model(folder: Path, config: dict, trust_remote_code: bool) -> tuple[n
     path = folder / "config.json"
     with explained(SourceError, f"{path}: transformers makes no causal language model of it"):
         model = empty_model(folder, trust_remote_code)
-        vocabulary = len(model.get_input_embeddings().weight)
+        vocabulary = vocabulary_of(model)
     named = config.get("architectures")
     if named and not config.get("auto_map") and type(model).__name__ not in named:
         # transformers would fill the head of such a model with random numbers, or let an encoder see what comes next

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import PreTrainedModel
 
 from fermisvd.errors import FermiSVDError
 from fermisvd.groups import decoder_blocks
@@ -34,7 +35,7 @@ class DecoderBlocks:
     Raises BlocksError for a model that is no plain row of blocks, or whose blocks are told of the tokens themselves.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: PreTrainedModel):
         self.model = model
         self.prefix = decoder_blocks(model)
         self.blocks = list(model.get_submodule(self.prefix).children())
@@ -204,7 +205,7 @@ def sweep(
                 on_batch()
 
 
-def device_of(model: nn.Module) -> torch.device:
+def device_of(model: PreTrainedModel) -> torch.device:
     """Where token ids go."""
     return next(model.get_input_embeddings().parameters()).device
 

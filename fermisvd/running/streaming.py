@@ -13,7 +13,7 @@ from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import nn
 from torch.utils.hooks import RemovableHandle
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from fermisvd.errors import FermiSVDError
 from fermisvd.files import TensorInfo, read_headers
@@ -32,7 +32,7 @@ class BlockWeights:
     def __init__(self, block: nn.Module, prefix: str, headers: dict[str, TensorInfo], device: str):
         self.block, self.prefix, self.headers, self.device = block, prefix, headers, device
         self.names = {name: tensor for name, tensor in block.state_dict(keep_vars=True).items() if tensor.is_meta}
-        self.held = False
+        self.held = self.filled_by_call = False
         self.hooks: tuple[RemovableHandle, ...] = ()
 
     def fill(self) -> bool:
@@ -50,7 +50,7 @@ class BlockWeights:
         self.held = False
 
 
-def stream_model(folder: Path, device: str, trust_remote_code: bool = False) -> nn.Module:
+def stream_model(folder: Path, device: str, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model of a folder, dense or compressed, in float32; only what is outside its decoder blocks stays in memory.
 
     Raises StreamingError if a parameter is not a tensor of the files, in the same shape.
@@ -77,9 +77,8 @@ def stream_model(folder: Path, device: str, trust_remote_code: bool = False) -> 
         if not buffer.is_meta:
             _put(model, name, buffer.to(device))
     for name, block in model.get_submodule(blocks).named_children():
-        block.stream = BlockWeights(block, f"{blocks}.{name}.", headers, device)
-        hooks = block.register_forward_pre_hook(_fill), block.register_forward_hook(_empty, always_call=True)
-        block.stream.hooks = hooks
+        vars(block)["stream"] = stream = BlockWeights(block, f"{blocks}.{name}.", headers, device)
+        stream.hooks = block.register_forward_pre_hook(_fill), block.register_forward_hook(_empty, always_call=True)
     return model
 
 
@@ -106,13 +105,15 @@ def fill_for_good(block: nn.Module) -> None:
 
 
 def _fill(block: nn.Module, _) -> None:
+    stream: BlockWeights = vars(block)["stream"]
     skipped = "forward" in vars(block)  # another function in its place
-    block.filled_here = not skipped and block.stream.fill()
+    stream.filled_by_call = not skipped and stream.fill()
 
 
 def _empty(block: nn.Module, *_) -> None:
-    if block.filled_here:
-        block.stream.empty()
+    stream: BlockWeights = vars(block)["stream"]
+    if stream.filled_by_call:
+        stream.empty()
 
 
 def _read(stored: TensorInfo, device: str) -> torch.Tensor:

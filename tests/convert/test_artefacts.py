@@ -121,6 +121,7 @@ def test_every_stage_is_kept(settled):
     assert set(STAGES) == made(settled[0] / "work").keys()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("tampering", ["flipped", "cut off", "exchanged", "a number changed"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_that_was_tampered_with_is_made_again(settled, tmp_path, stage, tampering):
@@ -136,6 +137,7 @@ def test_a_stage_that_was_tampered_with_is_made_again(settled, tmp_path, stage, 
     assert disturbed(settled, tmp_path, tamper, STAGES[: STAGES.index(stage) + 1]) == "rebuilt"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("tampering", TAMPERINGS)
 def test_the_manifest_that_was_tampered_with(settled, tmp_path, tampering):
     def tamper(work):
@@ -176,6 +178,7 @@ def any_tampering(settled, changes, lost):
         disturbed(settled, Path(folder), tamper, [stage for stage in STAGES if stage not in lost])
 
 
+@pytest.mark.long
 @settings(max_examples=25, **PROFILE)
 @given(tamperings())
 def test_any_tampering(settled, drawn):

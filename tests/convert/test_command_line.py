@@ -138,6 +138,7 @@ def converts_or_refuses(arguments, model, texts, monkeypatch) -> str:
         return lines[0]
 
 
+@pytest.mark.long
 @settings(max_examples=40, **PROFILE)
 @given(command())
 def test_any_options(smallest_llama, texts, arguments):

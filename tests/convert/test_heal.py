@@ -26,6 +26,7 @@ def settings(models, demo_text):
     return dict(text=[str(demo_text["calibration"])], teacher=str(models[0]), steps=40, samples=256, sequence_length=64)
 
 
+@pytest.mark.long
 def test_healed_checkpoint_is_whole_and_better(models, settings, tmp_path):
     _, compressed = models
     record = heal_checkpoint(compressed, tmp_path / "healed", **settings)

@@ -15,6 +15,7 @@ from fermisvd_convert.text import windows_of
 TRIAL = {("svd", "separate"): (29.57, 53.15, 97.18), ("pivga", "joint"): (9.522, 22.32, 46.00)}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("form", "partition"), TRIAL)
 def test_uniform_ranks_rounded_down_give_the_trials_perplexity(stories260k, form, partition):
     text = stories260k.parent.parent / "text"

@@ -3,23 +3,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fermisvd.budget import (
+    Budget,
     BudgetError,
+    RankedGroup,
     auto_alignment,
+    compressed,
+    dense_parameters,
     factor_parameters,
     group_parameters,
-    kept_parameters,
-    rank_ladder,
-    round_to_budget,
     stays_dense,
-    total_parameters,
-    uniform_rank,
-    uniform_ranks,
 )
 from fermisvd.groups import LinearGroup
 
 
 def make_group(rows: int, columns: int, name: str = "w") -> LinearGroup:
     return LinearGroup((name,), (rows,), columns, "columns", name)
+
+
+def total(groups, ranks, form) -> float:
+    return sum(group_parameters(g, r, form) for g, r in zip(groups, ranks, strict=True))
 
 
 shapes = st.tuples(st.integers(2, 300), st.integers(2, 300))
@@ -37,7 +39,7 @@ def test_parameters_count_the_stored_tensors(shape, rank, form):
 @given(shapes, st.integers(1, 300), forms)
 def test_dense_is_stored_where_factors_are_no_smaller(shape, rank, form):
     group, rank = make_group(*shape), min(rank, *shape)
-    count = factor_parameters(rank, *shape, form)
+    count = factor_parameters(rank, shape[0], shape[1], form)
     assert stays_dense(group, rank, form) == (count >= shape[0] * shape[1])
     assert group_parameters(group, rank, form) == min(count, shape[0] * shape[1])
 
@@ -49,7 +51,7 @@ def test_pivga_meets_dense_exactly_at_full_rank():
 
 @given(shapes, st.floats(0.01, 0.99), forms)
 def test_uniform_rank_solves_its_equation(shape, remove, form):
-    count = factor_parameters(uniform_rank(make_group(*shape), remove, form), *shape, form)
+    count = factor_parameters(Budget.removing(remove, form).uniform_rank(make_group(*shape)), shape[0], shape[1], form)
     assert count == pytest.approx((1 - remove) * shape[0] * shape[1], rel=1e-9)
 
 
@@ -63,39 +65,40 @@ def test_uniform_rank_solves_its_equation(shape, remove, form):
 def test_rounded_ranks_meet_the_budget_within_one_step(group_shapes, data, remove, form, align):
     groups = [make_group(*shape, name=f"w{i}") for i, shape in enumerate(group_shapes)]
     ideal = [data.draw(st.floats(0, g.full_rank)) for g in groups]
-    budget = kept_parameters(groups, remove)
+    budget = Budget.removing(remove, form, align)
+    kept = (1 - remove) * dense_parameters(groups)
     try:
-        ranks = round_to_budget(groups, ideal, budget, form, align)
+        ranks = budget.ranks(groups, ideal)
     except BudgetError:
-        lowest = [rank_ladder(g, form, align)[0] for g in groups]
-        assert total_parameters(groups, lowest, form) > budget
+        lowest = [budget.ladder(g)[0] for g in groups]
+        assert total(groups, lowest, form) > kept - 1 or kept > dense_parameters(groups) - 1  # or nothing would go
         return
-    spent = total_parameters(groups, ranks, form)
-    assert spent <= budget
+    spent = total(groups, ranks, form)
+    assert spent <= kept + 1e-6
     for g, rank in zip(groups, ranks, strict=True):
-        ladder = rank_ladder(g, form, align)
+        ladder = budget.ladder(g)
         assert rank in ladder
         if rank != ladder[-1]:
             step = ladder[ladder.index(rank) + 1]
-            assert spent + group_parameters(g, step, form) - group_parameters(g, rank, form) > budget
+            assert spent + group_parameters(g, step, form) - group_parameters(g, rank, form) > kept - 1
 
 
 def test_ideal_ranks_that_fit_are_kept():
     groups = [make_group(64, 64, "a"), make_group(32, 64, "b")]
     ideal = [20.0, 10.0]
-    budget = int(total_parameters(groups, ideal, "pivga"))
-    assert round_to_budget(groups, ideal, budget, "pivga", 1) == [20, 10]
+    budget = Budget(total(groups, ideal, "pivga") / dense_parameters(groups), "pivga", align=1)
+    assert budget.ranks(groups, ideal) == [20, 10]
 
 
 @pytest.mark.parametrize("remove", [0, 1, -0.1, 1.5])
 def test_remove_out_of_range_is_refused(remove):
     with pytest.raises(BudgetError, match="--remove"):
-        kept_parameters([make_group(8, 8)], remove)
+        Budget.removing(remove, "pivga")
 
 
 def test_unreachable_budget_is_refused():
     with pytest.raises(BudgetError, match="align"):
-        round_to_budget([make_group(64, 64)], [1], 100, "pivga", 32)
+        Budget(100 / 64**2, "pivga", align=32).ranks([make_group(64, 64)], [1])
 
 
 @pytest.mark.parametrize(("width", "step"), [(64, 1), (192, 2), (512, 8), (2047, 16), (2048, 64), (16384, 64)])
@@ -105,27 +108,35 @@ def test_auto_alignment_grows_with_width(width, step):
 
 def test_uniform_ranks_remove_what_was_asked():
     groups = [make_group(96, 64, "a"), make_group(64, 170, "b")]
-    dense = sum(g.dense_parameters for g in groups)
+    dense = dense_parameters(groups)
     for form in ("svd", "pivga"):
-        removed = 1 - total_parameters(groups, uniform_ranks(groups, 0.3, form, 1), form) / dense
+        budget = Budget.removing(0.3, form, align=1)
+        removed = 1 - total(groups, budget.ranks(groups, budget.uniform_ranks(groups)), form) / dense
         assert 0.3 <= removed < 0.3 + 240 / dense  # one step of one group is at most m + n numbers
 
 
 @pytest.mark.parametrize("form", ["svd", "pivga"])
 def test_no_rank_is_below_the_minimum(form):
     groups = [LinearGroup((name,), (48,), 64, "columns", name) for name in "abc"]
-    budget = kept_parameters(groups, 0.4)
-    ranks = round_to_budget(groups, [2.0, 5.0, 48.0], budget, form, 1, minimum=8)
+    ranks = Budget.removing(0.4, form, align=1, minimum_rank=8).ranks(groups, [2.0, 5.0, 48.0])
     assert min(ranks) >= 8
     with pytest.raises(BudgetError, match="lowest aligned ranks"):
-        round_to_budget(groups, [2.0, 5.0, 48.0], kept_parameters(groups, 0.9), form, 1, minimum=30)
+        Budget.removing(0.9, form, align=1, minimum_rank=30).ranks(groups, [2.0, 5.0, 48.0])
 
 
 def test_a_dense_group_of_the_svd_form_comes_down_last():
     """Many groups below one aligned step exceed the budget; giving up the dense one would cost it half its rank."""
     groups = [LinearGroup((f"m{i}",), (1024,), 1024, "columns", f"m{i}") for i in range(9)]
     ideal = [1024.0, *[10.0] * 6, 300.0, 300.0]
-    budget = int(total_parameters(groups, ideal, "svd"))
-    ranks = round_to_budget(groups, ideal, budget, "svd", 16)
+    numbers = total(groups, ideal, "svd")
+    ranks = Budget(numbers / dense_parameters(groups), "svd", align=16).ranks(groups, ideal)
     assert ranks[0] == 1024
-    assert budget - 16 * 2048 < total_parameters(groups, ranks, "svd") <= budget
+    assert numbers - 16 * 2048 < total(groups, ranks, "svd") <= numbers
+
+
+@pytest.mark.parametrize("form", ["svd", "pivga"])
+def test_ranked_groups_count_what_they_store(form):
+    groups = [make_group(96, 64, "a"), make_group(64, 170, "b")]
+    ranked = [RankedGroup(groups[0], 20, form), RankedGroup(groups[1], 64, form)]
+    assert [each.parameters for each in ranked] == [int(factor_parameters(20, 96, 64, form)), 64 * 170]
+    assert compressed(ranked) == ranked[:1]

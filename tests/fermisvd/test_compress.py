@@ -41,6 +41,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("form", ["pivga", "svd"])
 def test_the_converter_gives_the_same(tiny_llama, text, windows, tmp_path, form, settings):

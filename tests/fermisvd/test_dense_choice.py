@@ -2,10 +2,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from fermisvd.budget import BudgetError, kept_parameters, round_to_budget, total_parameters
+from fermisvd.budget import Budget, BudgetError, group_parameters
 from fermisvd.decomposition import data_aware_svd
-from fermisvd.dense_choice import OpenTeacher, choose_dense, cut, jump_rank
-from fermisvd.fermigrad import install_gates
+from fermisvd.dense_choice import OpenTeacher, choose_dense, jump_rank
+from fermisvd.gates import cut, install_gates
 from fermisvd.groups import find_groups, stacked_weight
 from fermisvd.losses import StudentLoss, kl_divergence, set_weight
 
@@ -43,10 +43,13 @@ class Problem:
         with torch.no_grad():
             return kl_divergence(self.dense(self.ids).logits, student(self.ids).logits).item()
 
-    def settle(self, mus, remove, align=1, **options):
-        budget = kept_parameters(self.groups, remove)
-        mus, records = choose_dense(self.model, self.groups, self.gated, mus, budget, self.ids, align, **options)
-        return mus, round_to_budget(self.groups, mus, budget, "svd", align), records
+    def settle(self, mus, remove, align=1, minimum_rank=1):
+        budget = Budget.removing(remove, "svd", align, minimum_rank)
+        mus, records = choose_dense(self.model, self.groups, self.gated, mus, budget, self.ids, batch_size=8)
+        return mus, budget.ranks(self.groups, mus), records
+
+    def numbers(self, mus):
+        return sum(group_parameters(g, mu, "svd") for g, mu in zip(self.groups, mus, strict=True))
 
     def dense_names(self, mus):
         return [g.name for g, mu in zip(self.groups, mus, strict=True) if mu == pytest.approx(g.full_rank)]
@@ -55,7 +58,7 @@ class Problem:
 def test_loss_of_cut_gates_is_that_of_replaced_weights(tiny_llama):
     problem = Problem(tiny_llama)
     ranks = [max(1, g.full_rank // 2) for g in problem.groups]
-    loss = StudentLoss(OpenTeacher(problem.model, problem.gated), problem.ids)
+    loss = StudentLoss(OpenTeacher(problem.model, problem.gated), problem.ids, 8)
     cut(problem.gated, ranks)
     assert loss(problem.model) == pytest.approx(problem.kl(ranks))
     loss.expected = None  # as where the logits are too large to keep: the teacher is asked anew
@@ -69,8 +72,7 @@ def test_no_rank_is_left_beyond_the_jump_and_the_budget_is_spent(tiny_llama):
     mus, _, _ = problem.settle([0.7 * g.full_rank for g in problem.groups], 0.3)
     for group, mu in zip(problem.groups, mus, strict=True):
         assert mu == pytest.approx(group.full_rank) or mu <= jump_rank(group) + 1e-6
-    spent = total_parameters(problem.groups, mus, "svd")
-    assert spent == pytest.approx(kept_parameters(problem.groups, 0.3))
+    assert problem.numbers(mus) == pytest.approx(Budget.removing(0.3, "svd").numbers(problem.groups))
 
 
 @pytest.mark.parametrize("align", [1, 8])
@@ -80,7 +82,7 @@ def test_layers_that_matter_go_dense(tiny_llama, align):
     start = [0.9 * jump_rank(g) for g in problem.groups]
     mus, ranks, records = problem.settle(start, 0.3, align)
     assert any("layers.0.mlp" in name for name in problem.dense_names(mus))
-    before = round_to_budget(problem.groups, start, kept_parameters(problem.groups, 0.3), "svd", align)
+    before = Budget.removing(0.3, "svd", align).ranks(problem.groups, start)
     assert problem.kl(ranks) < 0.5 * problem.kl(before)
     accepted = [r for r in records if "kl" in r and r["kl"] < r["kl_before"]]
     assert accepted[-1]["kl"] == pytest.approx(problem.kl(ranks))  # what was measured is what is written
@@ -100,7 +102,7 @@ def test_a_dense_layer_that_does_not_matter_comes_down(tiny_llama):
 def test_dense_groups_that_the_budget_cannot_hold_are_cut(tiny_llama):
     problem = Problem(tiny_llama)
     mus, _, _ = problem.settle([g.full_rank for g in problem.groups], 0.6)
-    assert total_parameters(problem.groups, mus, "svd") == pytest.approx(kept_parameters(problem.groups, 0.6))
+    assert problem.numbers(mus) == pytest.approx(Budget.removing(0.6, "svd").numbers(problem.groups))
 
 
 def test_an_impossible_budget_is_refused(tiny_llama):

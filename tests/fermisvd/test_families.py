@@ -39,6 +39,7 @@ def test_groups_come_from_the_structure(family, tmp_path):
     assert others == (moe if "moe" in family else set())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("form", ["pivga", "svd"])
 @pytest.mark.parametrize("family", [*FAMILIES, *UNSERVED])
 def test_reloaded_logits_equal_the_dense_product(family, form, family_checkpoints, tmp_path):

@@ -6,22 +6,20 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from fermisvd import fermigrad
-from fermisvd.budget import group_parameters
+from fermisvd.budget import Budget, SoftBudget, dense_parameters, group_parameters
 from fermisvd.decomposition import data_aware_svd
 from fermisvd.fermigrad import (
     PLATEAU_STEPS,
+    FermiGradError,
     FermiGradSettings,
-    GatedGroup,
-    GatedLinear,
-    SoftBudget,
-    _plateau,
-    fermi_gate,
+    checkpointed,
     gated_kl,
-    install_gates,
+    on_a_plateau,
     optimise_ranks,
 )
-from fermisvd.groups import find_groups, stacked_weight
+from fermisvd.gates import GatedGroup, GatedLinear, fermi_gate, install_gates, open_gates, set_gates
+from fermisvd.groups import Partition, find_groups, stacked_weight
+from fermisvd.linear import linear_layer
 from fermisvd.losses import KL_SLICE, kl_divergence
 
 
@@ -58,7 +56,7 @@ def test_gated_layer_is_the_formula_in_float64(bias):
         torch.testing.assert_close(got, want)
 
 
-def gated_model(folder, partition="joint", dtype=torch.float64):
+def gated_model(folder, partition: Partition = "joint", dtype=torch.float64):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().requires_grad_(False)
     groups = find_groups(model, partition)
     bases = {}
@@ -120,21 +118,25 @@ def test_kl_gradient_is_autograd_s_over_several_slices():
     torch.testing.assert_close(ours.grad, reference.grad)
 
 
-def test_narrow_products_equal_the_whole_ones(tiny_llama, monkeypatch):
-    """Gates closed beyond TAIL are left out; reference: nothing left out."""
+def test_narrow_products_equal_the_whole_ones(tiny_llama):
+    """Gates closed beyond the tail are left out; reference: nothing left out."""
     model, groups, gated = gated_model(tiny_llama)
     ids = torch.randint(2048, (2, 12))
+    with torch.no_grad():
+        teacher = model(input_ids=ids).logits
 
-    def loss_and_gradient():
-        mus = torch.tensor([0.3 * g.full_rank for g in groups], dtype=torch.float64, requires_grad=True)
-        loss = gated_kl(model, groups, gated, ids, mus, 0.01)
-        assert all(g.open_rank < g.full_rank for g in gated) == (fermigrad.TAIL < 100)
+    def gradient(loss, mus):
         return loss, *torch.autograd.grad(loss, mus)
 
-    narrow = loss_and_gradient()
-    monkeypatch.setattr(fermigrad, "TAIL", 1000.0)
-    for ours, whole in zip(narrow, loss_and_gradient(), strict=True):
-        torch.testing.assert_close(ours, whole, rtol=5e-3, atol=1e-6)
+    mus = torch.tensor([0.3 * g.full_rank for g in groups], dtype=torch.float64, requires_grad=True)
+    narrow = gradient(gated_kl(model, gated, ids, mus, 0.01), mus)
+    assert all(g.open_rank < g.full_rank for g in gated)
+    open_gates(gated)
+    set_gates(gated, mus, 0.01, tail=1000.0)
+    assert all(g.open_rank == g.full_rank for g in gated)
+    whole = gradient(kl_divergence(teacher, model(input_ids=ids).logits), mus)
+    for ours, expected in zip(narrow, whole, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=5e-3, atol=1e-6)
 
 
 def test_nothing_of_a_forward_pass_is_kept_once_all_members_have_read(tiny_llama):
@@ -146,20 +148,20 @@ def test_nothing_of_a_forward_pass_is_kept_once_all_members_have_read(tiny_llama
 
 
 def test_plateau_needs_enough_steps_at_the_target():
-    settings, half = FermiGradSettings(plateau=0.01), PLATEAU_STEPS
+    plateau, half = 0.01, PLATEAU_STEPS
     records = [{"kl": 1.0, "kept": 0.8}] * (2 * half)
-    assert _plateau(records, 0.8, settings)
-    assert not _plateau(records[:-1], 0.8, settings)
-    assert not _plateau([{"kl": 1.0, "kept": 0.9}, *records[1:]], 0.8, settings)
-    assert not _plateau(records[:half] + [{"kl": 0.9, "kept": 0.8}] * half, 0.8, settings)
-    assert not _plateau(records, 0.8, FermiGradSettings())
+    assert on_a_plateau(records, 0.8, plateau)
+    assert not on_a_plateau(records[:-1], 0.8, plateau)
+    assert not on_a_plateau([{"kl": 1.0, "kept": 0.9}, *records[1:]], 0.8, plateau)
+    assert not on_a_plateau(records[:half] + [{"kl": 0.9, "kept": 0.8}] * half, 0.8, plateau)
+    assert not on_a_plateau(records, 0.8, FermiGradSettings().plateau)
 
 
 def test_default_steps_can_end_on_a_plateau(tiny_llama):
     model, groups, gated = gated_model(tiny_llama, dtype=torch.float32)
     windows = torch.randint(2048, (16, 8))
     settings = FermiGradSettings(plateau=1.0)  # whatever is gained, it is less
-    _, records = optimise_ranks(model, groups, gated, windows, 0.8, "pivga", settings)
+    _, records = optimise_ranks(model, groups, gated, windows, Budget(0.8, "pivga"), settings, batch_size=8, seed=0)
     assert len(records) < settings.steps
 
 
@@ -228,54 +230,69 @@ def test_optimised_ranks_hold_the_budget_and_lower_the_loss(tiny_llama, constrai
     groups = find_groups(model)
     poor = 3
     with torch.no_grad():
-        weight = model.get_submodule(groups[poor].name).weight
+        weight = linear_layer(model, groups[poor].name).weight
         weight.copy_(torch.randn(weight.shape[0], 4) @ torch.randn(4, weight.shape[1]) * 0.2)
     bases = {g.name: data_aware_svd(stacked_weight(model, g), torch.eye(g.columns)) for g in groups}
     gated = install_gates(model, groups, lambda g: bases[g.name].truncated(g.full_rank))
     windows = torch.randint(2048, (8, 24))
-    settings = FermiGradSettings(constraint=constraint, steps=60, batch_size=4, learning_rate=0.03, penalty_growth=1.08)
-    mus, records = optimise_ranks(model, groups, gated, windows, 0.7, form, settings)
-    dense = sum(g.dense_parameters for g in groups)
-    kept = sum(group_parameters(g, mu, form) for g, mu in zip(groups, mus, strict=True)) / dense
-    assert kept == pytest.approx(0.7, abs=1e-6)
-    assert records[-1]["kept"] == pytest.approx(0.7, abs=1e-6 if constraint == "projection" else 0.03)
+    settings = FermiGradSettings(constraint=constraint, steps=60, learning_rate=0.03, penalty_growth=1.08)
+    budget = Budget(0.7, form)
+    mus, records = optimise_ranks(model, groups, gated, windows, budget, settings, batch_size=4, seed=0)
+    target = budget.numbers(groups) / dense_parameters(groups)
+    kept = sum(group_parameters(g, mu, form) for g, mu in zip(groups, mus, strict=True)) / dense_parameters(groups)
+    assert kept == pytest.approx(target, abs=1e-6)
+    assert records[-1]["kept"] == pytest.approx(target, abs=1e-6 if constraint == "projection" else 0.03)
     assert len(records) == 60 and all(math.isfinite(r["kl"]) for r in records)
     shares = [mu / g.full_rank for g, mu in zip(groups, mus, strict=True)]
     assert shares[poor] == min(shares) and shares[poor] < 0.6 * sum(shares) / len(shares)
-    again, _ = optimise_ranks(model, groups, gated, windows, 0.7, form, settings)
+    again, _ = optimise_ranks(model, groups, gated, windows, budget, settings, batch_size=4, seed=0)
     assert again == mus  # deterministic for a seed
 
 
 def test_infinite_loss_is_an_error(tiny_llama):
-    from fermisvd.fermigrad import FermiGradError
-
     model, groups, gated = gated_model(tiny_llama, dtype=torch.float32)
     with torch.no_grad():
         model.model.norm.weight.fill_(float("nan"))
     with pytest.raises(FermiGradError, match="step 0"):
-        optimise_ranks(model, groups, gated, torch.randint(2048, (2, 8)), 0.8, "pivga", FermiGradSettings(steps=2))
+        windows, settings = torch.randint(2048, (2, 8)), FermiGradSettings(steps=2)
+        optimise_ranks(model, groups, gated, windows, Budget(0.8, "pivga"), settings, batch_size=8, seed=0)
 
 
 @pytest.mark.parametrize("constraint", ["projection", "penalty"])
 def test_interrupted_optimisation_goes_on_to_the_same_ranks(tiny_llama, constraint):
     model, groups, gated = gated_model(tiny_llama, dtype=torch.float32)
-    windows, settings = torch.randint(2048, (5, 16)), FermiGradSettings(constraint, steps=7, batch_size=2)
-    kept = []
-    expected = optimise_ranks(model, groups, gated, windows, 0.7, "pivga", settings, on_progress=kept.append)
+    windows, settings = torch.randint(2048, (5, 16)), FermiGradSettings(constraint=constraint, steps=7)
+    kept, given = [], (model, groups, gated, windows, Budget(0.7, "pivga"), settings)
+    expected = optimise_ranks(*given, batch_size=2, seed=0, on_progress=kept.append)
     for state in (kept[0], kept[3], kept[-1]):
         begun = json.loads(json.dumps(state))
-        assert optimise_ranks(model, groups, gated, windows, 0.7, "pivga", settings, begun=begun) == expected
+        assert optimise_ranks(*given, batch_size=2, seed=0, begun=begun) == expected
 
 
-def test_blocks_that_are_computed_again_for_the_gradient_give_the_same(tiny_llama, monkeypatch):
+def test_blocks_that_are_computed_again_for_the_gradient_give_the_same(tiny_llama):
     model, groups, gated = gated_model(tiny_llama)
-    windows, settings = torch.randint(2048, (5, 16)), FermiGradSettings(steps=4, batch_size=2)
-    expected, _ = optimise_ranks(model, groups, gated, windows, 0.7, "pivga", settings)
-    runs = []
+    ids, runs = torch.randint(2048, (2, 16)), []
+    mus = torch.tensor([0.5 * g.full_rank for g in groups], dtype=torch.float64, requires_grad=True)
+    (expected,) = torch.autograd.grad(gated_kl(model, gated, ids, mus, 0.01), mus)
     for block in model.model.layers:
         block.self_attn.register_forward_hook(lambda *_: runs.append(torch.is_grad_enabled()))
-    monkeypatch.setattr(fermigrad, "KEPT_ACTIVATIONS", 0)
-    found, _ = optimise_ranks(model, groups, gated, windows, 0.7, "pivga", settings)
-    assert found == pytest.approx(expected, rel=1e-12)
-    assert len(runs) == 4 * len(model.model.layers) * 3  # teacher, student, student again
+    with checkpointed(model, groups, ids.numel(), kept_bytes=0):
+        (found,) = torch.autograd.grad(gated_kl(model, gated, ids, mus, 0.01), mus)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    assert len(runs) == len(model.model.layers) * 3  # teacher, student, student again
     assert not any("forward" in vars(block) for block in model.model.layers)
+    with checkpointed(model, groups, ids.numel()):  # little enough to keep
+        gated_kl(model, gated, ids, mus, 0.01)
+    assert len(runs) == len(model.model.layers) * 5
+
+
+def test_another_form_is_counted_by_the_uniform_ranks_that_remove_the_same(tiny_llama):
+    """The paper's recipe: svd parameters are counted, uncapped, and PivGa is written."""
+    model, groups, gated = gated_model(tiny_llama, dtype=torch.float32)
+    windows, budget = torch.randint(2048, (4, 16)), Budget(0.7, "pivga")
+    settings = FermiGradSettings(steps=20, count="svd")
+    mus, _ = optimise_ranks(model, groups, gated, windows, budget, settings, batch_size=4, seed=0)
+    widths = [g.rows + g.columns for g in groups]
+    uniform = [budget.uniform_rank(g) for g in groups]
+    expected = sum(rank * width for rank, width in zip(uniform, widths, strict=True))
+    assert sum(mu * width for mu, width in zip(mus, widths, strict=True)) == pytest.approx(expected, rel=1e-6)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from fermisvd import load_model
-from fermisvd.budget import group_parameters, stays_dense
+from fermisvd.budget import Budget, Form, RankedGroup, compressed, group_parameters
 from fermisvd.decomposition import data_aware_svd
 from fermisvd.groups import find_groups, stacked_weight
 from fermisvd.joining import coarser_partitions, fused_layers, join_groups, joined, rank_at
@@ -26,7 +26,7 @@ def test_rank_at_is_the_largest_that_fits(tiny_llama, form, align):
     for group in find_groups(load_model(tiny_llama)):
         for share in (0.3, 0.7, 1.0):
             room = share * group.dense_parameters
-            rank = rank_at(group, room, form, align)
+            rank = rank_at(group, room, Budget(0.5, form, align))
             if share == 1:
                 assert rank == group.full_rank
                 continue
@@ -36,8 +36,8 @@ def test_rank_at_is_the_largest_that_fits(tiny_llama, form, align):
 class Problem:
     """A random Llama, uniform ranks, separate groups; q, k and v of both layers may be made to share their rows."""
 
-    def __init__(self, folder, share_rows: bool, form="pivga"):
-        self.dense, self.form = load_model(folder), form
+    def __init__(self, folder, share_rows: bool, form: Form = "pivga"):
+        self.dense, self.budget = load_model(folder), Budget(0.5, form, align=1)
         self.groups = find_groups(self.dense, "separate")
         if share_rows:  # all three see the same 12 directions of the input: together they need them once
             for layer in self.dense.model.layers:
@@ -48,13 +48,11 @@ class Problem:
                         weight.copy_(torch.randn(weight.shape[0], 12) @ directions)
         self.student = load_model(folder)
         self.student.load_state_dict(self.dense.state_dict())
-        self.ranks = [
-            6 if "self_attn" in g.name and not g.name.endswith("o_proj") else g.full_rank for g in self.groups
-        ]
-        for group, rank in zip(self.groups, self.ranks, strict=True):
-            if not stays_dense(group, rank, form):
-                a, b = self.factors(group).truncated(rank)
-                set_weight(self.student, group, (a @ b).float())
+        thin = [g for g in self.groups if "self_attn" in g.name and not g.name.endswith("o_proj")]
+        self.ranked = [RankedGroup(g, 6 if g in thin else g.full_rank, form) for g in self.groups]
+        for each in compressed(self.ranked):
+            a, b = self.factors(each.group).truncated(each.rank)
+            set_weight(self.student, each.group, (a @ b).float())
         self.aside = torch.randint(2048, (4, 24))
 
     def factors(self, group):
@@ -65,12 +63,10 @@ class Problem:
         result = join_groups(
             self.dense,
             self.student,
-            self.groups,
-            self.ranks,
-            self.form,
+            self.ranked,
+            self.budget,
             self.aside,
             self.factors,
-            lambda g: 1,
             batch_size=4,
             on_layer=found.append,
         )
@@ -80,23 +76,24 @@ class Problem:
 @pytest.mark.parametrize("form", ["svd", "pivga"])
 def test_layers_that_share_directions_are_joined_and_others_never_cost_loss(tiny_llama, form):
     shared = Problem(tiny_llama, share_rows=True, form=form)
-    before = StudentLoss(shared.dense, shared.aside)(shared.student)
+    before = StudentLoss(shared.dense, shared.aside, 8)(shared.student)
     result, records = shared.join()
-    assert any(len(group.members) == 3 for group, _ in result)
+    assert any(len(each.group.members) == 3 for each in result)
     assert records[-1]["joined_kl"] < 0.7 * before
-    assert StudentLoss(shared.dense, shared.aside)(shared.student) == pytest.approx(records[-1]["joined_kl"], rel=1e-5)
-    before = sum(group_parameters(g, r, form) for g, r in zip(shared.groups, shared.ranks, strict=True))
-    assert sum(group_parameters(g, r, form) for g, r in result) <= before
-    assert [m for g, _ in result for m in g.members] == [g.name for g in shared.groups]
+    assert StudentLoss(shared.dense, shared.aside, 8)(shared.student) == pytest.approx(
+        records[-1]["joined_kl"], rel=1e-5
+    )
+    assert sum(each.parameters for each in result) <= sum(each.parameters for each in shared.ranked)
+    assert [m for each in result for m in each.group.members] == [g.name for g in shared.groups]
 
 
 def test_student_and_result_agree(tiny_llama):
     """The student that comes back has the weights of the groups and ranks that come back."""
     problem = Problem(tiny_llama, share_rows=False)
     result, _ = problem.join()
-    for group, rank in result:
-        expected = stacked_weight(problem.dense, group).double()
-        if not stays_dense(group, rank, "pivga"):
-            a, b = problem.factors(group).truncated(rank)
+    for each in result:
+        expected = stacked_weight(problem.dense, each.group).double()
+        if not each.stays_dense:
+            a, b = problem.factors(each.group).truncated(each.rank)
             expected = (a @ b).double()
-        torch.testing.assert_close(stacked_weight(problem.student, group).double(), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(stacked_weight(problem.student, each.group).double(), expected, rtol=0, atol=1e-5)

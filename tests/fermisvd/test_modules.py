@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -7,8 +9,8 @@ from fermisvd.modules import PivGaColumnsLinear, PivGaRowsLinear, replace_group
 from fermisvd.pivga import dense_product, fix_gauge
 
 
-def toy(bias: bool) -> nn.Module:
-    model = nn.Module()
+def toy(bias: bool) -> Any:  # a module whose layers are replaced
+    model: Any = nn.Module()
     model.q, model.k = nn.Linear(24, 30, bias=bias), nn.Linear(24, 10, bias=bias)
     return model.double()
 

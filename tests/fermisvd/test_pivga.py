@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pytest
 import scipy.linalg
@@ -87,7 +89,8 @@ def test_pivoted_cholesky_is_pivoted_qr(shape):
     columns = torch.randn(rank, n, dtype=torch.float64) * torch.logspace(0, -2, rank, dtype=torch.float64)[:, None]
     found = pivoted_cholesky(columns.T @ columns, rank)
     assert found is not None
-    factor, pivots = scipy.linalg.qr(columns.numpy(), mode="r", pivoting=True)
+    result: Any = scipy.linalg.qr(columns.numpy(), mode="r", pivoting=True)  # its type depends on the arguments
+    factor, pivots = result
     assert found[1][:rank].tolist() == pivots[:rank].tolist()
     expected = torch.from_numpy(factor)[:, torch.from_numpy(pivots.astype(np.int64)).argsort()].abs()
     torch.testing.assert_close(found[0][:, found[1].argsort()].abs(), expected, rtol=1e-6, atol=1e-9)
@@ -159,7 +162,7 @@ def calibrated_factors(m, n, r, seed):
 @pytest.mark.parametrize("shape", [(48, 96, 32), (96, 48, 20), (64, 64, 60)])
 def test_rounding_is_no_worse_than_plain_casting(side, dtype, shape):
     for seed in range(3):
-        a, b = calibrated_factors(*shape, seed)
+        a, b = calibrated_factors(*shape, seed=seed)
         exact, product = fix_gauge(a, b, side), a @ b
         cast = type(exact)(exact.skeleton.to(dtype), exact.interpolation.to(dtype), exact.permutation, side)
         rounded = fix_gauge(a, b, side, dtype)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from fermisvd import load_model
-from fermisvd.budget import uniform_ranks
+from fermisvd.budget import Budget, RankedGroup
 from fermisvd.decomposition import data_aware_svd
 from fermisvd.groups import find_groups, stacked_weight
 from fermisvd.losses import StudentLoss, set_weight
@@ -32,21 +32,22 @@ def decomposition_of(dense):
 def test_refit_lowers_the_loss_it_accepts_by_and_gives_the_student_s_factors(tiny_llama):
     dense = load_model(tiny_llama)
     groups = find_groups(dense)
-    ranks = uniform_ranks(groups, 0.5, "pivga", 1)
+    budget = Budget.removing(0.5, "pivga", align=1)
+    ranked = budget.ranked(groups, budget.uniform_ranks(groups))
     student = load_model(tiny_llama)
-    for group, rank in zip(groups, ranks, strict=True):
+    for group, rank in ((each.group, each.rank) for each in ranked):
         a, b = data_aware_svd(stacked_weight(dense, group), torch.eye(group.columns)).truncated(rank)
         set_weight(student, group, (a @ b).float())
     untouched = {g.name: stacked_weight(student, g).clone() for g in groups}
     windows, aside = torch.randint(2048, (24, 32)), torch.randint(2048, (8, 32))
-    before, records = StudentLoss(dense, aside)(student), []
+    before, records = StudentLoss(dense, aside, 8)(student), []
     decompose = decomposition_of(dense)
-    found = refit(dense, student, groups, ranks, windows, aside, decompose, 8, records.append)
-    after = StudentLoss(dense, aside)(student)
+    found = refit(dense, student, ranked, windows, aside, decompose, batch_size=8, on_group=records.append)
+    after = StudentLoss(dense, aside, 8)(student)
     assert len(records) == len(groups) and found
     assert after < 0.9 * before
     assert after == pytest.approx(min(r["refitted_kl"] for r in records), rel=1e-4)
-    for group, rank in zip(groups, ranks, strict=True):
+    for group, rank in ((each.group, each.rank) for each in ranked):
         weight = stacked_weight(student, group)
         if group.name in found:
             a, b = found[group.name]
@@ -59,8 +60,7 @@ def test_refit_lowers_the_loss_it_accepts_by_and_gives_the_student_s_factors(tin
 def test_nothing_is_refitted_where_it_cannot_help(tiny_llama):
     """At full rank the student is the teacher: no candidate is strictly better."""
     dense, student = load_model(tiny_llama), load_model(tiny_llama)
-    groups = find_groups(dense)
-    ranks = [group.full_rank for group in groups]
+    ranked = [RankedGroup(group, group.full_rank, "pivga") for group in find_groups(dense)]
     windows = torch.randint(2048, (8, 32))
     for chosen in (windows, windows[:3], windows[:0]):  # also less than a batch, and none
-        assert refit(dense, student, groups, ranks, chosen, windows[:2], decomposition_of(dense)) == {}
+        assert refit(dense, student, ranked, chosen, windows[:2], decomposition_of(dense), batch_size=8) == {}

@@ -4,6 +4,7 @@ import copy
 import json
 import subprocess
 import sys
+from typing import Any
 
 import accelerate
 import pytest
@@ -98,13 +99,15 @@ def test_offloaded_model_is_saved(compressed, tmp_path):
 def test_compiled(compressed):
     model = load_model(compressed)
     expected = logits(model)
-    torch.testing.assert_close(logits(torch.compile(model, backend="eager", fullgraph=True)), expected)
+    compiled: Any = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(logits(compiled), expected)
 
 
 def test_functional_call(compressed):
     model = load_model(compressed)
     expected, state = logits(model), dict(model.named_parameters()) | dict(model.named_buffers())
-    empty = copy.deepcopy(model).to("meta")
+    empty: Any = copy.deepcopy(model)
+    empty = empty.to("meta")
     with torch.no_grad():
         found = torch.func.functional_call(empty, state, kwargs={"input_ids": IDS}).logits
     torch.testing.assert_close(found, expected)

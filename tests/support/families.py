@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from fermisvd.format import validate_checkpoint
+from fermisvd.linear import linear_layer
 from fermisvd.pivga import PivGa, dense_product
 from fermisvd_convert.convert import convert
 from tests.support import DEMO_MODEL
@@ -128,9 +129,10 @@ def dense_twin(source: Path, compressed: Path) -> nn.Module:
         else:
             names = [first] if group.side == "rows" else group.members
             skeleton = torch.cat([tensors[f"{m}.skeleton"] for m in names])
+            assert group.side is not None
             gauge = PivGa(skeleton, tensors[f"{first}.interpolation"], tensors[f"{first}.permutation"], group.side)
             weight = dense_product(gauge)
-        layers = [model.get_submodule(m) for m in group.members]
+        layers = [linear_layer(model, m) for m in group.members]
         rows = [layer.nf if isinstance(layer, Conv1D) else layer.out_features for layer in layers]
         for layer, part in zip(layers, weight.split(rows), strict=True):
             layer.weight.copy_(part.T if isinstance(layer, Conv1D) else part)

@@ -19,9 +19,8 @@ def _maths(path: Path) -> str:
 def kind_texts(kind: str, shared: Path = SHARED) -> tuple[str, str]:
     """Training and held-back text of a kind; no passage is in both."""
     if kind == "stories":
-        return tuple(
-            (shared / f"text/tinystories.{part}.txt").read_text(encoding="utf-8") for part in ("train", "valid")
-        )
+        train, valid = ((shared / f"text/tinystories.{part}.txt").read_text("utf-8") for part in ("train", "valid"))
+        return train, valid
     if kind == "code":
         return "\n\n".join(training_documents(with_tests=False))[:CODE_CHARACTERS], validation_text()
     if kind == "maths":

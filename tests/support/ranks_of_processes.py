@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from fermisvd.budget import Budget
 from fermisvd.decomposition import data_aware_svd
-from fermisvd.fermigrad import FermiGradSettings, checkpointed, optimise_ranks
+from fermisvd.fermigrad import KEPT_ACTIVATIONS, FermiGradSettings, optimise_ranks
 from fermisvd.gates import install_gates
 from fermisvd.groups import find_groups, stacked_weight
 from fermisvd.hf import load_model
@@ -33,9 +33,11 @@ def main(folder: Path, result: Path, shard: bool) -> None:
         sharded = [isinstance(p, DTensor) for block in model.model.layers for p in block.parameters()]
         assert all(sharded) if shard else not any(sharded)
         windows = torch.randint(2048, (7, 16), generator=torch.Generator().manual_seed(0))  # 3 and 1 a batch
+        kept = 0 if shard else KEPT_ACTIVATIONS  # so that blocks are checkpointed, too
         budget, settings = Budget(0.7, "pivga"), FermiGradSettings(steps=8)
-        with checkpointed(model, groups, windows.numel(), 0 if shard else 2**40):  # so both ways are seen
-            mus, records = optimise_ranks(model, groups, gated, windows, budget, settings, batch_size=3, seed=0)
+        mus, records = optimise_ranks(
+            model, groups, gated, windows, budget, settings, batch_size=3, seed=0, kept_bytes=kept
+        )
         if distributed.this_process() == 0:
             found = {"mus": mus, "kl": [r["kl"] for r in records], "processes": distributed.process_count()}
             result.write_text(json.dumps(found))

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -84,6 +85,7 @@ def token_stream(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> to
 
 
 def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    end: Any = tokenizer.eos_token_id
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=recipe.vocabulary,
@@ -95,8 +97,8 @@ def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCau
             head_dim=recipe.hidden // recipe.heads,
             max_position_embeddings=recipe.length,
             tie_word_embeddings=True,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=end,
+            eos_token_id=end,
         )
     )
 
@@ -152,7 +154,7 @@ def train(recipe: Recipe, out: Path, minutes: float, seed: int) -> None:
             print(log["steps"][-1], flush=True)
     log["tokens_seen"] = step * recipe.batch * recipe.length
     log["final_validation_loss"] = round(validation_loss(model, held_back[:16]), 4)
-    model.to(torch.bfloat16).save_pretrained(out)
+    model.bfloat16().save_pretrained(out)
     tokenizer.save_pretrained(out)
     (out / "training_log.json").write_text(json.dumps(log, indent=1) + "\n")
     print("final validation loss", log["final_validation_loss"], "tokens seen", log["tokens_seen"])

@@ -1,5 +1,7 @@
 """The Triton kernels, under Triton's interpreter where there is no GPU, against products in float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -90,14 +92,23 @@ def trace(call):
 
 
 @pytest.fixture(params=[0, 8])
-def limited(request, monkeypatch):
-    """The kernel is taken up to so many tokens."""
-    monkeypatch.setattr("fermisvd_vllm.kernels.limit", lambda *_: request.param)
+def limited(request):
+    """Has an op's kernel taken up to so many tokens, with operands of those shapes."""
+    changed = []
+
+    def limit(op, x, weights):
+        op.limits[op.key(x, weights)] = request.param
+        changed.append(op)
+
+    yield limit
+    for op in changed:
+        op.limits.clear()
 
 
 def test_columns_op(kernels, limited):
     """One op for any number of tokens and leading dimensions, which traces without a graph break for all of them."""
     (s, d), expected = columns_operands(8, [20, 7], 60, torch.float32)
+    limited(kernels.COLUMNS, s, d)
     torch.library.opcheck(kernels.columns, ([own.clone() for own in s], d))
 
     def call(s):
@@ -114,6 +125,7 @@ def test_columns_op(kernels, limited):
 
 def test_outputs_op(kernels, limited):
     (t, *more), expected = outputs_operands(8, [(12, [40]), (20, [16, 8])], [1, 0, 1], torch.float32)
+    limited(kernels.OUTPUTS, t, more[0])
     torch.library.opcheck(kernels.outputs, (t, *more))
     traced = trace(lambda t: kernels.outputs(t, *more))
     for tokens in (8, 4, 2):
@@ -123,11 +135,11 @@ def test_outputs_op(kernels, limited):
 
 def test_wrong_kernel_is_found_out(kernels):
     (s, d), _ = columns_operands(3, [16, 40], 96, torch.float32)
-    check_agreement(kernels.columns_kernel, kernels.columns_reference, s, d)
+    check_agreement(kernels.COLUMNS, s, d)
 
     def off(s, d):
         kernels.columns_kernel(s, d)
         s[1][0, 0] += 1
 
     with pytest.raises(RuntimeError, match="off by"):
-        check_agreement(off, kernels.columns_reference, s, d)
+        check_agreement(replace(kernels.COLUMNS, kernel=off), s, d)

@@ -5,13 +5,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fermisvd.budget import Form
 from fermisvd.format import FormatError, Group, expected_tensors
-from fermisvd_vllm.layout import Part, parts_of, shard_of, slots_of
+from fermisvd.groups import Side
+from fermisvd_vllm.layout import LayerSizes, shard_of, slots_of
+from fermisvd_vllm.parts import DensePart, PivGaColumnsPart, PivGaRowsPart, SvdPart, part_of, parts_of
 
 QKV = ["q", "k", "v"]
 
 
-def group(members, form="svd", side=None, rank=4):
+def group(members, form: Form = "svd", side: Side | None = None, rank=4):
     return Group(members=tuple(members), form=form, side=side, rank=rank)
 
 
@@ -24,19 +27,25 @@ def by_member(*groups):
     return {member: g for g in groups for member in g.members}
 
 
+def described(parts):
+    return [(type(part), part.members, part.group) for part in parts]
+
+
 def test_joint_group_is_one_part():
     g = group(QKV)
-    assert parts_of(QKV, by_member(g), "qkv") == [Part((0, 1, 2), g)]
+    assert described(parts_of(QKV, by_member(g), "qkv")) == [(SvdPart, (0, 1, 2), g)]
 
 
 def test_any_partition():
-    qv, k = group(["q", "v"]), group(["k"], rank=2)
-    assert parts_of(QKV, by_member(qv, k), "qkv") == [Part((0, 2), qv), Part((1,), k)]
+    qv, k = group(["q", "v"], "pivga", "columns"), group(["k"], rank=2)
+    expected = [(PivGaColumnsPart, (0, 2), qv), (SvdPart, (1,), k)]
+    assert described(parts_of(QKV, by_member(qv, k), "qkv")) == expected
 
 
 def test_member_without_group_is_a_dense_part():
-    q = group(["q"])
-    assert parts_of(QKV, by_member(q), "qkv") == [Part((0,), q), Part((1,), None), Part((2,), None)]
+    q = group(["q"], "pivga", "rows")
+    expected = [(PivGaRowsPart, (0,), q), (DensePart, (1,), None), (DensePart, (2,), None)]
+    assert described(parts_of(QKV, by_member(q), "qkv")) == expected
 
 
 def test_layer_without_groups_is_not_ours():
@@ -57,7 +66,7 @@ def test_slots_are_the_formats_tensors_side_by_side(rows, columns, form):
     """Without tensor parallelism the slots are exactly what the format stores, and they do not overlap."""
     names = [f"m{i}" for i in range(len(rows))]
     g = group(names, *form, rank=min(sum(rows), columns))
-    slots = slots_of([Part(tuple(range(len(rows))), g)], whole(rows), (columns, columns), "column", 1, "layer")
+    slots = slots_of([part_of(range(len(rows)), g)], LayerSizes(whole(rows), (columns, columns), "column", 1, "layer"))
     assert {f"m{member}.{name}": slot.shape for (name, member), slot in slots.items()} == expected_tensors(
         g, rows, columns
     )
@@ -67,56 +76,59 @@ def test_slots_are_the_formats_tensors_side_by_side(rows, columns, form):
 
 
 @pytest.mark.parametrize("tp_size", [1, 2, 4, 8])
-@pytest.mark.parametrize("kind", ["column", "row"])
+@pytest.mark.parametrize("parallel", ["column", "row"])
 @pytest.mark.parametrize("form", ["svd", "pivga"])
-def test_shards_of_all_ranks_make_the_tensor(tp_size, kind, form):
+def test_shards_of_all_processes_make_the_tensor(tp_size, parallel, form):
     rows, columns, rank = 32, 48, 7
-    side = None if form == "svd" else "columns" if kind == "column" else "rows"
+    side = None if form == "svd" else "columns" if parallel == "column" else "rows"
     g = group(["w"], form, side, rank)
-    local_rows, local_columns = (rows // tp_size, columns) if kind == "column" else (rows, columns // tp_size)
+    local_rows, local_columns = (rows // tp_size, columns) if parallel == "column" else (rows, columns // tp_size)
     sections = [((rows, local_rows),)]
-    slots = slots_of([Part((0,), g)], sections, (columns, local_columns), kind, tp_size, "layer")
-    sharded = {"column": {"lowrank_a", "skeleton"}, "row": {"lowrank_b", "skeleton"}}[kind]
+    slots = slots_of([part_of([0], g)], LayerSizes(sections, (columns, local_columns), parallel, tp_size, "layer"))
+    sharded = {"column": {"lowrank_a", "skeleton"}, "row": {"lowrank_b", "skeleton"}}[parallel]
     for (name, _), slot in slots.items():
         whole = torch.randn(expected_tensors(g, [rows], columns)[f"w.{name}"])
         pieces = [shard_of(whole, slot, tp_rank, tp_size, name) for tp_rank in range(tp_size)]
         assert all(tuple(piece.shape) == slot.shape for piece in pieces)
         if name in sharded:
+            assert slot.shard is not None
             assert torch.equal(torch.cat(pieces, dim=slot.shard), whole)
         else:
             assert slot.shard is None and all(torch.equal(piece, whole) for piece in pieces)
 
 
-def test_kv_heads_fewer_than_ranks_are_replicated():
-    """vLLM gives rank t the kv head t // (tp_size / kv_heads)."""
+def test_kv_heads_fewer_than_processes_are_replicated():
+    """vLLM gives process t the kv head t // (tp_size / kv_heads)."""
     head, kv_heads, tp_size, rank = 8, 2, 8, 3
     g = group(["k"], rank=rank)
-    slot = slots_of([Part((0,), g)], [((kv_heads * head, head),)], (16, 16), "column", tp_size, "layer")["lowrank_a", 0]
+    sizes = LayerSizes([((kv_heads * head, head),)], (16, 16), "column", tp_size, "layer")
+    slot = slots_of([part_of([0], g)], sizes)["lowrank_a", 0]
     whole = torch.randn(kv_heads * head, rank)
     for t in range(tp_size):
         expected = whole[t // (tp_size // kv_heads) * head :][:head]
         assert torch.equal(shard_of(whole, slot, t, tp_size, "k"), expected)
 
 
-@pytest.mark.parametrize(("kind", "side"), [("column", "rows"), ("row", "columns")])
-def test_skeleton_on_the_split_side_is_refused(kind, side):
-    g = group(["w"], "pivga", side)
+@pytest.mark.parametrize(("parallel", "side"), [("column", "rows"), ("row", "columns")])
+def test_skeleton_on_the_split_side_is_refused(parallel, side):
+    part = part_of([0], group(["w"], "pivga", side))
     with pytest.raises(FormatError, match="tensor-parallel-size 1"):
-        slots_of([Part((0,), g)], whole([16]), (32, 16), kind, 2, "layer")
-    assert slots_of([Part((0,), g)], whole([16]), (16, 16), kind, 1, "layer")
+        slots_of([part], LayerSizes(whole([16]), (32, 16), parallel, 2, "layer"))
+    assert slots_of([part], LayerSizes(whole([16]), (16, 16), parallel, 1, "layer"))
 
 
 @pytest.mark.parametrize("shape", [(9, 4), (32, 4), (8, 4), (16, 5), (24, 4), (4,), (0, 4)])
 def test_tensor_of_another_size_is_refused(shape):
     """Half as large is no less wrong: it would look like kv heads that several ranks hold."""
-    slot = slots_of([Part((0,), group(["w"]))], [((16, 8),)], (16, 16), "column", 2, "layer")["lowrank_a", 0]
+    part = part_of([0], group(["w"]))
+    slot = slots_of([part], LayerSizes([((16, 8),)], (16, 16), "column", 2, "layer"))["lowrank_a", 0]
     with pytest.raises(FormatError, match=r"w: shape .*expected \(16, 4\)"):
         shard_of(torch.zeros(shape), slot, 0, 2, "w")
-    slot = slots_of([Part((0,), group(["w"]))], whole([16]), (32, 16), "row", 2, "layer")["lowrank_b", 0]
+    slot = slots_of([part], LayerSizes(whole([16]), (32, 16), "row", 2, "layer"))["lowrank_b", 0]
     with pytest.raises(FormatError, match=r"w: shape .*expected \(4, 32\)"):
         shard_of(torch.zeros(shape[::-1]) if shape != (32, 4) else torch.zeros(4, 16), slot, 0, 2, "w")
 
 
 def test_rank_above_the_matrix_is_refused():
     with pytest.raises(FormatError, match="rank 17"):
-        slots_of([Part((0,), group(["w"], rank=17))], whole([32]), (16, 16), "column", 1, "layer")
+        slots_of([part_of([0], group(["w"], rank=17))], LayerSizes(whole([32]), (16, 16), "column", 1, "layer"))

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,12 +13,20 @@ from torch import nn
 pytest.importorskip("vllm")
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
-from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.linear import (
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    RowParallelLinear,
+    UnquantizedLinearMethod,
+)
 
 from fermisvd.format import CheckpointConfig, FormatError, Group
 from fermisvd.pivga import dense_product, fix_gauge
 from fermisvd_vllm.config import FermiSVDConfig
-from fermisvd_vllm.tuning import BUCKETS, check_agreement, key_of, limits
+from fermisvd_vllm.layout import Stored
+from fermisvd_vllm.linear import FermiSVDLinearMethod
+from fermisvd_vllm.parts import GroupPart, part_of
+from fermisvd_vllm.tuning import BUCKETS, Op, OwnOps, check_agreement
 
 HIDDEN, HEAD, HEADS, KV_HEADS = 96, 32, 3, 1
 ROWS = {"q_proj": 96, "k_proj": 32, "v_proj": 32, "o_proj": 96, "gate_proj": 136, "up_proj": 136}
@@ -67,14 +76,16 @@ def make_partition(partition, form):
     return [group for group, _, _ in made], tensors, dense
 
 
-def make_layer(kind, groups, bias=False):
+def make_layer(kind, groups, bias=False, own_ops=None) -> Any:  # a layer that create_weights gives attributes
     entry = CheckpointConfig(groups=tuple(groups)).model_dump(mode="json", exclude_none=True)
-    config = FermiSVDConfig.from_config(entry)
+    config = FermiSVDConfig(entry, own_ops)
     config.packed_modules_mapping = {
         "qkv_proj": ["q_proj", "k_proj", "v_proj"],
         "gate_up_proj": ["gate_proj", "up_proj"],
     }
-    common = dict(bias=bias, quant_config=config, prefix=f"m.{kind}", disable_tp=True, params_dtype=torch.float32)
+    common: dict[str, Any] = dict(
+        bias=bias, quant_config=config, prefix=f"m.{kind}", disable_tp=True, params_dtype=torch.float32
+    )
     if kind == "qkv_proj":
         return QKVParallelLinear(HIDDEN, HEAD, HEADS, KV_HEADS, **common)
     if kind == "gate_up_proj":
@@ -135,34 +146,34 @@ def test_row_parallel_layer(form, side, rank):
 
 @pytest.fixture
 def like_a_gpu(kernels, monkeypatch):
-    """Has layers do what they do on a GPU, their kernels the faster up to that many tokens. Counts runs of each."""
+    """Has layers do what they do on a GPU, kernels the faster up to that many tokens. Gives what layers take for it,
+    and how often each way of each op ran."""
     ran = Counter()
 
-    def counted(name):
-        call = getattr(kernels, name)
-
+    def counted(name, call):
         def run(*operands):
             ran[name] += 1
             return call(*operands)
 
         return run
 
-    for name in ("columns_kernel", "columns_reference", "outputs_kernel", "outputs_reference"):
-        monkeypatch.setattr(kernels, name, counted(name))
+    ops = kernels.COLUMNS, kernels.OUTPUTS
+    for op in ops:
+        monkeypatch.setattr(op, "kernel", counted(f"{op.name}_kernel", op.kernel))
+        monkeypatch.setattr(op, "reference", counted(f"{op.name}_reference", op.reference))
 
     def choose(most):
-        def measure(side, kernel, reference, x, *more):
+        def measure(op, x, *more):
             assert all(len(own) == BUCKETS[-1] for own in x)
-            check_agreement(kernel, reference, [own[:3] for own in x], *more)
-            limits[key_of(side, x, more[0])] = most
+            check_agreement(op, [own[:3] for own in x], *more)
+            op.limits[op.key(x, more[0])] = most
             ran.clear()
 
-        monkeypatch.setattr("fermisvd_vllm.linear.GPU_DEVICES", {"cpu"})
-        monkeypatch.setattr("fermisvd_vllm.linear.measure", measure)
-        return ran
+        return OwnOps(frozenset({"cpu"}), measure), ran
 
     yield choose
-    limits.clear()
+    for op in ops:
+        op.limits.clear()
 
 
 def way(most):
@@ -172,10 +183,10 @@ def way(most):
 @pytest.mark.parametrize("most", [2, 50])
 @pytest.mark.parametrize("rank", [1, 33, 96])
 def test_columns_on_a_gpu(like_a_gpu, rank, most):
-    ran = like_a_gpu(most)
+    own_ops, ran = like_a_gpu(most)
     members = ["q_proj", "k_proj", "v_proj"]
     group, tensors, dense = make_group(members, "pivga", "columns", rank)
-    layer = make_layer("qkv_proj", [group])
+    layer = make_layer("qkv_proj", [group], own_ops=own_ops)
     load(layer, tensors)
     check_forward(layer, dense, members)
     assert list(ran) == [f"columns_{way(most) if rank < 96 else 'reference'}"]  # nothing to multiply at rank 96
@@ -183,9 +194,9 @@ def test_columns_on_a_gpu(like_a_gpu, rank, most):
 
 @pytest.mark.parametrize("rank", [1, 33, 96])
 def test_rows_on_a_gpu(like_a_gpu, rank):
-    ran = like_a_gpu(50)
+    own_ops, ran = like_a_gpu(50)
     group, tensors, dense = make_group(["o_proj"], "pivga", "rows", rank)
-    layer = make_layer("o_proj", [group])
+    layer = make_layer("o_proj", [group], own_ops=own_ops)
     load(layer, tensors)
     check_forward(layer, dense, ["o_proj"])
     assert not ran
@@ -196,22 +207,23 @@ def test_rows_on_a_gpu(like_a_gpu, rank):
 @pytest.mark.parametrize("partition", PARTITIONS)
 def test_several_groups_on_a_gpu(like_a_gpu, partition, form, most):
     """One kernel for all first and one for all second products."""
-    ran = like_a_gpu(most)
+    own_ops, ran = like_a_gpu(most)
     groups, tensors, dense = make_partition(partition, form)
-    layer = make_layer("qkv_proj", groups)
+    layer = make_layer("qkv_proj", groups, own_ops=own_ops)
     load(layer, tensors)
     check_forward(layer, dense, ["q_proj", "k_proj", "v_proj"])
     sides = ["columns"] * (form == "pivga") + ["outputs"] * (partition != "joint")
     assert list(ran) == [f"{side}_{way(most)}" for side in sides]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("partition", PARTITIONS)
 @pytest.mark.parametrize("form", ["svd", "pivga"])
 def test_layers_compile_as_on_a_gpu(like_a_gpu, partition, form):
     """By inductor, s changed in place, in one graph for any number of tokens."""
-    like_a_gpu(4)
+    own_ops, _ = like_a_gpu(4)
     groups, tensors, dense = make_partition(partition, form)
-    layer = make_layer("qkv_proj", groups)
+    layer = make_layer("qkv_proj", groups, own_ops=own_ops)
     load(layer, tensors)
     layer.quant_method.process_weights_after_loading(layer)
     torch._dynamo.reset()
@@ -224,10 +236,10 @@ def test_layers_compile_as_on_a_gpu(like_a_gpu, partition, form):
 
 
 def test_batch_invariance_keeps_to_plain_products(like_a_gpu, monkeypatch):
-    ran = like_a_gpu(50)
+    own_ops, ran = like_a_gpu(50)
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
     group, tensors, dense = make_group(["q_proj", "k_proj", "v_proj"], "pivga", "columns", 33)
-    layer = make_layer("qkv_proj", [group])
+    layer = make_layer("qkv_proj", [group], own_ops=own_ops)
     load(layer, tensors)
     check_forward(layer, dense, ["q_proj", "k_proj", "v_proj"])
     assert not ran
@@ -236,16 +248,16 @@ def test_batch_invariance_keeps_to_plain_products(like_a_gpu, monkeypatch):
 def test_layers_of_like_ranks_share_a_measurement():
     """Steps of 128; ranks that loads cannot be wide at are apart."""
 
+    columns = Op("columns", print, print, keyed_by_width=True)
+
     def key(rank, width=4096):
-        return key_of("columns", [torch.empty(1, width)], [torch.empty(rank, width - rank)])
+        return columns.key([torch.empty(1, width)], [torch.empty(rank, width - rank)])
 
     assert key(720) == key(736)
     assert len({key(720), key(800), key(725), key(720, 2048)}) == 4
 
 
 def test_layer_in_no_group_is_vllms_own():
-    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
-
     group, _, _ = make_group(["gate_proj", "up_proj"], "svd", None, 4)
     layer = make_layer("gate_up_proj", [group])
     other = layer.quant_config.get_quant_method(layer, "m.o_proj")
@@ -371,34 +383,81 @@ def test_members_are_renamed_as_vllm_renames_modules():
 
 @pytest.mark.parametrize(("form", "side"), [("svd", None), ("pivga", "columns"), ("pivga", "rows")])
 @pytest.mark.parametrize("bias", [False, True])
-def test_reload_writes_into_the_storage_that_graphs_read(form, side, bias, monkeypatch):
-    check_reload("o_proj", [["o_proj"]], form, side, bias, monkeypatch)
+def test_reload_writes_into_the_storage_that_graphs_read(form, side, bias):
+    check_reload("o_proj", [["o_proj"]], form, side, bias)
 
 
 @pytest.mark.parametrize(("form", "side"), [("svd", None), ("pivga", "columns")])
-def test_reload_of_several_groups_on_a_gpu(form, side, like_a_gpu, monkeypatch):
-    like_a_gpu(50)
-    check_reload("qkv_proj", PARTITIONS["mixed"], form, side, True, monkeypatch)
+def test_reload_of_several_groups_on_a_gpu(form, side, like_a_gpu):
+    own_ops, _ = like_a_gpu(50)
+    check_reload("qkv_proj", PARTITIONS["mixed"], form, side, True, own_ops)
 
 
-def test_reload_of_rows_on_a_gpu(like_a_gpu, monkeypatch):
-    like_a_gpu(50)
-    check_reload("o_proj", [["o_proj"]], "pivga", "rows", False, monkeypatch)
+def test_reload_of_rows_on_a_gpu(like_a_gpu):
+    own_ops, _ = like_a_gpu(50)
+    check_reload("o_proj", [["o_proj"]], "pivga", "rows", False, own_ops)
 
 
-def check_reload(kind, partition, form, side, bias, monkeypatch):
+class QuantisedPart(GroupPart):
+    """A kind that the plugin does not have: the dense matrix as int8, with a scale for each of its rows."""
+
+    one_product = False
+    codes: torch.Tensor
+    scales: torch.Tensor
+
+    def stored(self, sizes):
+        [member] = self.members
+        rows = sizes.member_rows[member]
+        yield Stored("codes", member, (rows, sizes.inputs), outputs=0, inputs=1, dtype=torch.int8)
+        yield Stored("scales", member, (rows,), outputs=0)
+
+    def take(self, loaded, products):
+        for name in ("codes", "scales"):
+            self.register_buffer(name, self.keep(name, loaded.stacked(name, self.members)))
+
+    def shared(self, x):
+        return x
+
+    def outputs(self, t):
+        return nn.functional.linear(t, self.codes.to(t.dtype)) * self.scales
+
+
+def test_a_new_kind_of_part_is_a_class():
+    """Beside one of another kind: loaded, checked, and joined without a change elsewhere."""
+    quantised, other = (Group(members=(f"m.{x}",), form="svd", rank=4) for x in ("gate_proj", "up_proj"))
+    parts = [QuantisedPart([0], quantised), part_of([1], other)]
+    method = FermiSVDLinearMethod(parts, ["m.gate_proj", "m.up_proj"], "m.gate_up_proj")
+    layer: Any = nn.Module()
+    layer.output_sizes = [8, 16]
+    method.create_weights(layer, HIDDEN, [8, 16], HIDDEN, 24, torch.float32)
+    codes = torch.randint(-127, 128, (8, HIDDEN), dtype=torch.int8)
+    scales, a, b = torch.rand(8), torch.randn(16, 4), torch.randn(4, HIDDEN)
+    for name, value, member in [("codes", codes, 0), ("scales", scales, 0), ("lowrank_a", a, 1), ("lowrank_b", b, 1)]:
+        parameter = getattr(layer, name)
+        assert parameter.dtype == value.dtype
+        if name == "lowrank_b":
+            with pytest.raises(FormatError, match=r"missing from the checkpoint: m\.up_proj\.lowrank_b"):
+                method.process_weights_after_loading(layer)
+        parameter.weight_loader(parameter, value, member)
+    method.process_weights_after_loading(layer)
+    x = torch.randn(3, HIDDEN)
+    expected = torch.cat([x @ (codes.float() * scales[:, None]).T, x @ (a @ b).T], dim=-1)
+    torch.testing.assert_close(method.apply(layer, x), expected, rtol=1e-4, atol=1e-2)
+
+
+class KeepsWeight(UnquantizedLinearMethod):
+    """As on a GPU; on a CPU vLLM packs the weight away."""
+
+    def process_weights_after_loading(self, layer):
+        vars(layer)["cpu_linear"] = nn.functional.linear
+
+
+def check_reload(kind, partition, form, side, bias, own_ops=None):
     """vLLM's own layerwise reload: other values and another permutation, the same addresses."""
     from vllm.model_executor.model_loader.reload import (
         finalize_layerwise_reload,
         initialize_layerwise_reload,
         record_metadata_for_reloading,
-    )
-
-    def keep_weight(self, factor):  # as on a GPU; on a CPU vLLM packs the weight away
-        factor.cpu_linear = nn.functional.linear
-
-    monkeypatch.setattr(
-        "vllm.model_executor.layers.linear.UnquantizedLinearMethod.process_weights_after_loading", keep_weight
     )
 
     def make():
@@ -408,7 +467,8 @@ def check_reload(kind, partition, form, side, bias, monkeypatch):
 
     members = ["q_proj", "k_proj", "v_proj"] if kind == "qkv_proj" else ["o_proj"]
     groups, tensors, dense = make()
-    layer = make_layer(kind, groups, bias)
+    layer = make_layer(kind, groups, bias, own_ops)
+    layer.quant_method.gemm = KeepsWeight()
     record_metadata_for_reloading(layer)
     load(layer, tensors)
     if bias:
@@ -441,7 +501,7 @@ def test_groups_that_fit_no_layer_are_refused():
     group = group.model_copy(update={"members": ("other.gate_proj", "other.up_proj")})
     entry = CheckpointConfig(groups=(group,)).model_dump(mode="json", exclude_none=True)
     layer = RowParallelLinear.__new__(RowParallelLinear)
-    method = FermiSVDConfig.from_config(entry).get_quant_method(layer, "m.o_proj")
+    method: Any = FermiSVDConfig.from_config(entry).get_quant_method(layer, "m.o_proj")
     with pytest.raises(FormatError, match=r"group other\.gate_proj: the model that vLLM built has no layer for it"):
         method.process_weights_after_loading(layer)
 
@@ -461,9 +521,9 @@ def test_hub_model_is_checked_once_downloaded(tmp_path, monkeypatch):
         {"m.o_proj.lowrank_a": torch.zeros(96, 4), "m.o_proj.lowrank_b": torch.zeros(4, 96)},
         snapshot / "model.safetensors",
     )
-    config = FermiSVDConfig.from_config(entry)
+    config: Any = FermiSVDConfig.from_config(entry)  # its vllm_config is made up below
     config.maybe_update_config("owner/name")
-    layer = RowParallelLinear(
+    layer: Any = RowParallelLinear(
         HIDDEN, 96, bias=False, quant_config=config, prefix="m.o_proj", disable_tp=True, params_dtype=torch.float32
     )
     config.vllm_config = SimpleNamespace(

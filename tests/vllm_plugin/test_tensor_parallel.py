@@ -1,6 +1,6 @@
-"""The linear method on every rank of a tensor parallel layer, in one process: its share of the dense product.
+"""The linear method in every process of a tensor parallel layer, here in one: its share of the dense product.
 
-Ranks do not talk to each other here; vLLM's own layers gather and reduce. Real processes: test_families.py.
+They do not talk to each other here; vLLM's own layers gather and reduce. Real processes: test_families.py.
 """
 
 import pytest
@@ -13,8 +13,9 @@ from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelL
 
 from fermisvd.format import FormatError, Group, expected_tensors
 from fermisvd.pivga import dense_product, fix_gauge
-from fermisvd_vllm.layout import numbers_held, parts_of
+from fermisvd_vllm.layout import numbers_held
 from fermisvd_vllm.linear import FermiSVDLinearMethod
+from fermisvd_vllm.parts import parts_of
 
 COLUMNS, RANK = 48, 7  # a rank that no TP size divides
 SIZES = [1, 2, 4, 8]
@@ -40,14 +41,16 @@ def make_group(members, rows, form, side, columns=COLUMNS):
     return group, tensors, dense_product(gauge)
 
 
-def rank_of_layer(kind, tp_rank, tp_size, members, group, tensors, columns, rows, shard_ids, **attributes):
-    """The linear method of one rank with its weights loaded, and the layer that holds them."""
+def method_in_process(kind, tp_rank, tp_size, members, group, tensors, columns, rows, shard_ids, **attributes):
+    """The linear method of one process with its weights loaded, and the layer that holds them."""
     layer = kind.__new__(kind)
     nn.Module.__init__(layer)
     attributes = {"output_sizes": [tp_size * m for m in rows], **attributes}
     for name, value in {"tp_rank": tp_rank, "tp_size": tp_size, **attributes}.items():
         setattr(layer, name, value)
-    method = FermiSVDLinearMethod(parts_of(members, dict.fromkeys(group.members, group), "layer"), members, "layer")
+    parts = parts_of(members, dict.fromkeys(group.members, group), "layer")
+    assert parts is not None
+    method = FermiSVDLinearMethod(parts, members, "layer")
     method.create_weights(layer, columns, rows, COLUMNS, sum(rows) * tp_size, torch.float32)
     for name, tensor in tensors.items():
         member, _, tensor_name = name.rpartition(".")
@@ -64,10 +67,10 @@ def test_row_parallel_shares_add_up(form, tp_size):
     group, tensors, dense = make_group(["o"], [40], form, "rows")
     x = torch.randn(5, COLUMNS)
     shares = []
-    for rank in range(tp_size):
+    for tp_rank in range(tp_size):
         local = COLUMNS // tp_size
-        method, layer = rank_of_layer(RowParallelLinear, rank, tp_size, ["o"], group, tensors, local, [40], None)
-        shares.append(method.apply(layer, x[:, rank * local :][:, :local]))
+        method, layer = method_in_process(RowParallelLinear, tp_rank, tp_size, ["o"], group, tensors, local, [40], None)
+        shares.append(method.apply(layer, x[:, tp_rank * local :][:, :local]))
     torch.testing.assert_close(sum(shares), x @ dense.float().T, rtol=1e-3, atol=1e-3 * dense.abs().max().item())
 
 
@@ -75,8 +78,8 @@ def test_row_parallel_shares_add_up(form, tp_size):
 @pytest.mark.parametrize("kv_heads", [8, 2, 1])
 @pytest.mark.parametrize("tp_size", SIZES)
 @pytest.mark.parametrize("form", ["svd", "pivga"])
-def test_column_parallel_shares_are_the_heads_of_a_rank(form, tp_size, kv_heads, fused_on_disk):
-    """Head size 4, 8 query heads; with fewer kv heads than ranks, neighbouring ranks hold the same one."""
+def test_column_parallel_shares_are_the_heads_of_a_process(form, tp_size, kv_heads, fused_on_disk):
+    """Head size 4, 8 query heads; with fewer kv heads than processes, neighbours hold the same one."""
     head, heads = 4, 8
     full = [heads * head, kv_heads * head, kv_heads * head]
     local = [heads // tp_size * head] + [max(1, kv_heads // tp_size) * head] * 2
@@ -85,13 +88,13 @@ def test_column_parallel_shares_are_the_heads_of_a_rank(form, tp_size, kv_heads,
     group, tensors, dense = make_group(members, [sum(full)] if fused_on_disk else full, form, "columns")
     x = torch.randn(5, COLUMNS)
     q, k, v = (x @ part.float().T for part in dense.split(full))
-    for rank in range(tp_size):
-        kv = rank * kv_heads // tp_size * head
-        expected = [q[:, rank * local[0] :][:, : local[0]], k[:, kv:][:, : local[1]], v[:, kv:][:, : local[2]]]
+    for tp_rank in range(tp_size):
+        kv = tp_rank * kv_heads // tp_size * head
+        expected = [q[:, tp_rank * local[0] :][:, : local[0]], k[:, kv:][:, : local[1]], v[:, kv:][:, : local[2]]]
         attributes = {"num_kv_head_replicas": copies, "output_sizes": [tp_size * rows for rows in local]}
         shard_ids = None if fused_on_disk else ["q", "k", "v"]
-        method, layer = rank_of_layer(
-            QKVParallelLinear, rank, tp_size, members, group, tensors, COLUMNS, local, shard_ids, **attributes
+        method, layer = method_in_process(
+            QKVParallelLinear, tp_rank, tp_size, members, group, tensors, COLUMNS, local, shard_ids, **attributes
         )
         y = method.apply(layer, x)
         torch.testing.assert_close(y, torch.cat(expected, -1), rtol=1e-3, atol=1e-3 * dense.abs().max().item())
@@ -100,13 +103,13 @@ def test_column_parallel_shares_are_the_heads_of_a_rank(form, tp_size, kv_heads,
 @pytest.mark.parametrize("tp_size", SIZES)
 @pytest.mark.parametrize("form", ["svd", "pivga"])
 @pytest.mark.parametrize("side", ["columns", "rows"])
-def test_numbers_of_all_ranks_are_the_checkpoints(form, side, tp_size):
-    """Sharded ones add up over ranks, replicated ones are on each."""
+def test_numbers_of_all_processes_are_the_checkpoints(form, side, tp_size):
+    """Sharded ones add up over processes, replicated ones are on each."""
     group, tensors, _ = make_group(["w"], [40], form, side)
     kind, local = (ColumnParallelLinear, ([40 // tp_size], COLUMNS))
     if side == "rows":
         kind, local = (RowParallelLinear, ([40], COLUMNS // tp_size))
-    method, _ = rank_of_layer(kind, 0, tp_size, ["w"], group, tensors, local[1], local[0], None)
+    method, _ = method_in_process(kind, 0, tp_size, ["w"], group, tensors, local[1], local[0], None)
     sharded, replicated = numbers_held(method.slots)
     shapes = expected_tensors(group, [40], COLUMNS)
     stored = sum(torch.Size(shape).numel() for name, shape in shapes.items() if not name.endswith("permutation"))
@@ -118,4 +121,6 @@ def test_fused_rows_that_do_not_split_are_refused(rows, message):
     """A checkpoint whose fused layer is not as wide as the model's."""
     group, tensors, _ = make_group(["gate_up"], [32], "svd", "columns")
     with pytest.raises(FormatError, match=rf"layer: gate_up\.lowrank_a: {message}"):
-        rank_of_layer(ColumnParallelLinear, 0, 2, ["gate_up"], group, tensors, COLUMNS, [8, 8], None, output_sizes=rows)
+        method_in_process(
+            ColumnParallelLinear, 0, 2, ["gate_up"], group, tensors, COLUMNS, [8, 8], None, output_sizes=rows
+        )

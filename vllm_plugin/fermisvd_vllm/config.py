@@ -14,18 +14,21 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from fermisvd.errors import FormatError
 from fermisvd.files import holds_weights
 from fermisvd.format import Group, parse_config, validate_before_serving
-from fermisvd_vllm.layout import numbers_held, parts_of
+from fermisvd_vllm.layout import numbers_held
 from fermisvd_vllm.linear import FermiSVDLinearMethod
+from fermisvd_vllm.parts import parts_of
+from fermisvd_vllm.tuning import OwnOps
 from fermisvd_vllm.versions import DRAFT_PREFIX, check_loading_order, check_online_quantization
 
 logger = init_logger("vllm.fermisvd")
 
 
 class FermiSVDConfig(QuantizationConfig):
-    """The groups of a checkpoint, looked up by the names of vLLM's layers."""
+    """The groups of a checkpoint, looked up by the names of vLLM's layers. own_ops: which its layers are to use."""
 
-    def __init__(self, entry: dict[str, Any]):
+    def __init__(self, entry: dict[str, Any], own_ops: OwnOps | None = None):
         super().__init__()
+        self.own_ops = own_ops or OwnOps()
         self.checkpoint = parse_config(entry)
         self.groups: dict[str, Group] = self.checkpoint.group_of()
         self.layers: dict[str, FermiSVDLinearMethod] = {}  # by prefix; filled while vLLM builds the model
@@ -92,8 +95,9 @@ class FermiSVDConfig(QuantizationConfig):
             return DenseLinearMethod(self.check_model)
         check_loading_order(self.vllm_config.model_config, prefix)
         self.unprocessed.add(prefix)
-        self.layers[prefix] = FermiSVDLinearMethod(parts, members, prefix, self.check_model, self._layer_is_ready)
-        return self.layers[prefix]
+        method = FermiSVDLinearMethod(parts, members, prefix, self.own_ops, self.check_model, self._layer_is_ready)
+        self.layers[prefix] = method
+        return method
 
     def member_names(self, prefix: str) -> list[str]:
         """Checkpoint names of a layer's members: a fused layer is expanded, unless it is fused on disk already."""
@@ -133,7 +137,7 @@ class FermiSVDConfig(QuantizationConfig):
             logger.warning("%s: not in the hub's cache, so its dense tensors are not checked", model.model)
 
     def _layer_is_ready(self, method: FermiSVDLinearMethod) -> None:
-        """When the last layer is: says what this rank holds."""
+        """When the last layer is: says what this process holds."""
         if method.layer_name not in self.unprocessed:
             return  # a reload
         self.unprocessed.remove(method.layer_name)
@@ -141,7 +145,7 @@ class FermiSVDConfig(QuantizationConfig):
             sharded, replicated = map(sum, zip(*(numbers_held(m.slots) for m in self.layers.values()), strict=True))
             dense = sum(m.dense_numbers for m in self.layers.values())
             logger.info(
-                "FermiSVD: %d compressed layers; this rank (tensor parallel %d of %d) holds %s numbers of which %s "
+                "FermiSVD: %d compressed layers; this process (tensor parallel %d of %d) holds %s numbers of which %s "
                 "replicated; dense %s",
                 len(self.layers),
                 method.tp_rank,

@@ -11,12 +11,13 @@ was measured where it was compiled.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from fermisvd_vllm.tuning import limit
+from fermisvd_vllm.tuning import Op
 
 
 @triton.jit
@@ -114,7 +115,8 @@ def columns_kernel(s: Sequence[torch.Tensor], d: Sequence[torch.Tensor]) -> None
     ranks = tuple(len(each) for each in d)
     grid = sum(triton.cdiv(rank, tile["BN"]) for rank in ranks), triton.cdiv(tokens, tile["BM"])
     strides = tuple(own.stride(0) for own in s)
-    _columns_kernel[grid](tuple(s), tuple(d), ranks, strides, tokens, width, GROUPS=len(s), **tile)
+    constants: dict[str, Any] = {"GROUPS": len(s), **tile}  # Any: Triton takes int for constexpr, its types do not
+    _columns_kernel[grid](tuple(s), tuple(d), ranks, strides, tokens, width, **constants)
 
 
 def outputs_kernel(
@@ -131,16 +133,19 @@ def outputs_kernel(
     own = tuple(t[part] for part in parts)
     rows = tuple(a[part][start : start + size] for part, start, size in zip(parts, starts, sizes, strict=True))
     ranks, strides = tuple(each.shape[1] for each in rows), tuple(each.stride(0) for each in own)
-    _outputs_kernel[grid](own, rows, y, ranks, tuple(sizes), strides, tokens, y.stride(0), MEMBERS=len(sizes), **tile)
+    constants: dict[str, Any] = {"MEMBERS": len(sizes), **tile}
+    _outputs_kernel[grid](own, rows, y, ranks, tuple(sizes), strides, tokens, y.stride(0), **constants)
     return y
+
+
+COLUMNS = Op("columns", columns_kernel, columns_reference, keyed_by_width=True)  # width of s, of which D shows a part
+OUTPUTS = Op("outputs", outputs_kernel, outputs_reference, keyed_by_width=False)
 
 
 @torch.library.custom_op("fermisvd::columns", mutates_args=("s",))
 def columns(s: Sequence[torch.Tensor], d: Sequence[torch.Tensor]) -> None:
     """`columns_reference` of contiguous s with any number of leading dimensions."""
-    flat = [own.view(-1, own.shape[-1]) for own in s]
-    few = len(flat[0]) <= limit("columns", flat, d)
-    (columns_kernel if few else columns_reference)(flat, d)
+    COLUMNS([own.view(-1, own.shape[-1]) for own in s], d)
 
 
 @torch.library.custom_op("fermisvd::outputs", mutates_args=())
@@ -152,9 +157,7 @@ def outputs(
     sizes: Sequence[int],
 ) -> torch.Tensor:
     """`outputs_reference` of t with any number of leading dimensions."""
-    flat = [own.reshape(-1, own.shape[-1]) for own in t]
-    few = len(flat[0]) <= limit("outputs", flat, a)
-    y = (outputs_kernel if few else outputs_reference)(flat, a, parts, starts, sizes)
+    y = OUTPUTS([own.reshape(-1, own.shape[-1]) for own in t], a, parts, starts, sizes)
     return y.view(*t[0].shape[:-1], y.shape[-1])
 
 

@@ -1,149 +1,156 @@
-"""How the groups of a checkpoint lie in one layer of vLLM: pure arithmetic, no vLLM.
+"""Where the checkpoint's tensors lie in one layer of vLLM: pure arithmetic, no vLLM.
 
 A vLLM layer (qkv_proj, gate_up_proj, o_proj, ...) holds one or more members of the checkpoint (q_proj, k_proj, v_proj).
-Its members fall into parts: one a group, and one for each member that stayed dense.
+Which tensors its members have is for their parts to say (fermisvd_vllm.parts).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 
-from fermisvd.format import INTERPOLATION, LOWRANK_A, LOWRANK_B, MEND, PERMUTATION, SKELETON, FormatError, Group
+from fermisvd.format import MEND, PERMUTATION, FormatError
 
-WEIGHT = "weight"  # of a member that stayed dense beside compressed ones
-Kind = Literal["column", "row", "replicated"]
+Parallel = Literal["column", "row", "replicated"]
 Sections = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
-class Part:
-    """members: positions in the layer; group: None for a dense member."""
+class LayerSizes:
+    """Sizes of one layer, whole and in this process.
 
-    members: tuple[int, ...]
-    group: Group | None
+    member_sections: (full, local) output rows of each member, several where the checkpoint stores several layers as one
+    (Phi-3's qkv_proj); width: (full, local) number of inputs; parallel: how vLLM splits the layer, in its words:
+    "column" its outputs, "row" its inputs; layer: its name, for error messages.
+    """
+
+    member_sections: Sequence[Sections]
+    width: tuple[int, int]
+    parallel: Parallel
+    tp_size: int
+    layer: str
+
+    @property
+    def inputs(self) -> int:
+        """Inputs in this process."""
+        return self.width[1]
+
+    @property
+    def member_rows(self) -> list[int]:
+        """Output rows of each member in this process."""
+        return [sum(local for _, local in sections) for sections in self.member_sections]
+
+    def smaller_side(self, members: Iterable[int]) -> int:
+        """Of the whole matrix of some members: no rank is larger."""
+        return min(self.width[0], sum(full for i in members for full, _ in self.member_sections[i]))
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor that the checkpoint stores for a part, under the layer's member of that position.
+
+    shape: in this process; outputs, inputs: the dimension that runs over the member's outputs, or over the layer's
+    inputs, if any: tensor parallelism splits it where it splits those; dtype: None for the model's own.
+    """
+
+    name: str
+    member: int
+    shape: tuple[int, ...]
+    outputs: int | None = None
+    inputs: int | None = None
+    dtype: torch.dtype | None = None
+
+
+class Stores(Protocol):
+    """What slots_of asks a part."""
+
+    def check(self, sizes: LayerSizes) -> None: ...
+
+    def stored(self, sizes: LayerSizes) -> Iterable[Stored]: ...
 
 
 @dataclass(frozen=True)
 class Slot:
     """Where one checkpoint tensor lies in the flat parameter of its name.
 
-    shape: on this rank; shard: the dimension that tensor parallelism splits, None where every rank holds all of it;
-    sections: (full, local) sizes along it, one for each layer that the checkpoint stores as one, split by itself.
+    shape: in this process; shard: the dimension that tensor parallelism splits, None where every process holds all of
+    it; sections: (full, local) sizes along it, one for each layer that the checkpoint stores as one, split by itself;
+    dtype: None for the model's own.
     """
 
     offset: int
     shape: tuple[int, ...]
     shard: int | None
     sections: Sections = ()
+    dtype: torch.dtype | None = None
 
     @property
     def size(self) -> int:
         return prod(self.shape)
 
 
-def parts_of(member_names: Sequence[str], groups: Mapping[str, Group], layer: str) -> list[Part] | None:
-    """Parts of a layer with these members, in order of their first member; None if all of them are dense.
+Slots = dict[tuple[str, int], Slot]  # by tensor name and member position
 
-    groups: member name -> its group. Raises FormatError if a group reaches out of the layer.
+
+def slots_of(parts: Iterable[Stores], sizes: LayerSizes) -> Slots:
+    """A slot for every tensor of a layer's parts.
+
+    Tensors of one name lie one after the other in the order of the parts, so that a group's A, or all B together, are
+    one matrix. Raises FormatError for a part that does not fit the layer.
     """
-    position = {name: i for i, name in enumerate(member_names)}
-    parts: dict[str, Part] = {}
-    for name in member_names:
-        group = groups.get(name)
-        if group is None:
-            parts[name] = Part((position[name],), None)
-            continue
-        strangers = [member for member in group.members if member not in position]
-        if strangers:
-            raise FormatError(f"group {group.name}: {strangers[0]} is no part of {layer}, the layer vLLM fuses it into")
-        parts.setdefault(group.name, Part(tuple(position[member] for member in group.members), group))
-    return list(parts.values()) if any(part.group for part in parts.values()) else None
-
-
-def slots_of(
-    parts: Sequence[Part],
-    member_sections: Sequence[Sections],
-    columns: tuple[int, int],
-    kind: Kind,
-    tp_size: int,
-    layer: str,
-) -> dict[tuple[str, int], Slot]:
-    """(tensor name, member position) -> Slot. Shared tensors go under the group's first member.
-
-    member_sections: (full, local) output rows of each member, several where the checkpoint stores several layers as one
-    (Phi-3's qkv_proj); columns: (full, local) input width; kind: how vLLM splits the layer: "column" the rows of A and
-    C_skel, "row" the columns of B and R_skel. Parts of one name lie one after the other, so that a group's A, or all B
-    together, are one matrix.
-    Raises FormatError for a skeleton on the side that tensor parallelism splits, and for a rank above the matrix.
-    """
-    slots: dict[tuple[str, int], Slot] = {}
+    slots: Slots = {}
     filled: dict[str, int] = {}
-    member_rows = [sum(local for _, local in sections) for sections in member_sections]
-    full_columns, local_columns = columns
-
-    def place(
-        name: str, member: int, shape: tuple[int, ...], output: int | None = None, inputs: int | None = None
-    ) -> None:
-        shard, sections = None, ()
-        if kind == "column" and output is not None:
-            shard, sections = output, member_sections[member]
-        elif kind == "row" and inputs is not None:
-            shard, sections = inputs, (columns,)
-        slots[name, member] = Slot(filled.get(name, 0), shape, shard, sections)
-        filled[name] = filled.get(name, 0) + prod(shape)
-
     for part in parts:
-        first, group = part.members[0], part.group
-        if group is None:
-            place(WEIGHT, first, (member_rows[first], local_columns), output=0, inputs=1)
-            continue
-        split = "columns" if kind == "row" else "rows"
-        if tp_size > 1 and kind != "replicated" and group.side == split:
-            raise FormatError(
-                f"{layer}: skeleton of {group.name} is on {group.side}, the side that tensor parallelism splits; "
-                "serve with --tensor-parallel-size 1 or convert again"
-            )
-        rank, rows = group.rank, sum(member_rows[i] for i in part.members)
-        limit = min(full_columns, sum(full for i in part.members for full, _ in member_sections[i]))
-        if rank > limit:
-            raise FormatError(f"{layer}: rank {rank} of group {group.name} is larger than the matrix, side {limit}")
-        if group.form == "svd":
-            place(LOWRANK_B, first, (rank, local_columns), inputs=1)
-            for i in part.members:
-                place(LOWRANK_A, i, (member_rows[i], rank), output=0)
-        elif group.side == "columns":
-            place(INTERPOLATION, first, (rank, local_columns - rank))
-            place(PERMUTATION, first, (local_columns,))
-            for i in part.members:
-                place(SKELETON, i, (member_rows[i], rank), output=0)
-        else:
-            place(SKELETON, first, (rank, local_columns), inputs=1)
-            place(INTERPOLATION, first, (rows - rank, rank))
-            place(PERMUTATION, first, (rows,))
+        part.check(sizes)
+        for tensor in part.stored(sizes):
+            shard, sections = None, ()
+            if sizes.parallel == "column" and tensor.outputs is not None:
+                shard, sections = tensor.outputs, sizes.member_sections[tensor.member]
+            elif sizes.parallel == "row" and tensor.inputs is not None:
+                shard, sections = tensor.inputs, (sizes.width,)
+            slot = Slot(filled.get(tensor.name, 0), tensor.shape, shard, sections, tensor.dtype)
+            slots[tensor.name, tensor.member] = slot
+            filled[tensor.name] = slot.offset + slot.size
     return slots
 
 
-def shard_of(loaded: torch.Tensor, slot: Slot, tp_rank: int, tp_size: int, name: str) -> torch.Tensor:
-    """This rank's piece, of the slot's shape, of a whole checkpoint tensor.
+@dataclass(frozen=True)
+class Loaded:
+    """The tensors of a layer once they are loaded: by name, flat, and where in them each lies."""
 
-    Where kv heads are fewer than ranks, a section has fewer shards than ranks, and neighbouring ranks hold the same.
-    Raises FormatError if the tensor is not as large as the model's layer, or does not split.
+    flat: Mapping[str, torch.Tensor]
+    slots: Slots
+
+    def stacked(self, name: str, members: Iterable[int]) -> torch.Tensor:
+        """The tensors of that name of these members, on top of each other: a view. Raises ValueError unless they are
+        neighbours, as those of a part are, or of all parts of a kind."""
+        own = [self.slots[name, member] for member in members if (name, member) in self.slots]
+        start, size = own[0].offset, sum(slot.size for slot in own)
+        if own[-1].offset + own[-1].size != start + size:
+            raise ValueError(f"{name}: not side by side")
+        return self.flat[name][start : start + size].view(sum(slot.shape[0] for slot in own), *own[0].shape[1:])
+
+
+def shard_of(whole: torch.Tensor, slot: Slot, tp_rank: int, tp_size: int, name: str) -> torch.Tensor:
+    """This process's piece, of the slot's shape, of a whole checkpoint tensor.
+
+    Where kv heads are fewer than processes, a section has fewer shards than there are processes, and neighbours hold
+    the same. Raises FormatError if the tensor is not as large as the model's layer, or does not split.
     """
-    shape = tuple(loaded.shape)
+    shape = tuple(whole.shape)
     if slot.shard is None:
         if shape != slot.shape:
             raise FormatError(f"{name}: shape {shape}, expected {slot.shape}; {MEND}")
-        return loaded
+        return whole
     full = list(slot.shape)
     full[slot.shard] = sum(section for section, _ in slot.sections)
     if shape != tuple(full):
         raise FormatError(f"{name}: shape {shape}, expected {tuple(full)}; {MEND}")
     pieces = []
     for piece, (section, local) in zip(
-        loaded.split([s for s, _ in slot.sections], slot.shard), slot.sections, strict=True
+        whole.split([s for s, _ in slot.sections], slot.shard), slot.sections, strict=True
     ):
         shards = section // local if local else 0
         if section != shards * local or not shards or tp_size % shards:
@@ -152,8 +159,9 @@ def shard_of(loaded: torch.Tensor, slot: Slot, tp_rank: int, tp_size: int, name:
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=slot.shard)
 
 
-def numbers_held(slots: Mapping[tuple[str, int], Slot]) -> tuple[int, int]:
-    """Numbers on this rank that tensor parallelism splits, and those that every rank holds in full; no permutations."""
+def numbers_held(slots: Slots) -> tuple[int, int]:
+    """Numbers in this process that tensor parallelism splits, and those that every process holds in full; no
+    permutations."""
     sharded = sum(slot.size for slot in slots.values() if slot.shard is not None)
     everywhere = sum(slot.size for (name, _), slot in slots.items() if slot.shard is None and name != PERMUTATION)
     return sharded, everywhere

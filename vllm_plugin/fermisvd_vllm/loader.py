@@ -19,7 +19,8 @@ class FermiSVDModelLoader(DefaultModelLoader):
         """Raises FormatError if the checkpoint is not what its config says, or leaves a parameter unfilled."""
         folder = checkpoint_folder(self, model_config)
         validate_checkpoint(folder)
-        loaded = model.load_weights(self.get_all_weights(model_config, model))
+        # vLLM's models have it, torch's type does not
+        loaded = model.load_weights(self.get_all_weights(model_config, model))  # pyright: ignore[reportCallIssue]
         if loaded is not None:
             missing = sorted({name for name, _ in model.named_parameters()} - loaded)
             if missing:

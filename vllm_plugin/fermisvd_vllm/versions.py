@@ -25,16 +25,15 @@ REORDERING_MODELS = {"bloom": "try --model-impl transformers", "gpt_neox": "serv
 SHARD_NAMES = {"q": 0, "k": 1, "v": 2}
 
 
-def member_of(loaded_weight: torch.Tensor, shard_id: str | int | None) -> int:
+def member_of(loaded_weight: torch.Tensor, shard_id: str | int | tuple[int, ...] | None) -> int:
     """Position of the member that a weight belongs to, 0 in a layer of one. Raises FormatError for a span of members.
 
     Models with a loop of their own pass the shard; from 0.27 on AutoWeightsLoader hangs it on the tensor instead.
     """
-    if shard_id is None:
-        shard_id = getattr(loaded_weight, "shard_id", 0)
-    if isinstance(shard_id, tuple):
-        raise FormatError(f"vLLM loads shards {shard_id} of a layer as one, which is not served yet")
-    return SHARD_NAMES[shard_id] if isinstance(shard_id, str) else int(shard_id)
+    shard = getattr(loaded_weight, "shard_id", 0) if shard_id is None else shard_id
+    if isinstance(shard, tuple):
+        raise FormatError(f"vLLM loads shards {shard} of a layer as one, which is not served yet")
+    return SHARD_NAMES[shard] if isinstance(shard, str) else int(shard)
 
 
 def check_loading_order(model_config, layer: str) -> None:

@@ -3,7 +3,7 @@
 import logging
 from pathlib import Path
 
-from torch import nn
+from transformers import PreTrainedModel
 
 from fermisvd_convert.conversion import Conversion, timed
 from fermisvd_convert.evaluate import evaluate_by_blocks
@@ -35,7 +35,7 @@ def evaluate_compressed(conversion: Conversion, folder: Path) -> dict:
     return evaluate_streamed(conversion, student, "evaluate compressed")
 
 
-def evaluate_streamed(conversion: Conversion, model: nn.Module, label: str) -> dict:
+def evaluate_streamed(conversion: Conversion, model: PreTrainedModel, label: str) -> dict:
     """Of a streamed model, as Evaluation.as_dict."""
     text, batch_size = conversion.text.held_back, conversion.options.batch_size
     with conversion.workspace.hidden_states(conversion.limits.hidden_bytes) as hidden:

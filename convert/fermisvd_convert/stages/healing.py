@@ -2,12 +2,10 @@
 
 from pathlib import Path
 
-import torch
-
 from fermisvd.format import read_config
 from fermisvd.healing import heal, rounded_factors
-from fermisvd.hf import load_model
 from fermisvd_convert.conversion import Conversion, timed
+from fermisvd_convert.loading import load_dense_or_compressed
 from fermisvd_convert.progress import bar
 from fermisvd_convert.workspace import file_hash
 from fermisvd_convert.writer import replace_tensors
@@ -27,8 +25,7 @@ def heal_checkpoint(conversion: Conversion, checkpoint: Path) -> dict | None:
 
     def make() -> dict:
         teacher = conversion.load()
-        student = load_model(checkpoint, torch.float32, trust_remote_code=options.trust_remote_code)
-        student = student.to(conversion.device)
+        student = load_dense_or_compressed(checkpoint, conversion.device, options.trust_remote_code)
         with bar("heal", options.healing.steps) as shown:
             record = heal(
                 teacher,

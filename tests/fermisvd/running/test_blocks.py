@@ -1,6 +1,6 @@
 import pytest
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 from fermisvd import load_model
 from fermisvd.running.blocks import BlocksError, DecoderBlocks, HiddenStates, logits_by_blocks, sweep
@@ -78,7 +78,7 @@ def test_sweep_keeps_the_states_before_every_block(tiny_llama, tmp_path):
         assert torch.equal(hidden.get("last", number, torch.device("cpu")), states)
 
 
-def held(model: nn.Module) -> list[int]:
+def held(model: PreTrainedModel) -> list[int]:
     """Decoder blocks that have weights."""
     return [i for i, block in enumerate(DecoderBlocks(model).blocks) if not any(p.is_meta for p in block.parameters())]
 

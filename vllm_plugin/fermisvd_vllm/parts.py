@@ -1,0 +1,293 @@
+"""The parts of a vLLM layer, a class for each kind, as fermisvd.modules has them for transformers.
+
+A part is a group of the checkpoint, or a member that stayed dense beside groups. Its class says which tensors it has,
+how they become factors, and how they multiply: x -> t, the part's shared product, -> y, its members' outputs. A layer
+asks for t of all its parts of a kind at once, since kinds save products, or launches, by that.
+
+A new kind of part is a class here and its line in KINDS. No vLLM here: linear.py brings what multiplies.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Self, TypeVar
+
+import torch
+from torch import nn
+
+from fermisvd.format import INTERPOLATION, LOWRANK_A, LOWRANK_B, PERMUTATION, SKELETON, FormatError, Group
+from fermisvd_vllm.factors import Factor, Products
+from fermisvd_vllm.layout import LayerSizes, Loaded, Parallel, Stored
+from fermisvd_vllm.tuning import noise
+
+AnyTensor = TypeVar("AnyTensor", bound=torch.Tensor)  # a parameter stays one
+WEIGHT = "weight"  # of a member that stayed dense beside compressed ones
+
+
+class Part(nn.Module):
+    """Base of the kinds: y = t second^T for the members at these positions of the layer.
+
+    It stays the same object, and its tensors keep their storage, when weights are reloaded.
+    """
+
+    one_product: ClassVar[bool] = True  # y is that product alone: our op may do it for all parts of a layer together
+    group: Group | None = None  # None for a dense member
+    second: Factor
+
+    def __init__(self, members: Sequence[int]):
+        super().__init__()
+        self.members = tuple(members)
+        self.kept: dict[str, Any] = {}  # what captured graphs read; a reload writes into it
+
+    def check(self, sizes: LayerSizes) -> None:
+        """Raises FormatError if the part does not fit the layer."""
+
+    def stored(self, sizes: LayerSizes) -> Iterator[Stored]:
+        """Its tensors in the checkpoint; what members share is with the first of them."""
+        raise NotImplementedError
+
+    @classmethod
+    def take_all(cls, parts: Sequence[Self], loaded: Loaded, products: Products) -> None:
+        """Makes the factors of all parts of this kind in a layer."""
+        for part in parts:
+            part.take(loaded, products)
+
+    def take(self, loaded: Loaded, products: Products) -> None:
+        """Makes the part's own factors, views of what was loaded."""
+        raise NotImplementedError
+
+    @classmethod
+    def shared_of_all(cls, parts: Sequence[Self], x: torch.Tensor) -> Sequence[torch.Tensor]:
+        """x: (..., n) -> t of each part of this kind in a layer, (..., r)."""
+        return [part.shared(x) for part in parts]
+
+    def shared(self, x: torch.Tensor) -> torch.Tensor:
+        """t of one part, for kinds that gain nothing by doing all at once."""
+        raise NotImplementedError
+
+    def outputs(self, t: torch.Tensor) -> torch.Tensor:
+        """t: (..., r) -> y: (..., m), members side by side."""
+        return self.second(t)
+
+    def factor(self, name: str, matrix: torch.Tensor, products: Products, packed: bool = True) -> Factor:
+        """A factor in the storage that the part's factor of this name had before, if any."""
+        factor = Factor(matrix, products, packed)
+        factor.weight = self.keep(name, factor.weight)
+        return factor
+
+    def keep(self, name: str, tensor: AnyTensor) -> AnyTensor:
+        """The tensor, in the storage that the part's tensor of this name had before, if any."""
+        kept = self.kept.setdefault(name, tensor)
+        if kept is not tensor:
+            kept.data.copy_(tensor)
+        return kept
+
+
+class DensePart(Part):
+    """A member that stayed dense: y = x W^T, so t is x. W: (m, n)."""
+
+    def stored(self, sizes: LayerSizes) -> Iterator[Stored]:
+        [member] = self.members
+        yield Stored(WEIGHT, member, (sizes.member_rows[member], sizes.inputs), outputs=0, inputs=1)
+
+    def take(self, loaded: Loaded, products: Products) -> None:
+        weight = loaded.stacked(WEIGHT, self.members)
+        self.second = self.factor(WEIGHT, weight, products, packed=not products.joins_outputs)
+
+    def shared(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+class GroupPart(Part):
+    """Base of the kinds that stand for a group. unsplittable: how a layer may not be split, since that would split what
+    the group's permutation is over."""
+
+    unsplittable: ClassVar[Parallel | None] = None
+    group: Group
+
+    def __init__(self, members: Sequence[int], group: Group):
+        super().__init__(members)
+        self.group, self.rank = group, group.rank
+
+    def check(self, sizes: LayerSizes) -> None:
+        """Raises FormatError for a skeleton on the side that tensor parallelism splits, or a rank above the matrix."""
+        if sizes.tp_size > 1 and sizes.parallel == self.unsplittable:
+            raise FormatError(
+                f"{sizes.layer}: skeleton of {self.group.name} is on {self.group.side}, the side that tensor "
+                "parallelism splits; serve with --tensor-parallel-size 1 or convert again"
+            )
+        limit = sizes.smaller_side(self.members)
+        if self.rank > limit:
+            raise FormatError(
+                f"{sizes.layer}: rank {self.rank} of group {self.group.name} is larger than the matrix, side {limit}"
+            )
+
+
+class SvdPart(GroupPart):
+    """svd: t = x B^T; y = t A^T. B: (r, n); A: (m, r).
+
+    A layer's first one has B of all of them, on top of each other, for one product instead of several.
+    """
+
+    lowrank_b: Factor  # (sum of r, n)
+
+    def stored(self, sizes: LayerSizes) -> Iterator[Stored]:
+        yield Stored(LOWRANK_B, self.members[0], (self.rank, sizes.inputs), inputs=1)
+        for member in self.members:
+            yield Stored(LOWRANK_A, member, (sizes.member_rows[member], self.rank), outputs=0)
+
+    @classmethod
+    def take_all(cls, parts: Sequence[Self], loaded: Loaded, products: Products) -> None:
+        b = loaded.stacked(LOWRANK_B, [member for part in parts for member in part.members])
+        parts[0].lowrank_b = parts[0].factor(LOWRANK_B, b, products)
+        super().take_all(parts, loaded, products)
+
+    def take(self, loaded: Loaded, products: Products) -> None:
+        a = loaded.stacked(LOWRANK_A, self.members)
+        self.second = self.factor(LOWRANK_A, a, products, packed=not products.joins_outputs)
+
+    @classmethod
+    def shared_of_all(cls, parts: Sequence[Self], x: torch.Tensor) -> Sequence[torch.Tensor]:
+        return parts[0].lowrank_b(x).split([part.rank for part in parts], dim=-1)
+
+
+class PivGaColumnsPart(GroupPart):
+    """pivga, columns: t = x[skel] + x[rest] D^T; y = t C_skel^T. D: (r, n-r); C_skel: (m, r).
+
+    places: of each input its place in s = [x[skel] | x[rest]].
+    """
+
+    unsplittable = "row"
+    interpolation: Factor
+    places: torch.Tensor
+
+    def stored(self, sizes: LayerSizes) -> Iterator[Stored]:
+        yield Stored(INTERPOLATION, self.members[0], (self.rank, sizes.inputs - self.rank))
+        yield Stored(PERMUTATION, self.members[0], (sizes.inputs,), dtype=torch.int32)
+        for member in self.members:
+            yield Stored(SKELETON, member, (sizes.member_rows[member], self.rank), outputs=0)
+
+    @classmethod
+    def take_all(cls, parts: Sequence[Self], loaded: Loaded, products: Products) -> None:
+        super().take_all(parts, loaded, products)
+        if not products.uses_own_ops:
+            return
+        from fermisvd_vllm.kernels import COLUMNS  # here: there need not be a Triton where there is no GPU
+
+        if all(part.rank < len(part.places) for part in parts):
+            d = [part.interpolation.weight for part in parts]
+            products.measure(COLUMNS, [noise(each, len(parts[0].places)) for each in d], d)
+
+    def take(self, loaded: Loaded, products: Products) -> None:
+        self.uses_own_ops = products.uses_own_ops
+        d = loaded.stacked(INTERPOLATION, self.members)
+        self.interpolation = self.factor(INTERPOLATION, d, products, packed=not products.uses_own_ops)
+        places = torch.argsort(loaded.stacked(PERMUTATION, self.members).long())
+        self.register_buffer("places", self.keep("places", places))
+        c = loaded.stacked(SKELETON, self.members)
+        self.second = self.factor(SKELETON, c, products, packed=not products.joins_outputs)
+
+    @classmethod
+    def shared_of_all(cls, parts: Sequence[Self], x: torch.Tensor) -> Sequence[torch.Tensor]:
+        s = [part.skeleton_first(x) for part in parts]
+        if parts[0].uses_own_ops:  # t in the place of s_skel
+            torch.ops.fermisvd.columns(s, [part.interpolation.weight for part in parts])
+            return [own[..., : part.rank] for own, part in zip(s, parts, strict=True)]
+        return [part.interpolated(own) for own, part in zip(s, parts, strict=True)]
+
+    def skeleton_first(self, x: torch.Tensor) -> torch.Tensor:
+        """s, the skeleton's inputs before the rest."""
+        s = torch.empty_like(x, memory_format=torch.contiguous_format)
+        put(s, self.places, x)
+        return s
+
+    def interpolated(self, s: torch.Tensor) -> torch.Tensor:
+        """t of s by plain products: vLLM's on a CPU has nothing to accumulate into."""
+        t, rest = s[..., : self.rank], s[..., self.rank :]
+        return t + self.interpolation(rest) if rest.shape[-1] else t
+
+
+class PivGaRowsPart(GroupPart):
+    """pivga, rows: t = z = x R_skel^T; y = P [z ; z D^T]. R_skel: (r, n); D: (m-r, r).
+
+    order: of each of [z | z D^T] its output; where our ops run, of each output its place there, since y is loaded.
+    """
+
+    one_product = False
+    unsplittable = "column"
+    skeleton: Factor
+    interpolation: Factor
+    order: torch.Tensor
+
+    def stored(self, sizes: LayerSizes) -> Iterator[Stored]:
+        [member] = self.members
+        rows = sizes.member_rows[member]
+        yield Stored(SKELETON, member, (self.rank, sizes.inputs), inputs=1)
+        yield Stored(INTERPOLATION, member, (rows - self.rank, self.rank))
+        yield Stored(PERMUTATION, member, (rows,), dtype=torch.int32)
+
+    def take(self, loaded: Loaded, products: Products) -> None:
+        self.uses_own_ops = products.uses_own_ops
+        self.skeleton = self.factor(SKELETON, loaded.stacked(SKELETON, self.members), products)
+        self.interpolation = self.factor(INTERPOLATION, loaded.stacked(INTERPOLATION, self.members), products)
+        permutation = loaded.stacked(PERMUTATION, self.members).long()
+        order = torch.argsort(permutation) if self.uses_own_ops else permutation
+        self.register_buffer("order", self.keep("order", order))
+
+    def shared(self, x: torch.Tensor) -> torch.Tensor:
+        return self.skeleton(x)
+
+    def outputs(self, t: torch.Tensor) -> torch.Tensor:
+        rows = len(self.order)
+        p = self.interpolation(t) if self.rank < rows else t[..., :1]
+        if self.uses_own_ops:
+            return loaded_in_order(t, p, self.order)
+        y = t.new_empty(*t.shape[:-1], rows)
+        put(y, self.order[: self.rank], t)
+        if self.rank < rows:
+            put(y, self.order[self.rank :], p)
+        return y
+
+
+KINDS: dict[tuple[str, str | None], type[GroupPart]] = {  # by form and side of the group
+    ("svd", None): SvdPart,
+    ("pivga", "columns"): PivGaColumnsPart,
+    ("pivga", "rows"): PivGaRowsPart,
+}
+
+
+def part_of(members: Sequence[int], group: Group | None) -> Part:
+    """The part of members at these positions of a layer."""
+    return DensePart(members) if group is None else KINDS[group.form, group.side](members, group)
+
+
+def parts_of(member_names: Sequence[str], groups: Mapping[str, Group], layer: str) -> list[Part] | None:
+    """Parts of a layer with these members, in order of their first member; None if all of them are dense.
+
+    groups: member name -> its group. Raises FormatError if a group reaches out of the layer.
+    """
+    position = {name: i for i, name in enumerate(member_names)}
+    parts: dict[str, Part] = {}
+    for name in member_names:
+        group = groups.get(name)
+        if group is None:
+            parts[name] = part_of([position[name]], None)
+            continue
+        strangers = [member for member in group.members if member not in position]
+        if strangers:
+            raise FormatError(f"group {group.name}: {strangers[0]} is no part of {layer}, the layer vLLM fuses it into")
+        if group.name not in parts:
+            parts[group.name] = part_of([position[member] for member in group.members], group)
+    return list(parts.values()) if any(part.group for part in parts.values()) else None
+
+
+def put(y: torch.Tensor, index: torch.Tensor, x: torch.Tensor) -> None:
+    """y[..., index] = x: a compiled norm stores x straight into y, where a gather is done apart (docs/decisions.md)."""
+    if torch.compiler.is_compiling():
+        y[..., index] = x
+    else:  # eager, scatter_ is three times as fast; compiled it costs a copy of y
+        y.scatter_(-1, index.expand(x.shape), x)
+
+
+def loaded_in_order(z: torch.Tensor, p: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """[z | p][..., places], without joining the two: a compiled residual add or norm loads from both."""
+    rank = z.shape[-1]
+    return torch.where(places < rank, z[..., places.clamp(max=rank - 1)], p[..., (places - rank).clamp(min=0)])
