@@ -30,7 +30,9 @@ def new_record(command: str, protocol: dict) -> dict:
 
 def command_line() -> str:
     """As it is typed: the script by its module's name."""
-    return shlex.join(["python", "-m", sys.modules["__main__"].__spec__.name, *sys.argv[1:]])
+    main = sys.modules["__main__"].__spec__
+    assert main is not None, "started by python -m"
+    return shlex.join(["python", "-m", main.name, *sys.argv[1:]])
 
 
 def vllm_versions() -> dict[str, str]:

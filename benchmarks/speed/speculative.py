@@ -103,7 +103,7 @@ def main() -> None:
         "prompt_tokens": PROMPT_LENGTH,
         "new_tokens": NEW_TOKENS,
     }
-    record = new_record(command_line(), protocol) | {"rows": rows}
+    record: dict = new_record(command_line(), protocol) | {"rows": rows}
     record["versions"] |= vllm_versions()
     write_record(f"speculative-{arguments.model.name}", record)
     print(table(rows))

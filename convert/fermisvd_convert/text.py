@@ -193,7 +193,9 @@ def _token_ids(
                 ids.append(tokenizer.eos_token_id)
             ids += tokens
             counts.used += 1
-            bar.update(len(ids) - bar.n)
+            bar.update(
+                (len(ids) if needed is None else min(len(ids), needed)) - bar.n
+            )  # beyond it tqdm drops the total
             if needed is not None and len(ids) >= needed:
                 break
     return ids, counts, cut_off and needed is not None and len(ids) < needed
