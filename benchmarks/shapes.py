@@ -7,12 +7,13 @@ for each fused layer. So svd is smaller than dense by that fraction, and pivga s
 import json
 import shutil
 from pathlib import Path
+from typing import Any, Literal
 
 from transformers import LlamaConfig
 
-from fermisvd.budget import Budget, group_parameters
+from fermisvd.budget import Budget, Form, group_parameters
 from fermisvd.format import CheckpointConfig, Group
-from fermisvd.groups import LinearGroup
+from fermisvd.groups import LinearGroup, Side
 from tests.support import DEMO_MODEL
 
 FORMS = ("dense", "svd", "pivga")
@@ -53,12 +54,13 @@ def groups_of(shape: dict) -> list[LinearGroup]:
     groups = []
     for layer in range(shape["num_hidden_layers"]):
         attention, mlp = (f"model.layers.{layer}.{part}" for part in ("self_attn", "mlp"))
-        for members, rows, columns, side in (
+        found: list[tuple[list[str], tuple[int, ...], int, Side]] = [
             ([f"{attention}.{n}_proj" for n in "qkv"], (hidden, kv, kv), hidden, "columns"),
             ([f"{attention}.o_proj"], (hidden,), hidden, "rows"),
             ([f"{mlp}.{n}_proj" for n in ("gate", "up")], (wide, wide), hidden, "columns"),
             ([f"{mlp}.down_proj"], (hidden,), wide, "rows"),
-        ):
+        ]
+        for members, rows, columns, side in found:
             groups.append(LinearGroup(tuple(members), tuple(rows), columns, side, members[0]))
     return groups
 
@@ -69,12 +71,13 @@ def ranks_of(groups: list[LinearGroup], remove: float, align: int | None = None)
     return budget.ranks(groups, budget.uniform_ranks(groups))
 
 
-def write_folder(folder: Path, name: str, form: str, remove: float) -> dict[str, int]:
+def write_folder(folder: Path, name: str, form: Form | Literal["dense"], remove: float) -> dict[str, int]:
     """A folder that vLLM takes for the checkpoint of that shape and form. Returns the parameters that every token is
     multiplied by: `layers`, the decoder blocks' linear layers, and `head`."""
     shape, groups = SHAPES[name], groups_of(SHAPES[name])
     folder.mkdir(parents=True)
-    config = LlamaConfig(**shape, max_position_embeddings=8192, dtype="bfloat16", tie_word_embeddings=False).to_dict()
+    sizes: dict[str, Any] = dict(shape)
+    config = LlamaConfig(**sizes, max_position_embeddings=8192, dtype="bfloat16", tie_word_embeddings=False).to_dict()
     config["architectures"] = ["LlamaForCausalLM"]
     layers = sum(group.dense_parameters for group in groups)
     if form != "dense":

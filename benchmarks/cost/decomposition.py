@@ -48,7 +48,7 @@ from fermisvd.budget import Budget
 from fermisvd.decomposition import OutputGram, kfac_svd
 from fermisvd.fermigrad import gated_kl
 from fermisvd.gates import install_gates
-from fermisvd.groups import LinearGroup, find_groups
+from fermisvd.groups import LinearGroup, Side, find_groups
 from fermisvd.pivga import fix_gauge, least_squares, pivoted_cholesky, round_with_error_feedback
 from fermisvd_convert.memory import give_back
 
@@ -140,7 +140,8 @@ def fermigrad_step(hidden: int, device: str) -> Piece:
         head_dim=64,
         vocab_size=VOCABULARY,
     )
-    model = LlamaForCausalLM(config).to(device).requires_grad_(False)
+    with torch.device(device):
+        model = LlamaForCausalLM(config).requires_grad_(False)
     groups = find_groups(model, "separate")
 
     def factors_of(group: LinearGroup) -> tuple[torch.Tensor, torch.Tensor]:
@@ -170,7 +171,11 @@ def whole_calls(hidden: int, device: str) -> Iterator[tuple[str, Work, Callable[
         matrix.diagonal().add_(torch.logspace(0, -3, n, dtype=torch.float64, device=device))
         return matrix
 
-    shapes = (("q", hidden, hidden, "columns"), ("gate", wide, hidden, "columns"), ("down", hidden, wide, "rows"))
+    shapes: tuple[tuple[str, int, int, Side], ...] = (
+        ("q", hidden, hidden, "columns"),
+        ("gate", wide, hidden, "columns"),
+        ("down", hidden, wide, "rows"),
+    )
     for name, m, n, side in shapes:
         weight, gram = torch.randn(m, n, dtype=torch.bfloat16, device=device), positive(n)
         output = OutputGram(positive(min(m, n)), 1.0)

@@ -41,7 +41,7 @@ def equal_blocks(folder: Path, layers: int) -> Path:
         dtype="bfloat16",
     )
     torch.manual_seed(0)
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder, max_shard_size="100MB")
+    LlamaForCausalLM(config).bfloat16().save_pretrained(folder, max_shard_size="100MB")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_bytes((DEMO_MODEL / name).read_bytes())
     (folder / "text.txt").write_text("".join(f"def f{i}(x):\n    return x + {i}\n\n" for i in range(2000)))

@@ -42,7 +42,7 @@ def random_model(folder: Path, millions: int) -> Path:
         num_key_value_heads=max(1, hidden // 256),
         head_dim=64,
     )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_bytes((DEMO_MODEL / name).read_bytes())
     return folder

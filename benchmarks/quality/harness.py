@@ -15,8 +15,8 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
-import lm_eval
-from lm_eval.tasks import TaskManager
+import lm_eval  # pyright: ignore[reportMissingImports]: the extra [eval] is not among the tools of tests
+from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 
 import fermisvd  # noqa: F401  (registers the quantizer with transformers)
 from benchmarks.records import RESULTS, command_line, new_record, write_record

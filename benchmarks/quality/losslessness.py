@@ -87,7 +87,7 @@ def build(path: Path, compressed: list, form: Form, tensors_of: Tensors, dtype: 
     for group, rank, a, b in compressed:
         replace_group(model, config_group(RankedGroup(group, rank, form)))
         state |= tensors_of(group, a, b, dtype)
-    model = model.to(dtype)
+    torch.nn.Module.to(model, dtype)
     missing = model.load_state_dict(state, strict=False).unexpected_keys
     assert not missing, missing
     return model

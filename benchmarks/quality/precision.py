@@ -14,6 +14,7 @@ Results: benchmarks/results/precision.json.
 
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -99,14 +100,17 @@ def summed_products(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return sum((p.double().T @ p.double() for p in parts), zero), sum(((p.T @ p).double() for p in parts), zero)
 
 
+def keep_input(kept: list[torch.Tensor], _: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+    kept.append(inputs[0].flatten(0, -2))
+
+
 def real_problems(path: Path, windows: torch.Tensor) -> Iterator[Problem]:
     """The separate groups of a model."""
     model = load_model(path).requires_grad_(False)
     groups = find_groups(model, "separate")
-    inputs = {group.source: [] for group in groups}
+    inputs: dict[str, list[torch.Tensor]] = {group.source: [] for group in groups}
     hooks = [
-        linear_layer(model, name).register_forward_pre_hook(lambda _, args, k=kept: k.append(args[0].flatten(0, -2)))
-        for name, kept in inputs.items()
+        linear_layer(model, name).register_forward_pre_hook(partial(keep_input, kept)) for name, kept in inputs.items()
     ]
     for batch in windows.split(BATCH):
         model(input_ids=batch, use_cache=False)
@@ -141,7 +145,8 @@ def made_problems(width: int, size: float) -> Iterator[Problem]:
 
 
 def measure(problems: Iterator[Problem]) -> dict[str, float]:
-    worst, spread = dict.fromkeys(COLUMNS, 0.0), 0.0
+    worst: dict[str, float] = {name: 0.0 for name in COLUMNS}  # noqa: C420  its type
+    spread = 0.0
     for problem in problems:
         diagonal = problem[1].diagonal()
         spread = max(spread, (diagonal.max() / diagonal.min()).item())

@@ -15,10 +15,10 @@ from .tables import (
     load_names,
     lost,
     quality_records,
-    ratio,
     record,
     removals,
     speed_of,
+    speed_ratio,
 )
 
 plt.rcParams["svg.hashsalt"] = "fermisvd"
@@ -54,7 +54,7 @@ def draw_load(path: Path) -> None:
         about = record(name)
         cases = [case for case in about["runs"] if speed_of(case)]
         for number, form in enumerate(FORMS[1:], 1):
-            ratios = [ratio(about["runs"][case], form, "dense", speed_of(case)) for case in cases]
+            ratios = [speed_ratio(about["runs"], case, form) for case in cases]
             axis.plot(cases, ratios, f"C{number}o-", label=form)
             if promised := by_parameters(about, form):
                 axis.axhline(promised, color=f"C{number}", linestyle="--", linewidth=1)

@@ -166,6 +166,13 @@ def median_of(runs: list[dict], form: str, figure: str) -> float:
     return statistics.median(run[figure] for run in runs if run["form"] == form)
 
 
+def speed_ratio(runs: dict[str, list[dict]], case: str, form: str) -> float:
+    """A form's tokens/s over dense's, of a case that is compared by them."""
+    figure = speed_of(case)
+    assert figure is not None, case
+    return ratio(runs[case], form, "dense", figure)
+
+
 def ratio(runs: list[dict], form: str, other: str, figure: str) -> float:
     """Median over repetitions of form / other in the same one."""
     of = {(run["form"], run["repeat"]): run[figure] for run in runs}
@@ -379,7 +386,7 @@ def served_in_words(remove: float) -> str:
     """Weights and tokens a second of the wide model, a sentence a line."""
     about, case = record(f"load-wide-{remove}"), "decode, 16 concurrent"
     held = {form: f"{about['models'][form]['weight_bytes'] / MIB:,.0f}" for form in FORMS}
-    ratios = {form: f"{ratio(about['runs'][case], form, 'dense', speed_of(case)):.2f}" for form in FORMS}
+    ratios = {form: f"{speed_ratio(about['runs'], case, form):.2f}" for form in FORMS}
     return (
         f"A random model, 2,048 wide, gives {ratios['svd']} times dense's tokens/s to 16 clients on two CPU cores\n"
         f"with {remove:.0%} removed in svd form, and {ratios['pivga']} times in pivga form of the same ranks.\n"

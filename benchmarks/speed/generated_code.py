@@ -10,6 +10,7 @@ import argparse
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch._inductor.config as inductor
@@ -38,11 +39,11 @@ def cases(own_ops: OwnOps) -> dict[str, Callable]:
     qkv, o, *_ = groups_of(SHAPE)
     joint = make_layer(qkv, "pivga", [(qkv, RANK)], SHAPE, own_ops)
     separate = make_layer(qkv, "pivga", [(part, RANK // 2) for part in one_by_one(qkv)], SHAPE, own_ops)
-    rows = make_layer(o, "pivga", [(o, RANK)], SHAPE, own_ops)
+    rows: Any = make_layer(o, "pivga", [(o, RANK)], SHAPE, own_ops)
     weight = torch.ones(SHAPE["hidden_size"], dtype=torch.bfloat16)
     product = nn.Linear(SHAPE["hidden_size"], SHAPE["hidden_size"], bias=False, dtype=torch.bfloat16)
 
-    def before(layer: nn.Module) -> Callable:
+    def before(layer: Any) -> Callable:  # a linear layer of vLLM
         def call(x: torch.Tensor, residual: torch.Tensor) -> tuple:
             x, total = norm(product(x), residual, weight)
             return layer.quant_method.apply(layer, x), total
@@ -87,7 +88,7 @@ def generate(call: Callable, gpu: bool) -> str:
     import triton
     from torch._inductor.exc import InductorError
 
-    triton.runtime.driver.set_active(NoGpu())
+    triton.runtime.driver.set_active(NoGpu())  # pyright: ignore[reportArgumentType]: what inductor asks of a driver
     found, failed, codegen = [], None, GraphLowering.codegen
 
     def keep(graph: GraphLowering):
@@ -95,7 +96,7 @@ def generate(call: Callable, gpu: bool) -> str:
         found.append(code[0].value)
         return code
 
-    GraphLowering.codegen = keep
+    GraphLowering.codegen = keep  # pyright: ignore[reportAttributeAccessIssue]: its own, and what it gave is kept
     try:
         with inductor.patch(cpu_backend="triton"):
             compiled(*operands)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,7 +27,7 @@ from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVPar
 
 from benchmarks.records import command_line, new_record, vllm_versions, write_record
 from benchmarks.shapes import SHAPES, groups_of, ranks_of
-from fermisvd.budget import factor_parameters
+from fermisvd.budget import Form, factor_parameters
 from fermisvd.format import CheckpointConfig, Group
 from fermisvd.groups import LinearGroup
 from fermisvd_vllm.config import FermiSVDConfig
@@ -58,7 +59,7 @@ def one_by_one(group: LinearGroup) -> list[LinearGroup]:
 
 def make_layer(
     group: LinearGroup,
-    form: str,
+    form: Form,
     parts: list[tuple[LinearGroup, int]],
     shape: dict,
     own_ops: OwnOps | None = None,
@@ -189,7 +190,7 @@ def main() -> None:
                         }
                     )
                     for name, parts in chosen.items():
-                        form = name.split(",")[0]
+                        form: Any = name.split(",")[0]
                         weights = sum(factor_parameters(r, g.rows, g.columns, form) for g, r in parts)
                         weights = weights or group.dense_parameters
                         traffic = 2 * (weights + tokens * (group.columns + group.rows))

@@ -111,7 +111,7 @@ def ask(server: Server, folder: Path, options: list[str], seed: int, scratch: Pa
     given += ["--num-warmups", "2", "--disable-tqdm", "--save-result", "--result-dir", str(scratch)]
     given += ["--result-filename", "result.json", "--percentile-metrics", "ttft,tpot", *options]
     with redirect_stdout(io.StringIO()):
-        main(parser.parse_args(given))
+        main(parser.parse_args(given) or argparse.Namespace())
     found = json.loads((scratch / "result.json").read_text())
     if found.get("failed"):
         raise SystemExit(f"{folder.name}: {found['failed']} requests failed")

@@ -22,6 +22,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import psutil
@@ -214,7 +215,7 @@ def client_session(server: Server) -> aiohttp.ClientSession:
 
 async def soak(server: Server, prompts: list[list[int]], requests: int) -> dict:
     async with client_session(server) as session:
-        record = {"concurrent_clients": await concurrent_clients(session, prompts)}
+        record: dict[str, Any] = {"concurrent_clients": await concurrent_clients(session, prompts)}
         print(record, flush=True)
         record["memory"] = await many_requests(session, server, prompts, requests)
         record["malformed"] = await malformed_requests(session)

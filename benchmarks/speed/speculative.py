@@ -27,6 +27,7 @@ def generate(model: str, draft: str | None, prompts: list[list[int]]) -> tuple[l
     os.environ |= {"VLLM_LOGGING_LEVEL": "WARNING", "HF_HUB_OFFLINE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     from vllm import LLM, SamplingParams
+    from vllm.v1.metrics.reader import Counter
 
     speculative = {"method": "draft_model", "model": draft, "num_speculative_tokens": SPECULATIVE_TOKENS}
     engine = LLM(
@@ -39,7 +40,7 @@ def generate(model: str, draft: str | None, prompts: list[list[int]]) -> tuple[l
     )
     sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
     outputs = engine.generate([{"prompt_token_ids": ids} for ids in prompts], sampling, use_tqdm=False)
-    metrics = {m.name: m.value for m in engine.get_metrics() if "spec_decode" in m.name and hasattr(m, "value")}
+    metrics = {m.name: float(m.value) for m in engine.get_metrics() if "spec_decode" in m.name and isinstance(m, Counter)}
     return [list(o.outputs[0].token_ids) for o in outputs], metrics
 
 

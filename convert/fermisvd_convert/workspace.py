@@ -53,7 +53,7 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def write_whole(path: Path, partial: Path, write: Callable[[Path], None]) -> None:
+def write_whole(path: Path, partial: Path, write: Callable[[Path], object]) -> None:
     """Write `partial`, on the same disk, then rename: the file is there whole or not at all.
 
     Raises WorkspaceError if there is no space, or no permission.

@@ -8,6 +8,7 @@ After the tampering a second run must give the undisturbed OUT bit for bit. Many
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -19,7 +20,7 @@ from tests.support.artefacts import made
 
 # by the beginning of their names, in the order of the conversion
 STAGES = ["structure", "gram", "outputs", "dense", "factors", "ranks", "dense-groups", "groups", "refit", "healed"]
-PROFILE = dict(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+PROFILE: dict[str, Any] = dict(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 @pytest.fixture(scope="module")

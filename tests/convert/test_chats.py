@@ -3,6 +3,7 @@
 import json
 from copy import deepcopy
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -106,7 +107,7 @@ def of_vllm(tokenizer, messages, tools=None):
     except ValidationError:  # what its API does not take of a client, its parser takes all the same
         request = SimpleNamespace(messages=deepcopy(messages), tools=None)
     form = hf._detect_content_format(tokenizer.chat_template, default="string")
-    config = SimpleNamespace(
+    config: Any = SimpleNamespace(  # what these functions read of a ModelConfig
         multimodal_config=None,
         enable_prompt_embeds=False,
         trust_remote_code=False,
@@ -115,6 +116,7 @@ def of_vllm(tokenizer, messages, tools=None):
         tokenizer="t",
         model="m",
     )
+    conversation: Any
     conversation, _, _ = chat_utils.parse_chat_messages(request.messages, config, form)
     dumped = [tool.model_dump() for tool in request.tools] if request.tools else None
     return hf.safe_apply_chat_template(

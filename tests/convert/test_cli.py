@@ -105,7 +105,7 @@ def test_settings_are_said_before_the_first_stage_and_every_bar_has_a_total(smal
 
 
 def test_bad_rows_end_every_command_or_are_skipped_and_recorded(smallest_llama, tmp_path):
-    rows = [{"text": f"def f{i}(x):\n    return x * {i}\n"} for i in range(200)]
+    rows: list[dict] = [{"text": f"def f{i}(x):\n    return x * {i}\n"} for i in range(200)]
     rows[5:5] = [{"id": "row-5"}, {"text": ""}, {"text": None}]
     text, out = tmp_path / "rows.jsonl", tmp_path / "out"
     text.write_text("\n".join(map(json.dumps, rows)))

@@ -8,6 +8,7 @@ Many more examples than `make test` runs, about twenty minutes:
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, event, given, settings
@@ -17,7 +18,7 @@ from typer.testing import CliRunner
 from fermisvd.format import validate_checkpoint
 from fermisvd_convert.cli import app
 
-PROFILE = dict(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+PROFILE: dict[str, Any] = dict(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 
 letters = st.characters(blacklist_categories=["Cs"], blacklist_characters="\0")  # what a shell can pass
 junk = st.text(letters, max_size=6) | st.sampled_from(

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -85,7 +86,7 @@ def write(folder, report):
 
 def cells(axis) -> dict[tuple[float, float], tuple[float, float]]:
     """What a panel of ranks shows: (block, row) of a cell's middle -> its height and colour value."""
-    drawn = next(c for c in axis.collections if isinstance(c, PatchCollection) and c.get_array() is not None)
+    drawn: Any = next(c for c in axis.collections if isinstance(c, PatchCollection) and c.get_array() is not None)
     boxes = [path.get_extents() for path in drawn.get_paths()]
     middles = [((box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2) for box in boxes]
     assert drawn.get_clim()[0] <= min(drawn.get_array()) and max(drawn.get_array()) <= drawn.get_clim()[1]
@@ -159,7 +160,7 @@ def test_trace():
     steps = report.trace.steps
     assert np.array_equal(loss.lines[0].get_xydata(), [(step.step, step.kl) for step in steps])
     assert np.allclose(kept.lines[0].get_ydata(), [100 * step.kept for step in steps])
-    assert kept.lines[1].get_ydata()[0] == pytest.approx(70)  # the target
+    assert np.asarray(kept.lines[1].get_ydata())[0] == pytest.approx(70)  # the target
     assert [line.get_label() for line in shares.lines] == ["q", "k", "v", "o", "gate", "up", "down"]
     assert np.allclose(shares.lines[0].get_ydata(), [min(1, 1.06 - 0.01 * i) for i in range(16)])
     other = record(2, settings={"remove": 0.3, "form": "pivga", "count": "svd"})
@@ -186,7 +187,7 @@ def test_spectra_and_where_the_rank_cuts():
             x, y = curve.get_data()
             assert np.allclose(np.log(y), -1024 * np.array(x) / decay, atol=1e-4)
             rank = report.groups[7 * block + number].rank
-            assert dot.get_xydata()[0] == pytest.approx((rank / 1024, math.exp(-rank / decay)), rel=1e-3)
+            assert np.asarray(dot.get_xydata())[0] == pytest.approx((rank / 1024, math.exp(-rank / decay)), rel=1e-3)
             assert curve.get_color() == dot.get_color()
 
 
@@ -209,7 +210,7 @@ def test_quality_draws_a_line_a_method_and_a_panel_a_model():
 
     points = [of(14.0, 60_000_000, 0.4), of(11.0, 80_000_000), of(12.5, 81_000_000, form="svd"), of(13.0, 7, model="b")]
     one, two = figures.draw_quality(points).axes
-    drawn = {line.get_label(): line.get_xydata().tolist() for line in one.lines}
+    drawn = {line.get_label(): np.asarray(line.get_xydata()).tolist() for line in one.lines}
     assert drawn == {"dense": [[100, 10]], "form pivga": [[60, 14], [80, 11]], "form svd": [[81, 12.5]]}
     assert {text.get_text() for text in one.texts} == {"20%", "40%"}
     assert {line.get_label() for line in two.lines} == {"dense", "form pivga, ranks fermigrad"}

@@ -107,7 +107,7 @@ class Answers(BaseHTTPRequestHandler):
                     assert line["key"] == "header", line
             self.answer({"success": True, "commitOid": "1" * 40, "commitUrl": f"{hub.url}/{hub.name}/commit/1"})
         elif path == "/api/validate-yaml":
-            assert ModelCard(json.loads(self.body)["content"]).data.library_name == "transformers"
+            assert ModelCard(json.loads(self.body)["content"]).data.to_dict()["library_name"] == "transformers"
             self.answer({"errors": [], "warnings": []})
         else:
             self.answer({"error": f"the stand-in does not know {path}"}, 400)

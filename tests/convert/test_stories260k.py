@@ -8,6 +8,7 @@ from fermisvd.calibration import gram_matrices
 from fermisvd.decomposition import data_aware_svd
 from fermisvd.groups import find_groups, stacked_weight
 from fermisvd.hf import load_model
+from fermisvd.linear import linear_layer
 from fermisvd_convert.evaluate import evaluate
 from fermisvd_convert.loading import load_tokenizer
 from fermisvd_convert.text import windows_of
@@ -32,5 +33,5 @@ def test_uniform_ranks_rounded_down_give_the_trials_perplexity(stories260k, form
             for g in groups:
                 a, b = factors[g.name].truncated(int(budget.uniform_rank(g)))
                 for member, part in zip(g.members, (a @ b).split(list(g.member_rows)), strict=True):
-                    model.get_submodule(member).weight.copy_(part)
+                    linear_layer(model, member).weight.copy_(part)
         assert evaluate(model, evaluation).perplexity == pytest.approx(trial, rel=0.01)

@@ -102,7 +102,7 @@ def test_chats_go_through_the_template(tokenizer, tmp_path):
         tokenizer.chat_template = None
 
 
-MIXED = [{"text": f"x = {i}"} for i in range(60)]
+MIXED: list = [{"text": f"x = {i}"} for i in range(60)]
 for place, other in ((3, {"text": ""}), (9, {"id": "row-9"}), (20, {"messages": []}), (21, {"text": None}), (40, [])):
     MIXED.insert(place, other)
 
