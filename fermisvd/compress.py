@@ -34,6 +34,7 @@ from fermisvd.settings import Batched, Count, Seeded, nested, option
 from fermisvd.storage import compressed_tensors, config_group
 
 ASIDE_WINDOWS = 32  # windows that decide between measured alternatives, never trained on
+RANK_RULES = ("fermigrad", "uniform")
 Whitening = Literal["kfac", "input"]
 GroupsRule = Literal["auto", "joint", "separate"]
 
@@ -135,6 +136,8 @@ class Compression:
     def __init__(self, model: PreTrainedModel, windows: torch.Tensor, options: CompressOptions):
         if getattr(model.config, "quantization_config", None) is not None:
             raise CompressError("the model is quantised or compressed already; give the dense one")
+        if options.ranks not in RANK_RULES:
+            raise CompressError(f"ranks: {options.ranks!r} is none of {', '.join(RANK_RULES)}")
         check_unshared(model)
         self.model, self.windows, self.options, self.budget = model, windows, options, options.budget
         self.aside, self.training = set_aside(windows)
@@ -189,8 +192,6 @@ def ideal_ranks(work: Compression, groups: Sequence[LinearGroup], decomposition:
     """Real ranks on the budget; FermiGrad's in svd form are k or at most where factors are smaller than W."""
     if work.options.ranks == "uniform":
         return work.budget.uniform_ranks(groups)
-    if work.options.ranks != "fermigrad":
-        raise CompressError(f"ranks: {work.options.ranks!r} is neither fermigrad nor uniform")
     model = copy.deepcopy(work.teacher)
     gated = install_gates(model, groups, decomposition.whole)
     batch_size, seed = work.options.batch_size, work.options.seed

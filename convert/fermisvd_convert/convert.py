@@ -18,15 +18,15 @@ from fermisvd_convert.options import ConvertOptions
 from fermisvd_convert.output import Place, claimed, complete, list_files, move_into_place, unfinished
 from fermisvd_convert.places import real_path
 from fermisvd_convert.preflight import check_room, prepare
-from fermisvd_convert.record import Bytes, GroupRow, Perplexity, Record, group_rows, totals, versions
+from fermisvd_convert.record import GroupRow, Record, group_rows, totals, versions
 from fermisvd_convert.stages.calibration import calibrate
 from fermisvd_convert.stages.decomposition import FactorsOf, decompose
 from fermisvd_convert.stages.evaluation import evaluate_compressed, evaluate_dense
 from fermisvd_convert.stages.healing import heal_checkpoint
 from fermisvd_convert.stages.joining import join
-from fermisvd_convert.stages.ranks import choose_ranks
+from fermisvd_convert.stages.ranks import IdealRanks, choose_ranks
 from fermisvd_convert.stages.refit import refit_groups
-from fermisvd_convert.stages.structure import find_structure
+from fermisvd_convert.stages.structure import Structure, find_structure
 from fermisvd_convert.tables import settings_line
 from fermisvd_convert.text import recorded_names
 from fermisvd_convert.writer import weight_bytes, write_checkpoint
@@ -62,25 +62,7 @@ def convert(model: str | Path, out: str | Path, remove: float, **options: Any) -
             healing = heal_checkpoint(conversion, folder)
             with complete(place):
                 after = evaluate_compressed(conversion, folder)
-                record = Record.model_validate(
-                    {
-                        **provenance(conversion, rows),
-                        "calibration_text": conversion.text.record(recorded_names(conversion.options.calibration)),
-                        "groups": rows,
-                        "left_dense": structure.left_dense,
-                        "left_out": {"tensors": conversion.source.left_out, "files": conversion.left_files},
-                        "trace": {"groups": [group.name for group in ideal.groups], "steps": ideal.trace},
-                        "choices": conversion.choices,
-                        "healing": healing,
-                        "perplexity": Perplexity(
-                            before=before["perplexity"], after=after["perplexity"], tokens=after["tokens"]
-                        ),
-                        "bytes": Bytes(
-                            before=weight_bytes(conversion.source.headers), after=weight_bytes(read_headers(folder))
-                        ),
-                        "seconds": conversion.seconds,
-                    }
-                )
+                record = record_of(conversion, folder, structure, ideal, rows, before, after, healing)
                 publish(conversion, place, folder, record)
         return distributed.from_first(record)
 
@@ -120,6 +102,36 @@ def provenance(conversion: Conversion, rows: Sequence[GroupRow]) -> dict[str, An
         "totals": totals(rows).model_dump(),
         "versions": versions(),
     }
+
+
+def record_of(
+    conversion: Conversion,
+    folder: Path,
+    structure: Structure,
+    ideal: IdealRanks,
+    rows: Sequence[GroupRow],
+    before: dict[str, Any],
+    after: dict[str, Any],
+    healing: dict[str, Any] | None,
+) -> Record:
+    """What this conversion did. folder: the written checkpoint; before, after: the evaluations."""
+    source, text = conversion.source, conversion.text
+    perplexity = {"before": before["perplexity"], "after": after["perplexity"], "tokens": after["tokens"]}
+    return Record.model_validate(
+        {
+            **provenance(conversion, rows),
+            "calibration_text": text.record(recorded_names(conversion.options.calibration)),
+            "groups": rows,
+            "left_dense": structure.left_dense,
+            "left_out": {"tensors": source.left_out, "files": conversion.left_files},
+            "trace": {"groups": [group.name for group in ideal.groups], "steps": ideal.trace},
+            "choices": conversion.choices,
+            "healing": healing,
+            "perplexity": perplexity,
+            "bytes": {"before": weight_bytes(source.headers), "after": weight_bytes(read_headers(folder))},
+            "seconds": conversion.seconds,
+        }
+    )
 
 
 @timed("write")

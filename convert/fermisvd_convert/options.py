@@ -6,13 +6,12 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
-from fermisvd.compress import CompressOptions
+from fermisvd.compress import RANK_RULES, CompressOptions
 from fermisvd.healing import HealingSettings
 from fermisvd.settings import Batched, Count, Seeded, Settings, nested, option
 from fermisvd_convert.memory import parse_bytes
 from fermisvd_convert.rows import DEFAULT_DATASET
 
-RANK_RULES = ("fermigrad", "uniform")
 Text = Annotated[str, Field(min_length=1)]
 Texts = Annotated[Sequence[Text], Field(min_length=1)]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from fermisvd.compress import RANK_RULES
 from fermisvd.files import INDEX_NAME, check_name
 from fermisvd.groups import LinearGroup
 from fermisvd.running import distributed
@@ -16,7 +17,7 @@ from fermisvd_convert.checks import check_options, check_out
 from fermisvd_convert.conversion import Conversion, timed
 from fermisvd_convert.loading import resolve_device, window_length
 from fermisvd_convert.memory import check_memory, gated_bytes, limits, memory_of, model_sizes, needs
-from fermisvd_convert.options import RANK_RULES, ConvertOptions
+from fermisvd_convert.options import ConvertOptions
 from fermisvd_convert.places import OURS, real_path
 from fermisvd_convert.source import Source, folder_name, open_source
 from fermisvd_convert.space import check_space, out_bytes, work_bytes
