@@ -47,7 +47,6 @@ def test_every_option_is_on_the_command_line_as_its_field_says(command):
 def test_what_only_one_value_reads_are_options():
     options = ConvertOptions.options()
     assert {owner for owner, _ in READ_BY} | {name for names in READ_BY.values() for name in names} <= options.keys()
-    assert len({options[name].path[0] for name in READ_BY["constraint", "penalty"]}) == 1
 
 
 TEXTS = st.lists(st.text(min_size=1, max_size=9), min_size=1, max_size=3)
