@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
@@ -55,6 +54,11 @@ def one_by_one(group: LinearGroup) -> list[LinearGroup]:
     """A group for each member."""
     members = zip(group.members, group.member_rows, strict=True)
     return [replace(group, members=(name,), member_rows=(rows,)) for name, rows in members]
+
+
+def form_of(name: str) -> Form:
+    """Of a variant; a dense one has no parts, so its form is of no matter."""
+    return "svd" if name.startswith("svd") else "pivga"
 
 
 def make_layer(
@@ -179,7 +183,7 @@ def main() -> None:
         for remove in arguments.remove:
             for group in groups:
                 chosen = variants(group, remove)
-                layers = {name: make_layer(group, name.split(",")[0], p, shape) for name, p in chosen.items()}
+                layers = {name: make_layer(group, form_of(name), p, shape) for name, p in chosen.items()}
                 for tokens in arguments.tokens:
                     torch._dynamo.reset()  # one class, many layers
                     x = torch.randn(tokens, group.columns, device=DEVICE, dtype=torch.bfloat16)
@@ -190,7 +194,7 @@ def main() -> None:
                         }
                     )
                     for name, parts in chosen.items():
-                        form: Any = name.split(",")[0]
+                        form = form_of(name)
                         weights = sum(factor_parameters(r, g.rows, g.columns, form) for g, r in parts)
                         weights = weights or group.dense_parameters
                         traffic = 2 * (weights + tokens * (group.columns + group.rows))

@@ -40,7 +40,9 @@ def generate(model: str, draft: str | None, prompts: list[list[int]]) -> tuple[l
     )
     sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
     outputs = engine.generate([{"prompt_token_ids": ids} for ids in prompts], sampling, use_tqdm=False)
-    metrics = {m.name: float(m.value) for m in engine.get_metrics() if "spec_decode" in m.name and isinstance(m, Counter)}
+    metrics = {
+        m.name: float(m.value) for m in engine.get_metrics() if "spec_decode" in m.name and isinstance(m, Counter)
+    }
     return [list(o.outputs[0].token_ids) for o in outputs], metrics
 
 

@@ -10,11 +10,13 @@ import typer
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic_core import PydanticUndefined
+from typer.core import TyperGroup
 from typer.testing import CliRunner
 
 from fermisvd.settings import Count, OptionError, Settings, extra, nested, option
-from fermisvd_convert.cli import READ_BY, app
+from fermisvd_convert import cli
 from fermisvd_convert.command import takes
+from fermisvd_convert.commands import READ_BY, app
 from fermisvd_convert.options import ConvertOptions, EvaluateOptions, HealOptions
 
 COMMANDS = {"convert": ConvertOptions, "heal": HealOptions, "evaluate": EvaluateOptions}
@@ -139,3 +141,9 @@ def test_its_default_range_and_help_are_the_fields(tea):
     for wrong, name in ((["--brew-degrees", "101"], "--brew-degrees"), (["--leaf", "red"], "--leaf"), ([], "--cups")):
         result, _ = tea(*(["--cups", "1"] if wrong else []), *wrong)
         assert result.exit_code == 2 and name in result.output
+
+
+def test_the_help_lists_the_commands_that_there_are():
+    group = typer.main.get_command(app)
+    assert isinstance(group, TyperGroup)
+    assert {name: (command.help or "").partition("\n")[0] for name, command in group.commands.items()} == cli.COMMANDS
