@@ -7,14 +7,10 @@ from typing import Literal, Self
 
 import torch
 
-from fermisvd.errors import FermiSVDError
+from fermisvd.errors import OptionError
 from fermisvd.groups import LinearGroup
 
 Form = Literal["svd", "pivga"]
-
-
-class BudgetError(FermiSVDError):
-    """The asked removal cannot be met with ranks of at least one alignment step."""
 
 
 def factor_parameters(rank: float, rows: int, columns: int, form: Form) -> float:
@@ -81,16 +77,16 @@ class Budget:
 
     @classmethod
     def removing(cls, remove: float, form: Form, align: int | None = None, minimum_rank: int = 1) -> Self:
-        """The budget when the fraction `remove` goes. Raises BudgetError unless 0 < remove < 1."""
+        """The budget when the fraction `remove` goes. Raises OptionError unless 0 < remove < 1."""
         check_fraction(remove)
         return cls(1 - remove, form, align, minimum_rank)
 
     def numbers(self, groups: Sequence[LinearGroup]) -> int:
-        """How many numbers may stay. Raises BudgetError if none is to go."""
+        """How many numbers may stay. Raises OptionError if none is to go."""
         total = dense_parameters(groups)
         numbers = math.floor(self.kept * total + 1e-6)
         if numbers == total:
-            raise BudgetError(f"--remove {1 - self.kept:.3g}: less than one of the {total} parameters")
+            raise OptionError(f"--remove {1 - self.kept:.3g}: less than one of the {total} parameters")
         return numbers
 
     def alignment(self, group: LinearGroup) -> int:
@@ -104,10 +100,10 @@ class Budget:
         return [*(r for r in rungs if not stays_dense(group, r, self.form)), group.full_rank]
 
     def check(self, groups: Sequence[LinearGroup]) -> None:
-        """Raises BudgetError if even the lowest ranks exceed the budget."""
+        """Raises OptionError if even the lowest ranks exceed the budget."""
         lowest = sum(int(group_parameters(group, self.ladder(group)[0], self.form)) for group in groups)
         if lowest > (numbers := self.numbers(groups)):
-            raise BudgetError(
+            raise OptionError(
                 f"--remove leaves {numbers} parameters, but the lowest aligned ranks need {lowest}; "
                 "remove less, or give a smaller --align or --minimum-rank"
             )
@@ -131,7 +127,7 @@ class Budget:
         ideal: real ranks, one a group. Ranks start from the rung below the ideal, come down where that is too much and
         go up where the next rung still fits, always where the distance to the ideal, in units of k, is largest. A dense
         group of the svd form comes down last, since its next rung lies below the jump.
-        Raises BudgetError if even the lowest ranks exceed the budget.
+        Raises OptionError if even the lowest ranks exceed the budget.
         """
         self.check(groups)
         numbers, steps = self.numbers(groups), [self.alignment(group) for group in groups]
@@ -176,9 +172,9 @@ class Budget:
 
 
 def check_fraction(remove: float) -> None:
-    """Raises BudgetError unless 0 < remove < 1."""
+    """Raises OptionError unless 0 < remove < 1."""
     if not 0 < remove < 1:
-        raise BudgetError(f"--remove must lie between 0 and 1, got {remove}")
+        raise OptionError(f"--remove must lie between 0 and 1, got {remove}")
 
 
 class SoftBudget:

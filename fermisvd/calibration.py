@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fermisvd.decomposition import OutputGram
-from fermisvd.errors import FermiSVDError
+from fermisvd.errors import NumericalError
 from fermisvd.linear import linear_layer, weight_of
 from fermisvd.running.blocks import DecoderBlocks, HiddenStates, device_of, sweep
 from fermisvd.running.distributed import own_part, sum_over_processes
@@ -17,10 +17,6 @@ from fermisvd.running.distributed import own_part, sum_over_processes
 Grams = dict[str, torch.Tensor]
 OutputGrams = dict[str, OutputGram]
 Part = tuple[list[str], list[str]]  # names of sources, names of members
-
-
-class CalibrationError(FermiSVDError):
-    """Activations or gradients of a layer are not finite."""
 
 
 class GramSums:
@@ -68,14 +64,14 @@ class GramSums:
         self.outputs[name].addmm_(g.T, g)
 
     def result(self) -> tuple[Grams, OutputGrams]:
-        """The sums over all processes. Raises CalibrationError naming a layer where they are NaN or infinite."""
+        """The sums over all processes. Raises NumericalError naming a layer where they are NaN or infinite."""
         for name, gram in self.grams.items():
             if not sum_over_processes(gram).isfinite().all():
-                raise CalibrationError(f"the input of {name} holds NaN or infinite values during calibration")
+                raise NumericalError(f"the input of {name} holds NaN or infinite values during calibration")
         found = {}
         for name, matrix in self.outputs.items():
             if not sum_over_processes(matrix).isfinite().all():
-                raise CalibrationError(f"the gradient at the output of {name} is NaN or infinite during calibration")
+                raise NumericalError(f"the gradient at the output of {name} is NaN or infinite during calibration")
             mean = sum_over_processes(self.totals[name]).item() / len(weight_of(self.layers[name]))
             found[name] = OutputGram(matrix, mean)
         return self.grams, found
@@ -102,7 +98,7 @@ def calibration_grams(
     from the model's own prediction: G is then the output side of the KL's second derivative (the Fisher matrix), which
     the text's own next tokens only resemble.
     Returns name -> (n x n) float64 tensors on the model's device, and name -> OutputGram.
-    Raises CalibrationError naming the layer whose input or gradient is NaN or infinite.
+    Raises NumericalError naming the layer whose input or gradient is NaN or infinite.
     """
     sums, device = GramSums(model, sources, members), device_of(model)
     with sums.watching():
@@ -252,9 +248,9 @@ def _of_this_process(batches: Iterable[torch.Tensor]) -> list[tuple[int, torch.T
 
 def drawn_gradient(logits: torch.Tensor, seed: int, number: int) -> torch.Tensor:
     """Gradient of -log p(y) at the logits (windows, length, vocabulary), y drawn from them; the draw depends on the
-    batch's number alone, whichever process has it. Raises CalibrationError if they are not finite."""
+    batch's number alone, whichever process has it. Raises NumericalError if they are not finite."""
     if not logits.isfinite().all():
-        raise CalibrationError("the model's logits hold NaN or infinite values during calibration")
+        raise NumericalError("the model's logits hold NaN or infinite values during calibration")
     draw = torch.Generator(logits.device).manual_seed(seed * 2**20 + number)
     gradient = logits.detach().float().softmax(-1)
     drawn = torch.multinomial(gradient.flatten(0, -2), 1, generator=draw).view(*logits.shape[:-1], 1)

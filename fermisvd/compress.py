@@ -18,7 +18,7 @@ from fermisvd.budget import Budget, Form, RankedGroup, compressed
 from fermisvd.calibration import Grams, OutputGrams, calibration_grams
 from fermisvd.decomposition import Factors, group_factors
 from fermisvd.dense_choice import choose_dense
-from fermisvd.errors import FermiSVDError
+from fermisvd.errors import OptionError
 from fermisvd.fermigrad import FermiGradSettings, optimise_ranks
 from fermisvd.format import CheckpointConfig
 from fermisvd.gates import install_gates
@@ -65,7 +65,7 @@ class CompressOptions(Batched, Seeded):
 
     @property
     def budget(self) -> Budget:
-        """Raises BudgetError unless 0 < remove < 1."""
+        """Raises OptionError unless 0 < remove < 1."""
         return Budget.removing(self.remove, self.form, self.align, self.minimum_rank)
 
     @property
@@ -76,10 +76,6 @@ class CompressOptions(Batched, Seeded):
     @property
     def refits(self) -> bool:
         return self.healing.steps == 0 if self.refit is None else self.refit
-
-
-class CompressError(FermiSVDError):
-    """The model or the windows are not what can be compressed."""
 
 
 def compress(model: PreTrainedModel, windows: torch.Tensor, remove: float = 0.2, **options: Any) -> PreTrainedModel:
@@ -113,9 +109,9 @@ def compress(model: PreTrainedModel, windows: torch.Tensor, remove: float = 0.2,
 
 
 def check_windows(windows: torch.Tensor) -> None:
-    """Raises CompressError unless these are two windows of token ids or more."""
+    """Raises OptionError unless these are two windows of token ids or more."""
     if windows.dim() != 2 or len(windows) < 2 or windows.is_floating_point():
-        raise CompressError(f"windows are token ids, (samples, length), two or more: given {tuple(windows.shape)}")
+        raise OptionError(f"windows are token ids, (samples, length), two or more: given {tuple(windows.shape)}")
 
 
 def set_aside(windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -131,13 +127,13 @@ def in_float32(model: PreTrainedModel) -> PreTrainedModel:
 
 class Compression:
     """What the steps share: the model, its copy in float32 (teacher), the windows to decide and to train on, the
-    budget. Raises CompressError or StructureError for a model that cannot be compressed."""
+    budget. Raises OptionError or StructureError for a model that cannot be compressed."""
 
     def __init__(self, model: PreTrainedModel, windows: torch.Tensor, options: CompressOptions):
         if getattr(model.config, "quantization_config", None) is not None:
-            raise CompressError("the model is quantised or compressed already; give the dense one")
+            raise OptionError("the model is quantised or compressed already; give the dense one")
         if options.ranks not in RANK_RULES:
-            raise CompressError(f"ranks: {options.ranks!r} is none of {', '.join(RANK_RULES)}")
+            raise OptionError(f"ranks: {options.ranks!r} is none of {', '.join(RANK_RULES)}")
         check_unshared(model)
         self.model, self.windows, self.options, self.budget = model, windows, options, options.budget
         self.aside, self.training = set_aside(windows)

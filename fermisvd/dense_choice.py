@@ -92,7 +92,7 @@ def choose_dense(
     ids (samples, length) of the loss KL(dense || student), of the ranks as the budget makes them whole. A group that
     goes dense is paid for by all others; one that comes down leaves them what it gave.
     Every choice is measured alone, and those that help again beside the ones accepted, the most valuable first. Returns
-    the ranks and a record of each choice, which on_choice sees too. Raises BudgetError if the lowest ranks exceed the
+    the ranks and a record of each choice, which on_choice sees too. Raises OptionError if the lowest ranks exceed the
     budget.
     """
     choice = DenseChoice(groups, mus, budget)

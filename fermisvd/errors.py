@@ -9,7 +9,19 @@ class FermiSVDError(ValueError):
 
 
 class FormatError(FermiSVDError):
-    """A model's folder or a checkpoint is not what it says of itself."""
+    """A model's folder, a checkpoint or its record is not what it says of itself."""
+
+
+class OptionError(FermiSVDError):
+    """An option's or argument's value makes no sense, or not together with another's or for this model."""
+
+
+class NumericalError(FermiSVDError):
+    """What a model or a step computes is NaN, infinite, or beyond its type."""
+
+
+class OutputError(FermiSVDError):
+    """OUT or the work directory cannot be made, locked or written, or something else is there."""
 
 
 def reason(error: object) -> str:

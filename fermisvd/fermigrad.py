@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from fermisvd.batches import shuffled_batches
 from fermisvd.budget import Budget, Form, SoftBudget, dense_parameters, factor_parameters
-from fermisvd.errors import FermiSVDError
+from fermisvd.errors import NumericalError
 from fermisvd.gates import GatedGroup, open_gates, set_gates
 from fermisvd.groups import LinearGroup, decoder_blocks
 from fermisvd.losses import kl_divergence
@@ -43,10 +43,6 @@ class FermiGradSettings(Settings):
     penalty: Annotated[float, option("rho of the paper's penalty, of counts over the dense count.", gt=0)] = 1.0
     penalty_growth: Annotated[float, option("alpha: growth of the penalty a step.", ge=1)] = 1.03
     count: Annotated[Form | None, option("Form whose parameters FermiGrad counts.", shown="as --form")] = None
-
-
-class FermiGradError(FermiSVDError):
-    """The loss became NaN or infinite."""
 
 
 def kept_fraction(groups: Sequence[LinearGroup], budget: Budget, count: Form) -> float:
@@ -150,7 +146,7 @@ def optimise_ranks(
     list of mu/k; on_progress what `begun` takes to go on from there, to the same result. kept_bytes: of activations;
     beyond them blocks are computed again for the gradient. Of several processes each takes its part of every batch's
     windows; the gradients are added up.
-    Returns one mu a group, on the budget, and the records. Raises FermiGradError if the loss is not finite.
+    Returns one mu a group, on the budget, and the records. Raises NumericalError if the loss is not finite.
     """
     optimiser = RankOptimiser(groups, budget, settings)
     batches = shuffled_batches(windows, batch_size, seed)
@@ -166,7 +162,7 @@ def optimise_ranks(
             break
         kl = _backward(model, groups, gated, next(batches), optimiser, kept_bytes)
         if not kl.isfinite():
-            raise FermiGradError(
+            raise NumericalError(
                 f"KL is {kl.item()} at FermiGrad step {number}; check the model and the calibration text"
             )
         optimiser.step(number)

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from fermisvd.errors import FermiSVDError
+from fermisvd.errors import FermiSVDError, NumericalError
 from fermisvd.linear import Conv1D, Linear, linear_layer, weight_of
 
 Side = Literal["columns", "rows"]
@@ -58,10 +58,6 @@ class StructureError(FermiSVDError):
     """The model has no decoder blocks with linear layers that can be compressed."""
 
 
-class ActivationsError(FermiSVDError):
-    """The input of a layer holds NaN or infinite values."""
-
-
 def decoder_blocks(model: nn.Module) -> str:
     """Name of the ModuleList that holds the decoder blocks: the outermost one with most parameters in matrices.
 
@@ -88,7 +84,7 @@ def find_groups(model: nn.Module, partition: Partition = "joint") -> list[Linear
     from rows; all others take columns (the side that tensor parallelism replicates).
     Layers that not every token passes exactly once (experts, with all others of their list), and routers, are in no
     group: see `left_dense`.
-    Raises StructureError if no layer is left to compress, ActivationsError naming the first layer whose input is not
+    Raises StructureError if no layer is left to compress, NumericalError naming the first layer whose input is not
     finite.
     """
     blocks = decoder_blocks(model)
@@ -147,7 +143,7 @@ def _calls_of(model: nn.Module, layers: dict[str, Linear]) -> list[tuple[str, to
             hook.remove()
     for name, x in calls:
         if not x.isfinite().all():
-            raise ActivationsError(f"the input of {name} holds NaN or infinite values; the weights before it are wrong")
+            raise NumericalError(f"the input of {name} holds NaN or infinite values; the weights before it are wrong")
     return calls
 
 

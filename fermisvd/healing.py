@@ -14,8 +14,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fermisvd.batches import shuffled_batches
-from fermisvd.errors import FermiSVDError
+from fermisvd.errors import NumericalError
 from fermisvd.format import INTERPOLATION
+from fermisvd.groups import StructureError
 from fermisvd.losses import StudentLoss, kl_divergence
 from fermisvd.modules import CompressedLinear, PivGaColumnsLinear, PivGaRowsLinear
 from fermisvd.pivga import refuse_overflow, round_interpolation
@@ -35,10 +36,6 @@ class HealingSettings(Settings):
 
     steps: Annotated[Natural, option("Steps of distillation on the calibration windows at the end; 0 for none.")] = 128
     learning_rate: Annotated[float, option("Relative to each factor's size and width.", ge=0)] = 0.1
-
-
-class HealingError(FermiSVDError):
-    """There is nothing to heal, or the loss became NaN or infinite."""
 
 
 def trained_factors(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -67,16 +64,16 @@ def heal(
 
     student: compressed, float32; aside: windows not trained on. Where the loss on them is no lower at the end, the
     factors are put back. Returns {"kl_before", "kl_after" (both on `aside`), "trace": each step's step and kl}.
-    Raises HealingError if the student has no compressed layer, or the loss is not finite.
+    Raises StructureError if the student has no compressed layer, NumericalError if the loss is not finite.
     """
     factors = trained_factors(student)
     if not factors:
-        raise HealingError("the model has no compressed layer to heal")
+        raise StructureError("the model has no compressed layer to heal")
     student.requires_grad_(False)
     loss = StudentLoss(teacher, aside, batch_size)
     before, start = loss(student), {name: parameter.detach().clone() for name, parameter in factors.items()}
     if not math.isfinite(before):
-        raise HealingError(f"KL is {before} before healing; check the checkpoint and its dense model")
+        raise NumericalError(f"KL is {before} before healing; check the checkpoint and its dense model")
     optimizer = torch.optim.Adam(_scaled(factors, settings.learning_rate * min(1.0, math.sqrt(before))), betas=BETAS)
     device = next(student.parameters()).device
     batches = shuffled_batches(windows, batch_size, seed)
@@ -87,7 +84,9 @@ def heal(
             expected = teacher(input_ids=batch, use_cache=False).logits
         kl = kl_divergence(expected, student(input_ids=batch, use_cache=False).logits)
         if not kl.isfinite():
-            raise HealingError(f"KL is {kl.item()} at healing step {step}; try a smaller learning rate, or no healing")
+            raise NumericalError(
+                f"KL is {kl.item()} at healing step {step}; try a smaller learning rate, or no healing"
+            )
         optimizer.zero_grad()
         kl.backward()
         for group in optimizer.param_groups:

@@ -16,7 +16,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from fermisvd.errors import FermiSVDError, FormatError, reason
+from fermisvd.errors import FormatError, OptionError, reason
 from fermisvd.files import MEND, TensorInfo, read_headers
 from fermisvd.format import (
     PERMUTATION,
@@ -32,10 +32,6 @@ from fermisvd.modules import CompressedLinear, replace_group
 from fermisvd.tensors import ModelTensors, model_tensors
 
 logger = logging.getLogger("fermisvd")
-
-
-class ParallelismError(FermiSVDError):
-    """A way of dividing the model that the compressed layers cannot follow."""
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -65,7 +61,7 @@ class FermiSVDQuantizer(HfQuantizer):
         config: CheckpointConfig = vars(self.quantization_config)["fermisvd"]
         if (getattr(getattr(model.config, "distributed_config", None), "tp_size", None) or 1) > 1:
             # its plans know one weight a layer: they would split shared factors, and what a member gets of its first
-            raise ParallelismError(
+            raise OptionError(
                 "tp_plan, tp_size: transformers' tensor parallelism does not fit shared factors; "
                 "use fsdp_size or a device_map, or serve with vLLM"
             )

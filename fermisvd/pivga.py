@@ -12,7 +12,7 @@ import numpy as np
 import scipy.linalg
 import torch
 
-from fermisvd.errors import FermiSVDError
+from fermisvd.errors import NumericalError
 from fermisvd.groups import Side
 
 
@@ -24,10 +24,6 @@ class PivGa:
     interpolation: torch.Tensor
     permutation: torch.Tensor
     side: Side
-
-
-class PivGaError(FermiSVDError):
-    """The factors do not fit the storage type."""
 
 
 LARGEST_INTERPOLATION = 1.01  # measured, docs/decisions.md
@@ -135,7 +131,7 @@ def fix_gauge(
 
     In float64 the product is kept exactly. In a narrower type rounding is part of the method: the skeleton is rounded
     first, D is solved by least squares against the rounded skeleton in float64 and rounded with error feedback in the
-    skeleton's metric. A B may have a rank below r. largest: as in choose_skeleton. Raises PivGaError if a value
+    skeleton's metric. A B may have a rank below r. largest: as in choose_skeleton. Raises NumericalError if a value
     overflows `dtype`.
     """
     if side == "rows":
@@ -162,9 +158,9 @@ def round_interpolation(skeleton: torch.Tensor, rest: torch.Tensor, dtype: torch
 
 
 def refuse_overflow(tensor: torch.Tensor, dtype: torch.dtype) -> None:
-    """Raises PivGaError if the tensor, cast to `dtype`, is no longer finite."""
+    """Raises NumericalError if the tensor, cast to `dtype`, is no longer finite."""
     if not tensor.isfinite().all():
-        raise PivGaError(f"the factors overflow {dtype}; choose a wider storage type")
+        raise NumericalError(f"the factors overflow {dtype}; choose a wider storage type")
 
 
 def least_squares(matrix: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

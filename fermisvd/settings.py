@@ -11,7 +11,7 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
-from fermisvd.errors import FermiSVDError
+from fermisvd.errors import OptionError
 
 LARGEST = 2**31 - 1  # of any count
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
@@ -28,10 +28,6 @@ def option(help: str, *, shown: str | None = None, recorded: bool = True, **limi
 def nested(panel: str, prefix: str = "") -> Any:
     """Of a field that holds settings: their heading in the help, and what stands before their names."""
     return Field(title=panel, json_schema_extra={"prefix": prefix})
-
-
-class OptionError(FermiSVDError):
-    """An option's value makes no sense, or not together with another's."""
 
 
 @dataclass(frozen=True)

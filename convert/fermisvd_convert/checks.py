@@ -8,10 +8,10 @@ import os
 from pathlib import Path
 
 from fermisvd.budget import check_fraction
+from fermisvd.errors import OptionError, OutputError
 from fermisvd.files import check_name
-from fermisvd.settings import OptionError
 from fermisvd_convert.options import ConvertOptions
-from fermisvd_convert.output import OutputError, check_free, place_of, writable
+from fermisvd_convert.output import check_free, place_of, writable
 from fermisvd_convert.places import check_own, device_of, existing, real_path
 from fermisvd_convert.workspace import SCRATCH
 
@@ -19,7 +19,7 @@ LONGEST_NAME = 250  # bytes: what is made beside OUT is called by up to five mor
 
 
 def check_options(options: ConvertOptions) -> None:
-    """Raises BudgetError or OptionError for values that make no sense, or not together."""
+    """Raises OptionError for values that make no sense, or not together."""
     check_fraction(options.remove)
     growth, steps = options.fermigrad.penalty_growth, options.fermigrad.steps
     if steps * math.log(growth) > math.log(1e100):
@@ -29,7 +29,7 @@ def check_options(options: ConvertOptions) -> None:
 def check_out(out: Path, model: str, work: Path, overwrite: bool) -> None:
     """Nothing but an earlier checkpoint of ours is ever replaced, and nothing is written into MODEL.
 
-    Raises OutputError if OUT or the work directory cannot be there, PlaceError if something else has a name that we
+    Raises OutputError if OUT or the work directory cannot be there, or if something else has a name that we
     need.
     """
     source = real_path(model)
@@ -52,7 +52,7 @@ def check_out(out: Path, model: str, work: Path, overwrite: bool) -> None:
 
 
 def check_place(out: Path, remedy: str) -> None:
-    """Raises OutputError if a folder cannot be made there, PlaceError if something else has a name that we need."""
+    """Raises OutputError if a folder cannot be made there, or if something else has a name that we need."""
     check_name(out)
     if len(os.fsencode(out.name)) > LONGEST_NAME:
         raise OutputError(f"{out}: a name of more than {LONGEST_NAME} bytes; {remedy}")

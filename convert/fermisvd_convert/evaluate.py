@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from fermisvd.errors import FermiSVDError
+from fermisvd.errors import NumericalError
 from fermisvd.hf import vocabulary_of
 from fermisvd.losses import kl_divergence
 from fermisvd.running.blocks import BlocksError, DecoderBlocks, HiddenStates, device_of, logits_by_blocks
@@ -22,10 +22,6 @@ from fermisvd_convert.source import load_checked
 from fermisvd_convert.text import check_vocabulary, read_windows
 
 logger = logging.getLogger("fermisvd")
-
-
-class EvaluationError(FermiSVDError):
-    """The model computes no numbers."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +93,7 @@ def _measure(
     tokens = sum(batch[:, 1:].numel() for batch in batches)
     mean = loss / tokens
     if math.isnan(mean):
-        raise EvaluationError("the model's logits hold NaN or infinite values on this text")
+        raise NumericalError("the model's logits hold NaN or infinite values on this text")
     return Evaluation(
         math.exp(mean) if mean < math.log(sys.float_info.max) else math.inf,
         tokens,

@@ -27,15 +27,11 @@ NUMBERED_BLOCKS = 32  # up to so many decoder blocks a cell is wide enough for i
 DRAWN_LINES = 300  # more lines than these are stored as pixels
 
 
-class MatplotlibMissing(FermiSVDError):
-    """The figures need an extra that is not installed."""
-
-
 def draw_figures(outs: Sequence[Path], folder: Path, suffix: str = "svg") -> list[Path]:
     """Draw every figure of the checkpoints `outs` into `folder`, which is made if need be; returns the files, in order.
 
     suffix: svg or png. What a checkpoint's fermisvd.json has no data for is left out, and a log line says so. Raises
-    MatplotlibMissing, and RecordError for a fermisvd.json that is not there or broken, before anything is drawn.
+    FermiSVDError, and FormatError for a fermisvd.json that is not there or broken, before anything is drawn.
     """
     with style():
         records = dict(zip(labels(outs), map(read_record, outs), strict=True))
@@ -67,11 +63,11 @@ def draw_figures(outs: Sequence[Path], folder: Path, suffix: str = "svg") -> lis
 
 @contextmanager
 def style() -> Iterator[None]:
-    """matplotlib's defaults and ours, whatever the user's own are. Raises MatplotlibMissing."""
+    """matplotlib's defaults and ours, whatever the user's own are. Raises FermiSVDError."""
     try:
         import matplotlib
     except ImportError as error:
-        raise MatplotlibMissing(f'matplotlib cannot be imported ({error}): pip install "fermisvd[report]"') from None
+        raise FermiSVDError(f'matplotlib cannot be imported ({error}): pip install "fermisvd[report]"') from None
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)  # pyright: ignore[reportCallIssue, reportArgumentType]: keys are literals there

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from fermisvd.errors import OutputError
 from fermisvd.files import read_headers
 from fermisvd.format import read_config, validate_checkpoint
 from fermisvd.healing import heal, rounded_factors, trained_factors
@@ -23,15 +24,7 @@ from fermisvd_convert.loading import (
     window_length,
 )
 from fermisvd_convert.options import HealOptions
-from fermisvd_convert.output import (
-    OutputError,
-    check_free,
-    claimed,
-    complete,
-    list_files,
-    move_into_place,
-    unfinished,
-)
+from fermisvd_convert.output import check_free, claimed, complete, list_files, move_into_place, unfinished
 from fermisvd_convert.places import OURS, real_path
 from fermisvd_convert.progress import bar
 from fermisvd_convert.record import NAME, Record, read_record

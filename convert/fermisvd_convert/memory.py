@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
-from fermisvd.errors import FermiSVDError
+from fermisvd.errors import OptionError
 from fermisvd.files import TensorInfo
 from fermisvd.groups import LinearGroup, block_of, parent_of
 from fermisvd.running import distributed
@@ -22,10 +22,6 @@ if TYPE_CHECKING:
 
 HIDDEN_BYTES = 2**26  # hidden states held in memory at least, unless --max-memory asks for less; or a block's bytes
 FLOAT = 4
-
-
-class MemoryLimitError(FermiSVDError):
-    """A step needs more than --max-memory, or than the device has."""
 
 
 @dataclass(frozen=True)
@@ -120,10 +116,10 @@ def needs(size: Sizes, options: "ConvertOptions", parts: int = 1) -> dict[str, t
 
 
 def check_memory(required: dict[str, tuple[int, str]], room: int) -> None:
-    """Raises MemoryLimitError naming the first step that takes more than `room` bytes."""
+    """Raises OptionError naming the first step that takes more than `room` bytes."""
     for step, (need, instead) in required.items():
         if need > room:
-            raise MemoryLimitError(
+            raise OptionError(
                 f"{step} takes about {need / 2**30:.2f} GiB, there are {room / 2**30:.2f} (--max-memory, or what the "
                 f"device has); give more, or: {instead}"
             )
@@ -148,11 +144,11 @@ def give_back() -> None:
 
 
 def parse_bytes(text: str) -> int:
-    """'24GiB', '900 MB' or a number of bytes. Raises MemoryLimitError for anything else."""
+    """'24GiB', '900 MB' or a number of bytes. Raises OptionError for anything else."""
     try:
         value = TypeAdapter(ByteSize).validate_python(text)
     except ValidationError:
         value = 0
     if value <= 0:
-        raise MemoryLimitError(f"{text!r} is no size; give it as 24GiB or 900MB")
+        raise OptionError(f"{text!r} is no size; give it as 24GiB or 900MB")
     return int(value)

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from fermisvd.errors import FermiSVDError, reason
-from fermisvd.format import FormatError, read_config
+from fermisvd.errors import FermiSVDError, FormatError, OutputError, reason
+from fermisvd.format import read_config
 from fermisvd.running import distributed
 from fermisvd_convert.places import OURS, ensure_own, make_own, remove_own
 from fermisvd_convert.workspace import only_one
@@ -28,10 +28,6 @@ logger = logging.getLogger("fermisvd")
 CHECKPOINT, FINISHED, KEPT, MOVED = "checkpoint", "finished", "kept", "moved"
 NOT_CONTENT = {OURS, "lost+found"}  # an otherwise empty OUT may hold these
 CONFIG, RECORD = "config.json", "fermisvd.json"
-
-
-class OutputError(FermiSVDError):
-    """OUT cannot be written there."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +114,7 @@ def claimed(out: Path) -> Iterator[Place]:
     """OUT for this conversion alone. What a killed one left is removed; a checkpoint that it had finished is put into
     its place, and one that it had moved away is put back.
 
-    Raises WorkspaceError if another conversion has claimed OUT, OutputError if there can be no folder.
+    Raises OutputError if another conversion has claimed OUT, or if there can be no folder.
     """
     place = place_of(out)
     if distributed.this_process():

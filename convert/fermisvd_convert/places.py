@@ -5,14 +5,10 @@ import os
 import shutil
 from pathlib import Path
 
-from fermisvd.errors import FermiSVDError
+from fermisvd.errors import OutputError
 
 MARKER = "made-by-fermisvd"  # in each folder that may be removed with all that is in it
 OURS = ".fermisvd"  # beside OUT: the lock, what is being written, and by default the work directory
-
-
-class PlaceError(FermiSVDError):
-    """Something of the user's lies where a folder of ours should go."""
 
 
 def real_path(path: str | Path) -> Path:
@@ -23,7 +19,7 @@ def real_path(path: str | Path) -> Path:
 def make_own(folder: Path) -> Path:
     """An empty folder with the marker; what an earlier run left there is removed.
 
-    Raises PlaceError for a folder or file of that name that is not ours, OSError if it cannot be made.
+    Raises OutputError for a folder or file of that name that is not ours, OSError if it cannot be made.
     """
     remove_own(folder)
     return ensure_own(folder)
@@ -38,7 +34,7 @@ def ensure_own(folder: Path) -> Path:
 
 
 def remove_own(folder: Path) -> None:
-    """Remove a folder of ours with all that is in it, if it is there. Raises PlaceError if it is not ours."""
+    """Remove a folder of ours with all that is in it, if it is there. Raises OutputError if it is not ours."""
     check_own(folder)
     if not folder.exists():
         return
@@ -49,12 +45,14 @@ def remove_own(folder: Path) -> None:
 
 
 def check_own(folder: Path) -> None:
-    """Raises PlaceError for something that is not ours, under a name of ours."""
+    """Raises OutputError for something that is not ours, under a name of ours."""
     if not folder.exists() and not folder.is_symlink():
         return
     empty = folder.is_dir() and not any(folder.iterdir())  # one that a kill left without its marker
     if folder.is_symlink() or not (empty or (folder / MARKER).is_file()):
-        raise PlaceError(f"{folder}: FermiSVD needs this name, and what is there is not its own (no {MARKER}); move it")
+        raise OutputError(
+            f"{folder}: FermiSVD needs this name, and what is there is not its own (no {MARKER}); move it"
+        )
 
 
 def existing(path: Path) -> Path:

@@ -15,7 +15,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fermisvd.budget import RankedGroup
-from fermisvd.errors import FermiSVDError
+from fermisvd.errors import FormatError
 from fermisvd.groups import LinearGroup, Side
 
 NAME = "fermisvd.json"
@@ -23,10 +23,6 @@ BLOCK_NUMBER = r"\.\d+\."  # model.layers.3.self_attn.q_proj: decoder block 3
 LayerName = Annotated[str, Field(pattern=BLOCK_NUMBER)]
 SPECTRUM_POINTS = 64
 LIBRARIES = ("fermisvd", "torch", "transformers", "safetensors", "scipy")
-
-
-class RecordError(FermiSVDError):
-    """No fermisvd.json, or one that cannot be read."""
 
 
 class Spectrum(BaseModel):
@@ -169,7 +165,7 @@ class Record(BaseModel):
 
 
 def read_record(out: Path) -> Record:
-    """fermisvd.json of a compressed checkpoint. Raises RecordError naming the file, and the field that is wrong."""
+    """fermisvd.json of a compressed checkpoint. Raises FormatError naming the file, and the field that is wrong."""
     path = out / NAME
     try:
         return Record.model_validate(json.loads(path.read_text(encoding="utf-8")))
@@ -180,7 +176,7 @@ def read_record(out: Path) -> Record:
         reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
     except ValueError as error:
         reason = f"broken: {error}"
-    raise RecordError(f"{path}: {reason}")
+    raise FormatError(f"{path}: {reason}")
 
 
 def group_rows(ranked: Sequence[RankedGroup], sigma_of: Callable[[LinearGroup], torch.Tensor]) -> list[RecordedGroup]:

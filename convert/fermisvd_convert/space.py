@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.filesize import decimal
 
-from fermisvd.errors import FermiSVDError
+from fermisvd.errors import OutputError
 from fermisvd.groups import LinearGroup, block_of
 from fermisvd.joining import fused_layers, joined
 from fermisvd_convert.conversion import Conversion
@@ -20,12 +20,8 @@ from fermisvd_convert.writer import copied_files
 SMALL_FILES = 2**20  # bytes: index, report, card, the stages' JSON
 
 
-class SpaceError(FermiSVDError):
-    """A disk has no room for what the conversion will write."""
-
-
 def check_space(needs: Mapping[Path, Mapping[str, int]]) -> None:
-    """Raises SpaceError, saying what was counted, if a disk has fewer bytes free than the folders on it need.
+    """Raises OutputError, saying what was counted, if a disk has fewer bytes free than the folders on it need.
 
     needs: for each folder, there or not, the bytes still to be written below it, by what they are.
     """
@@ -40,7 +36,7 @@ def check_space(needs: Mapping[Path, Mapping[str, int]]) -> None:
                 f"{folder}: " + ", ".join(f"{name} {decimal(size)}" for name, size in needs[folder].items() if size)
                 for folder in folders
             )
-            raise SpaceError(f"no space: {decimal(needed)} needed, {decimal(free)} free ({counted})")
+            raise OutputError(f"no space: {decimal(needed)} needed, {decimal(free)} free ({counted})")
 
 
 def out_bytes(conversion: Conversion, groups: Sequence[LinearGroup]) -> dict[str, int]:

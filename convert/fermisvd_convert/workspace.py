@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from fermisvd.errors import FermiSVDError, reason
+from fermisvd.errors import OutputError, reason
 from fermisvd.running import distributed
 from fermisvd.running.blocks import HiddenStates
 from fermisvd.settings import Settings
@@ -30,10 +30,6 @@ MANIFEST = "manifest"
 SCRATCH = ".fermisvd-scratch"  # what is half-written, and hidden states
 METHOD = 2  # raised when the same settings no longer give the same result
 PROGRESS, PROGRESS_SECONDS = ".progress.json", 60
-
-
-class WorkspaceError(FermiSVDError):
-    """The work directory is in use, or cannot be written."""
 
 
 def settings_key(*parts: Any) -> str:
@@ -56,7 +52,7 @@ def file_hash(path: Path) -> str:
 def write_whole(path: Path, partial: Path, write: Callable[[Path], object]) -> None:
     """Write `partial`, on the same disk, then rename: the file is there whole or not at all.
 
-    Raises WorkspaceError if there is no space, or no permission.
+    Raises OutputError if there is no space, or no permission.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,7 +61,7 @@ def write_whole(path: Path, partial: Path, write: Callable[[Path], object]) -> N
             os.fsync(stream.fileno())
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:
-        raise WorkspaceError(f"{path}: cannot be written ({reason(error)}); finished stages are kept") from None
+        raise OutputError(f"{path}: cannot be written ({reason(error)}); finished stages are kept") from None
     finally:
         partial.unlink(missing_ok=True)
 
@@ -74,15 +70,15 @@ def write_whole(path: Path, partial: Path, write: Callable[[Path], object]) -> N
 def only_one(lock: Path, subject: Path) -> Iterator[None]:
     """Hold the lock file while the block runs; the system frees it if the process dies.
 
-    Raises WorkspaceError if another process holds it, or the disk knows no locks.
+    Raises OutputError if another process holds it, or the disk knows no locks.
     """
     held = FileLock(lock, timeout=0)
     try:
         held.acquire()
     except Timeout:
-        raise WorkspaceError(f"{subject}: in use by another conversion; wait for it, or choose another") from None
+        raise OutputError(f"{subject}: in use by another conversion; wait for it, or choose another") from None
     except (OSError, NotImplementedError) as error:
-        raise WorkspaceError(
+        raise OutputError(
             f"{subject}: {lock} cannot be locked ({reason(error)}); without a lock two conversions could disturb each "
             "other: choose a folder that can be written to, on a disk that can lock files (a local one)"
         ) from None
@@ -103,7 +99,7 @@ class Workspace:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """For one converter at a time; what a killed one left half-written is removed. Raises WorkspaceError."""
+        """For one converter at a time; what a killed one left half-written is removed. Raises OutputError."""
         if distributed.this_process():
             self.wait_for_all()  # what the first has found
             yield
@@ -111,7 +107,7 @@ class Workspace:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise WorkspaceError(f"{self.folder}: cannot be made ({reason(error)}); choose another --work") from None
+            raise OutputError(f"{self.folder}: cannot be made ({reason(error)}); choose another --work") from None
         with only_one(self.folder / ".lock", self.folder):
             make_own(self.scratch)
             try:
@@ -204,10 +200,10 @@ class Workspace:
         self._keep(self._tensors(stage, name), lambda p: save_file(contiguous, p))
 
     def load_tensors(self, stage: str, name: str) -> dict[str, torch.Tensor]:
-        """Raises WorkspaceError if the artefact is not as it was written."""
+        """Raises OutputError if the artefact is not as it was written."""
         artefact = self._tensors(stage, name)
         if not self._intact(artefact):
-            raise WorkspaceError(f"{self.folder / artefact}: changed while the conversion runs; run it again")
+            raise OutputError(f"{self.folder / artefact}: changed while the conversion runs; run it again")
         with safe_open(self.folder / artefact, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
 
@@ -217,7 +213,7 @@ class Workspace:
     def _keep(self, artefact: str, write: Callable[[Path], Any]) -> None:
         path = self.folder / artefact
         if path.is_dir():
-            raise WorkspaceError(f"{path}: a folder where an artefact goes; remove it")
+            raise OutputError(f"{path}: a folder where an artefact goes; remove it")
         ensure_own(self.scratch)
         write_whole(path, self.scratch / f"half-{distributed.this_process()}-{path.name}", write)
         entry = {
@@ -231,7 +227,7 @@ class Workspace:
             with manifest.open("ab") as file:
                 file.write(b"\n" + json.dumps(entry).encode() + b"\n")  # first a new line, if a kill cut off the last
         except OSError as error:
-            raise WorkspaceError(f"{manifest}: cannot be written ({reason(error)}); finished stages are kept") from None
+            raise OutputError(f"{manifest}: cannot be written ({reason(error)}); finished stages are kept") from None
         self._manifest.setdefault(artefact, {})[entry["sha256"]] = entry["bytes"]
         self._checked.add(artefact)
 
@@ -278,7 +274,7 @@ class Stage:
         self.workspace.save_tensors(self.name, tensors, values)
 
     def load(self, tensors: str) -> dict[str, torch.Tensor]:
-        """Raises WorkspaceError if they are not as they were written."""
+        """Raises OutputError if they are not as they were written."""
         return self.workspace.load_tensors(self.name, tensors)
 
     def bytes_written(self) -> int:

@@ -14,17 +14,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from fermisvd.errors import FermiSVDError
+from fermisvd.errors import FermiSVDError, NumericalError, OutputError
 from fermisvd.groups import decoder_blocks
 from fermisvd.running.streaming import present
 
 
 class BlocksError(FermiSVDError):
     """The model is no plain row of decoder blocks."""
-
-
-class HiddenStatesError(FermiSVDError):
-    """Hidden states are not finite, or there is no room for them."""
 
 
 class DecoderBlocks:
@@ -110,7 +106,7 @@ class DecoderBlocks:
 class HiddenStates:
     """Hidden states by (place, batch number): in memory up to `room` bytes, beyond that in files of `folder`.
 
-    Raises HiddenStatesError where these cannot be written.
+    Raises OutputError where these cannot be written.
     """
 
     def __init__(self, folder: Path, room: int):
@@ -129,7 +125,7 @@ class HiddenStates:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 save_file({"hidden": hidden.contiguous().cpu()}, self._file(place, batch))
             except (OSError, SafetensorError) as error:
-                raise HiddenStatesError(f"{self.folder}: hidden states cannot be written ({error})") from None
+                raise OutputError(f"{self.folder}: hidden states cannot be written ({error})") from None
 
     def get(self, place: str, batch: int, device: torch.device) -> torch.Tensor:
         """(windows, length, hidden); those in memory are not copied."""
@@ -188,7 +184,7 @@ def sweep(
 ) -> None:
     """Forward through all blocks, one at a time: leaves the states behind the last as "last" and, with `keep`, those
     before block i as "before i". batches: numbered; on_batch: called whenever one is through a block. Raises
-    HiddenStatesError naming a block whose output is not finite.
+    NumericalError naming a block whose output is not finite.
     """
     device = device_of(blocks.model)
     for number, batch in batches:
@@ -198,7 +194,7 @@ def sweep(
             for number, _ in batches:
                 states = blocks.run(index, hidden.get("last", number, device))
                 if not states.isfinite().all():
-                    raise HiddenStatesError(f"the output of {blocks.prefix}.{index} holds NaN or infinite values")
+                    raise NumericalError(f"the output of {blocks.prefix}.{index} holds NaN or infinite values")
                 if keep:
                     hidden.move("last", f"before {index}", number)
                 hidden.put("last", number, states)

@@ -15,21 +15,17 @@ T = TypeVar("T")
 PATIENCE = timedelta(days=2)  # what one process does alone, the others wait for
 
 
-class ProcessError(FermiSVDError):
-    """Another process has ended, or this one has no device."""
-
-
 def launched(name: str) -> int:
     """torchrun's variable of that name as a number: RANK, LOCAL_RANK, WORLD_SIZE or LOCAL_WORLD_SIZE; without torchrun,
-    where WORLD_SIZE is 1, empty or not there, that of a single process. Raises ProcessError if it is no number."""
+    where WORLD_SIZE is 1, empty or not there, that of a single process. Raises FermiSVDError if it is no number."""
     alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}[name]
     try:
         count = int(os.environ.get("WORLD_SIZE") or 1)
         found = int(os.environ.get(name) or alone)
     except ValueError:
-        raise ProcessError(f"{name} or WORLD_SIZE is no number; start with torchrun, or unset them") from None
+        raise FermiSVDError(f"{name} or WORLD_SIZE is no number; start with torchrun, or unset them") from None
     if count > 1 and "MASTER_ADDR" not in os.environ:
-        raise ProcessError("WORLD_SIZE is set, but not MASTER_ADDR; start with torchrun, or unset WORLD_SIZE")
+        raise FermiSVDError("WORLD_SIZE is set, but not MASTER_ADDR; start with torchrun, or unset WORLD_SIZE")
     return found if count > 1 else alone
 
 
@@ -44,7 +40,7 @@ def process_group(device: str) -> Iterator[str]:
         return
     if device == "cuda":
         if launched("LOCAL_RANK") >= torch.cuda.device_count():
-            raise ProcessError(f"{torch.cuda.device_count()} GPUs for more processes; give --nproc-per-node so many")
+            raise FermiSVDError(f"{torch.cuda.device_count()} GPUs for more processes; give --nproc-per-node so many")
         torch.cuda.set_device(launched("LOCAL_RANK"))
         device = f"cuda:{launched('LOCAL_RANK')}"
     distributed.init_process_group("cpu:gloo,cuda:nccl" if "cuda" in device else "gloo", timeout=PATIENCE)
@@ -84,7 +80,7 @@ def own_part(items: Sequence[T]) -> list[T]:
 
 
 def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, added up in place. Raises ProcessError if another process has ended."""
+    """The tensor, added up in place. Raises FermiSVDError if another process has ended."""
     if process_count() > 1:
         with _all_there():
             distributed.all_reduce(tensor)
@@ -111,7 +107,7 @@ def _all_there() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise ProcessError(
+        raise FermiSVDError(
             f"process {distributed.get_rank()}: another process has ended, see its message ({reason(error)})"
         ) from None
 

@@ -4,9 +4,8 @@ import math
 
 import pytest
 
-from fermisvd.errors import FermiSVDError
-from fermisvd.running.distributed import ProcessError, launched
-from fermisvd.settings import OptionError
+from fermisvd.errors import FermiSVDError, OptionError
+from fermisvd.running.distributed import launched
 from fermisvd_convert.convert import convert
 from fermisvd_convert.heal import heal_checkpoint
 
@@ -85,5 +84,5 @@ def test_torchruns_variables_count_where_there_are_several_processes(monkeypatch
 def test_half_of_torchruns_variables_is_named(monkeypatch, environment):
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     monkeypatch.setenv("WORLD_SIZE", environment["WORLD_SIZE"])
-    with pytest.raises(ProcessError, match=r"WORLD_SIZE.*torchrun"):
+    with pytest.raises(FermiSVDError, match=r"WORLD_SIZE.*torchrun"):
         launched("RANK")

@@ -6,9 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fermisvd.budget import BudgetError
 from fermisvd.decomposition import DAMPING, OUTPUT_DAMPING, OutputGram, kfac_svd
-from fermisvd.errors import FermiSVDError
+from fermisvd.errors import FermiSVDError, OptionError, OutputError
 from fermisvd.format import validate_checkpoint
 from fermisvd.groups import find_groups
 from fermisvd.hf import load_model
@@ -17,11 +16,11 @@ from fermisvd_convert.convert import convert
 from fermisvd_convert.evaluate import evaluate
 from fermisvd_convert.inspect import inspect_checkpoint
 from fermisvd_convert.loading import SourceError
-from fermisvd_convert.output import OutputError, place_of
+from fermisvd_convert.output import place_of
 from fermisvd_convert.source import open_source
 from fermisvd_convert.stages.calibration import Statistics
 from fermisvd_convert.stages.decomposition import Decomposition, group_weight
-from fermisvd_convert.workspace import Stage, Workspace, WorkspaceError
+from fermisvd_convert.workspace import Stage, Workspace
 from tests.support.artefacts import made
 
 
@@ -247,7 +246,7 @@ def test_failure_leaves_no_output(tiny_llama, tmp_path, settings):
     (healed,) = (tmp_path / "work").glob("healed-*.json")
     healed.unlink()
     healed.mkdir()
-    with pytest.raises(WorkspaceError, match=r"healed-.*a folder where an artefact goes"):
+    with pytest.raises(OutputError, match=r"healed-.*a folder where an artefact goes"):
         convert(str(tiny_llama), tmp_path / "out", 0.3, ranks="uniform", **settings)
     assert {p.name for p in tmp_path.iterdir()} == {"work", "first", ".fermisvd"}
     assert not place_of(tmp_path / "out").new.exists()
@@ -332,5 +331,5 @@ def test_compressed_model_is_not_compressed_again(tiny_llama, tmp_path, settings
 
 @pytest.mark.parametrize("remove", [0.0, 1.0, -1.0])
 def test_remove_out_of_range(tiny_llama, tmp_path, settings, remove):
-    with pytest.raises(BudgetError, match="--remove"):
+    with pytest.raises(OptionError, match="--remove"):
         convert(str(tiny_llama), tmp_path / "out", remove, **settings)

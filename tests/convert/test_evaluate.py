@@ -5,11 +5,11 @@ import pytest
 import torch
 from torch.nn import functional
 
-from fermisvd.errors import FermiSVDError
+from fermisvd.errors import FermiSVDError, NumericalError
 from fermisvd.hf import load_model
 from fermisvd.running.blocks import HiddenStates
 from fermisvd.running.streaming import stream_model
-from fermisvd_convert.evaluate import EvaluationError, evaluate, evaluate_by_blocks, evaluate_files
+from fermisvd_convert.evaluate import evaluate, evaluate_by_blocks, evaluate_files
 from fermisvd_convert.loading import SourceError
 from tests.support.faults import edit_config, edit_tensors
 from tests.support.folders import TWO_MODELS
@@ -98,7 +98,7 @@ def test_logits_that_are_no_numbers_are_no_perplexity(tiny_llama):
     model = load_model(tiny_llama)
     with torch.no_grad():
         model.lm_head.weight.fill_(math.nan)
-    with pytest.raises(EvaluationError, match="logits hold NaN"):
+    with pytest.raises(NumericalError, match="logits hold NaN"):
         evaluate(model, torch.randint(2048, (2, 24)))
 
 

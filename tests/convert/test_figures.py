@@ -14,11 +14,11 @@ from matplotlib.collections import PatchCollection
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from fermisvd.errors import FermiSVDError
+from fermisvd.errors import FermiSVDError, FormatError
 from fermisvd_convert import figures
 from fermisvd_convert.cli import app
 from fermisvd_convert.convert import convert
-from fermisvd_convert.record import Record, RecordError, decimated, kept_energy, read_record
+from fermisvd_convert.record import Record, decimated, kept_energy, read_record
 
 KINDS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 KINDS += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -329,7 +329,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, content, message):
     path = out / "fermisvd.json"
     path.unlink() if content is None else path.write_bytes(content if isinstance(content, bytes) else content.encode())
     good = write(tmp_path / "good", made_up(1))
-    with pytest.raises(RecordError) as error:
+    with pytest.raises(FormatError) as error:
         figures.draw_figures([good, out], tmp_path / "to")
     assert str(error.value).startswith(f"{path}: ") and message in str(error.value)
     assert not (tmp_path / "to").exists()

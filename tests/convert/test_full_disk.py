@@ -6,10 +6,11 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from fermisvd.running.blocks import HiddenStates, HiddenStatesError
+from fermisvd.errors import OutputError
+from fermisvd.running.blocks import HiddenStates
 from fermisvd_convert.convert import convert
-from fermisvd_convert.output import OutputError, place_of
-from fermisvd_convert.workspace import Workspace, WorkspaceError
+from fermisvd_convert.output import place_of
+from fermisvd_convert.workspace import Workspace
 from tests.support.artefacts import made
 
 
@@ -28,7 +29,7 @@ def no_room_for(size: int):
 def test_full_disk_is_one_clear_error_and_keeps_what_is_there(tmp_path, kind):
     workspace = Workspace(tmp_path)
     workspace.json("a", lambda: {"x": 1})
-    with no_room_for(10_000), pytest.raises(WorkspaceError, match=r"File too large.*finished stages are kept"):
+    with no_room_for(10_000), pytest.raises(OutputError, match=r"File too large.*finished stages are kept"):
         if kind == "json":
             workspace.json("b", lambda: {"x": "y" * 20_000})
         else:
@@ -42,7 +43,7 @@ def test_hidden_states(tmp_path):
     states = HiddenStates(tmp_path / "hidden", 0)
     with (
         no_room_for(10_000),
-        pytest.raises(HiddenStatesError, match=r"hidden: hidden states cannot be written.*too large"),
+        pytest.raises(OutputError, match=r"hidden: hidden states cannot be written.*too large"),
     ):
         states.put("last", 0, torch.ones(5000))
 
@@ -63,7 +64,7 @@ def test_conversion_says_so_keeps_its_stages_and_goes_on_with_room(tiny_llama, t
 
     with (
         no_room_for(50_000),
-        pytest.raises(WorkspaceError, match=r"work/.*cannot be written.*finished stages are kept"),
+        pytest.raises(OutputError, match=r"work/.*cannot be written.*finished stages are kept"),
     ):
         attempt()  # the first Gram matrix has 96 x 96 numbers of 8 bytes
     assert not out.exists() and list((tmp_path / "work").glob("structure-*.json"))

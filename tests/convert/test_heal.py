@@ -5,11 +5,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fermisvd.errors import FermiSVDError
+from fermisvd.errors import FermiSVDError, OutputError
 from fermisvd.format import validate_checkpoint
 from fermisvd_convert.convert import convert
 from fermisvd_convert.heal import heal_checkpoint
-from fermisvd_convert.output import OutputError
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,8 @@ import pytest
 from huggingface_hub import ModelCard, constants
 from typer.testing import CliRunner
 
-from fermisvd.format import FormatError, validate_checkpoint
+from fermisvd.errors import FormatError
+from fermisvd.format import validate_checkpoint
 from fermisvd_convert.cli import app
 from fermisvd_convert.convert import convert
 from fermisvd_convert.hub import HubError, check_repository, push

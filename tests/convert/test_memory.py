@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
+from fermisvd.errors import OptionError
 from fermisvd.files import TensorInfo
 from fermisvd.groups import LinearGroup
 from fermisvd_convert.convert import convert
 from fermisvd_convert.memory import (
     HIDDEN_BYTES,
-    MemoryLimitError,
     Sizes,
     check_memory,
     gated_bytes,
@@ -34,7 +34,7 @@ def test_sizes_are_read(text, value):
 
 @pytest.mark.parametrize("text", ["", "much", "-3GB", "0", "3 apples"])
 def test_other_sizes_are_refused(text):
-    with pytest.raises(MemoryLimitError, match="24GiB or 900MB"):
+    with pytest.raises(OptionError, match="24GiB or 900MB"):
         parse_bytes(text)
 
 
@@ -66,7 +66,7 @@ def test_command_of_the_docs_converts_an_8b_model_in_24_gib():
     one, eight = (model_sizes(headers, groups, vocabulary, windows, 2048) for windows in (1, 8))
     assert one.blocks == 4 * 32 * 218_103_808 and one.outside == 4 * 2 * vocabulary * hidden
     check_memory(needs(one, options), 24 * GIB)
-    with pytest.raises(MemoryLimitError, match="calibration"):
+    with pytest.raises(OptionError, match="calibration"):
         check_memory(needs(eight, options), 24 * GIB)
 
 
@@ -75,7 +75,7 @@ def test_devices_share_fermigrad():
     assert gated_bytes(LLAMA_8B, 8) < gated_bytes(LLAMA_8B, 4) < gated_bytes(LLAMA_8B) < 60 * GIB
     options = ConvertOptions.named(remove=0.3, groups="joint", refit=False, heal_steps=0)
     check_memory(needs(LLAMA_8B, options, parts=4), 24 * GIB)
-    with pytest.raises(MemoryLimitError, match="FermiGrad"):
+    with pytest.raises(OptionError, match="FermiGrad"):
         check_memory(needs(LLAMA_8B, options), 24 * GIB)
 
 
@@ -85,16 +85,16 @@ def test_steps_that_hold_whole_models_are_refused_by_name():
         check_memory(needs(LLAMA_8B, options), gib * GIB)
 
     check(200)
-    with pytest.raises(MemoryLimitError, match=r"FermiGrad takes about 4.*--ranks uniform"):
+    with pytest.raises(OptionError, match=r"FermiGrad takes about 4.*--ranks uniform"):
         check(24)
-    with pytest.raises(MemoryLimitError, match="--groups auto takes about"):
+    with pytest.raises(OptionError, match="--groups auto takes about"):
         check(24, ranks="uniform")
-    with pytest.raises(MemoryLimitError, match=r"healing takes about .*--heal-steps 0"):
+    with pytest.raises(OptionError, match=r"healing takes about .*--heal-steps 0"):
         check(24, ranks="uniform", groups="joint")
     check(24, ranks="uniform", groups="joint", heal_steps=0)
-    with pytest.raises(MemoryLimitError, match=r"--refit takes about .*--no-refit"):
+    with pytest.raises(OptionError, match=r"--refit takes about .*--no-refit"):
         check(24, ranks="uniform", groups="joint", heal_steps=0, refit=True)
-    with pytest.raises(MemoryLimitError, match="calibration takes"):
+    with pytest.raises(OptionError, match="calibration takes"):
         check(6, ranks="uniform", groups="joint", heal_steps=0)
 
 
@@ -106,7 +106,7 @@ def test_bounded_conversion_gives_the_same_and_too_little_is_refused_first(tiny_
     convert(str(tiny_llama), tmp_path / "a", 0.3, work=tmp_path / "work a", **settings)
     convert(str(tiny_llama), tmp_path / "b", 0.3, work=tmp_path / "work b", max_memory=8 * 2**20, **settings)
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
-    with pytest.raises(MemoryLimitError, match="calibration takes about"):
+    with pytest.raises(OptionError, match="calibration takes about"):
         convert(str(tiny_llama), tmp_path / "c", 0.3, work=tmp_path / "work c", max_memory=2**20, **settings)
     assert not (tmp_path / "c").exists() and not list((tmp_path / "work c").glob("gram-*"))
     groups = json.loads((tmp_path / "b/fermisvd.json").read_text())["groups"]

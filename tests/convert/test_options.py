@@ -13,7 +13,8 @@ from pydantic_core import PydanticUndefined
 from typer.core import TyperGroup
 from typer.testing import CliRunner
 
-from fermisvd.settings import Count, OptionError, Settings, extra, nested, option
+from fermisvd.errors import OptionError
+from fermisvd.settings import Count, Settings, extra, nested, option
 from fermisvd_convert import cli
 from fermisvd_convert.command import takes
 from fermisvd_convert.commands import READ_BY, app

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from fermisvd_convert.output import OutputError, check_free, claimed, complete, move_into_place, place_of, unfinished
-from fermisvd_convert.places import MARKER, PlaceError
-from fermisvd_convert.workspace import WorkspaceError
+from fermisvd.errors import OutputError
+from fermisvd_convert.output import check_free, claimed, complete, move_into_place, place_of, unfinished
+from fermisvd_convert.places import MARKER
 
 CONFIG = '{"quantization_config": {"quant_method": "fermisvd", "format_version": 1, "groups": []}}'
 
@@ -126,7 +126,7 @@ def test_a_folder_of_the_users_under_a_name_of_ours_is_refused_and_kept(tmp_path
     mine = tmp_path / ".fermisvd" / f"out.{kind}"
     mine.mkdir(parents=True)
     (mine / "thesis.txt").write_text("years of work")
-    with pytest.raises(PlaceError, match=rf"out\.{kind}.*{MARKER}"), claimed(tmp_path / "out"):
+    with pytest.raises(OutputError, match=rf"out\.{kind}.*{MARKER}"), claimed(tmp_path / "out"):
         pass
     assert (mine / "thesis.txt").read_text() == "years of work"
 
@@ -134,7 +134,7 @@ def test_a_folder_of_the_users_under_a_name_of_ours_is_refused_and_kept(tmp_path
 def test_two_writers_of_one_output(tmp_path):
     out = tmp_path / "out"
     with claimed(out):
-        with pytest.raises(WorkspaceError, match=r"out: in use by another conversion"), claimed(out):
+        with pytest.raises(OutputError, match=r"out: in use by another conversion"), claimed(out):
             pass
         with claimed(tmp_path / "other") as place, unfinished(place) as partial:
             assert partial.is_dir()

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from fermisvd.errors import OutputError
 from fermisvd_convert.convert import convert
 from fermisvd_convert.options import ConvertOptions
 from fermisvd_convert.preflight import check_room, prepare
-from fermisvd_convert.space import SpaceError, check_space, out_bytes, work_bytes
+from fermisvd_convert.space import check_space, out_bytes, work_bytes
 from fermisvd_convert.stages.calibration import statistics_of
 from fermisvd_convert.stages.decomposition import decomposition_of
 from fermisvd_convert.stages.structure import find_structure
@@ -46,5 +47,5 @@ def test_folders_on_one_disk_are_counted_together(tmp_path):
     """Each alone would fit."""
     half = shutil.disk_usage(tmp_path).free // 2
     check_space({tmp_path / "a": {"x": half // 2}, tmp_path / "b": {"y": half}})
-    with pytest.raises(SpaceError, match=r"a: x .*; .*b: y "):
+    with pytest.raises(OutputError, match=r"a: x .*; .*b: y "):
         check_space({tmp_path / "a": {"x": half + 2**30}, tmp_path / "b": {"y": half + 2**30}})

@@ -8,9 +8,10 @@ import sys
 import pytest
 import torch
 
+from fermisvd.errors import OutputError
 from fermisvd_convert import workspace as workspace_module
-from fermisvd_convert.places import MARKER, PlaceError
-from fermisvd_convert.workspace import MANIFEST, Workspace, WorkspaceError, settings_key, write_whole
+from fermisvd_convert.places import MARKER
+from fermisvd_convert.workspace import MANIFEST, Workspace, settings_key, write_whole
 
 
 def test_key_depends_on_every_setting():
@@ -62,7 +63,7 @@ def test_tensors_round_trip_and_damage_is_seen(tmp_path):
     for damaged in (whole[:-1], whole + b"x", bytes([*whole[:-3], whole[-3] ^ 1, *whole[-2:]]), b""):
         file.write_bytes(damaged)
         assert not Workspace(tmp_path).has_tensors("s", "a.b")
-        with pytest.raises(WorkspaceError, match=r"a\.b\.safetensors"):
+        with pytest.raises(OutputError, match=r"a\.b\.safetensors"):
             Workspace(tmp_path).load_tensors("s", "a.b")
 
 
@@ -92,7 +93,7 @@ def test_second_converter_is_refused_and_a_dead_one_forgotten(tmp_path):
     other = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert other.stdout and other.stdout.readline() == "held\n"
     try:
-        with pytest.raises(WorkspaceError, match="in use by another conversion"), Workspace(tmp_path).locked():
+        with pytest.raises(OutputError, match="in use by another conversion"), Workspace(tmp_path).locked():
             pass
     finally:
         other.kill()
@@ -132,7 +133,7 @@ def test_something_else_under_the_scratch_folders_name_is_refused_and_kept(tmp_p
         scratch.write_text("mine")
     else:
         scratch.symlink_to(tmp_path / "mine")
-    with pytest.raises(PlaceError, match=scratch.name), Workspace(tmp_path).locked():
+    with pytest.raises(OutputError, match=scratch.name), Workspace(tmp_path).locked():
         pass
     assert (scratch if kind == "file" else scratch / "a").read_text() == "mine"
 
@@ -143,7 +144,7 @@ def test_a_disk_without_locks_is_named_with_the_remedy(tmp_path, monkeypatch, nu
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    expected = pytest.raises(WorkspaceError, match=r"\.lock cannot be locked.*on a disk that can lock")
+    expected = pytest.raises(OutputError, match=r"\.lock cannot be locked.*on a disk that can lock")
     with expected, Workspace(tmp_path).locked():
         pass
 

@@ -4,7 +4,6 @@ from hypothesis import strategies as st
 
 from fermisvd.budget import (
     Budget,
-    BudgetError,
     RankedGroup,
     auto_alignment,
     compressed,
@@ -13,6 +12,7 @@ from fermisvd.budget import (
     group_parameters,
     stays_dense,
 )
+from fermisvd.errors import OptionError
 from fermisvd.groups import LinearGroup
 
 
@@ -69,7 +69,7 @@ def test_rounded_ranks_meet_the_budget_within_one_step(group_shapes, data, remov
     kept = (1 - remove) * dense_parameters(groups)
     try:
         ranks = budget.ranks(groups, ideal)
-    except BudgetError:
+    except OptionError:
         lowest = [budget.ladder(g)[0] for g in groups]
         assert total(groups, lowest, form) > kept - 1 or kept > dense_parameters(groups) - 1  # or nothing would go
         return
@@ -92,12 +92,12 @@ def test_ideal_ranks_that_fit_are_kept():
 
 @pytest.mark.parametrize("remove", [0, 1, -0.1, 1.5])
 def test_remove_out_of_range_is_refused(remove):
-    with pytest.raises(BudgetError, match="--remove"):
+    with pytest.raises(OptionError, match="--remove"):
         Budget.removing(remove, "pivga")
 
 
 def test_unreachable_budget_is_refused():
-    with pytest.raises(BudgetError, match="align"):
+    with pytest.raises(OptionError, match="align"):
         Budget(100 / 64**2, "pivga", align=32).ranks([make_group(64, 64)], [1])
 
 
@@ -120,7 +120,7 @@ def test_no_rank_is_below_the_minimum(form):
     groups = [LinearGroup((name,), (48,), 64, "columns", name) for name in "abc"]
     ranks = Budget.removing(0.4, form, align=1, minimum_rank=8).ranks(groups, [2.0, 5.0, 48.0])
     assert min(ranks) >= 8
-    with pytest.raises(BudgetError, match="lowest aligned ranks"):
+    with pytest.raises(OptionError, match="lowest aligned ranks"):
         Budget.removing(0.9, form, align=1, minimum_rank=30).ranks(groups, [2.0, 5.0, 48.0])
 
 

@@ -2,9 +2,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from fermisvd.budget import Budget, BudgetError, group_parameters
+from fermisvd.budget import Budget, group_parameters
 from fermisvd.decomposition import data_aware_svd
 from fermisvd.dense_choice import OpenTeacher, choose_dense, jump_rank
+from fermisvd.errors import OptionError
 from fermisvd.gates import cut, install_gates
 from fermisvd.groups import find_groups, stacked_weight
 from fermisvd.losses import StudentLoss, kl_divergence, set_weight
@@ -107,5 +108,5 @@ def test_dense_groups_that_the_budget_cannot_hold_are_cut(tiny_llama):
 
 def test_an_impossible_budget_is_refused(tiny_llama):
     problem = Problem(tiny_llama)
-    with pytest.raises(BudgetError, match="lowest aligned ranks"):
+    with pytest.raises(OptionError, match="lowest aligned ranks"):
         problem.settle([1.0] * len(problem.groups), 0.5, minimum_rank=10_000)

@@ -8,15 +8,8 @@ from transformers import AutoModelForCausalLM
 
 from fermisvd.budget import Budget, SoftBudget, dense_parameters, group_parameters
 from fermisvd.decomposition import data_aware_svd
-from fermisvd.fermigrad import (
-    PLATEAU_STEPS,
-    FermiGradError,
-    FermiGradSettings,
-    checkpointed,
-    gated_kl,
-    on_a_plateau,
-    optimise_ranks,
-)
+from fermisvd.errors import NumericalError
+from fermisvd.fermigrad import PLATEAU_STEPS, FermiGradSettings, checkpointed, gated_kl, on_a_plateau, optimise_ranks
 from fermisvd.gates import GatedGroup, GatedLinear, fermi_gate, install_gates, open_gates, set_gates
 from fermisvd.groups import Partition, find_groups, stacked_weight
 from fermisvd.linear import linear_layer
@@ -253,7 +246,7 @@ def test_infinite_loss_is_an_error(tiny_llama):
     model, groups, gated = gated_model(tiny_llama, dtype=torch.float32)
     with torch.no_grad():
         model.model.norm.weight.fill_(float("nan"))
-    with pytest.raises(FermiGradError, match="step 0"):
+    with pytest.raises(NumericalError, match="step 0"):
         windows, settings = torch.randint(2048, (2, 8)), FermiGradSettings(steps=2)
         optimise_ranks(model, groups, gated, windows, Budget(0.8, "pivga"), settings, batch_size=8, seed=0)
 

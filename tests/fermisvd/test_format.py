@@ -4,15 +4,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fermisvd.format import (
-    CheckpointConfig,
-    FormatError,
-    Group,
-    expected_tensors,
-    parse_config,
-    read_config,
-    validate_checkpoint,
-)
+from fermisvd.errors import FormatError
+from fermisvd.format import CheckpointConfig, Group, expected_tensors, parse_config, read_config, validate_checkpoint
 from fermisvd.pivga import fix_gauge
 from tests.support.faults import split_in_two
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fermisvd.format import FormatError, validate_checkpoint
+from fermisvd.errors import FormatError
+from fermisvd.format import validate_checkpoint
 from fermisvd.hf import load_model
 from tests.support.families import dense_twin
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fermisvd.decomposition import data_aware_svd
+from fermisvd.errors import NumericalError
 from fermisvd.pivga import (
-    PivGaError,
     choose_skeleton,
     dense_product,
     exchange,
@@ -144,7 +144,7 @@ def test_product_of_lower_rank_is_kept(side, dtype, case):
 
 def test_overflow_is_refused():
     a, b = random_factors(20, 30, 7)
-    with pytest.raises(PivGaError, match="float16"):
+    with pytest.raises(NumericalError, match="float16"):
         fix_gauge(1e6 * a, b, "columns", torch.float16)
 
 

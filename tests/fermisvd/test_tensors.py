@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from fermisvd import FormatError, load_model
+from fermisvd import load_model
+from fermisvd.errors import FormatError
 from fermisvd.files import read_headers
 from fermisvd.format import validate_before_serving
 from fermisvd.running.streaming import stream_model

@@ -126,6 +126,6 @@ def test_divided_among_processes(compressed, tmp_path):
     for name in trained:
         assert found[name]["gradients"] < 1e-5, (name, found[name])
     for name in ("transformers, tp_size", "transformers, tp_plan"):
-        assert "ParallelismError: tp_plan, tp_size: transformers' tensor parallelism" in found[name]
+        assert "OptionError: tp_plan, tp_size: transformers' tensor parallelism" in found[name]
     for name in ("FSDP1, each layer", "FSDP1, each layer, original parameters"):  # no hooks: it takes the layer's place
         assert found[name].startswith("RuntimeError"), (name, found[name])

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fermisvd.budget import Form
-from fermisvd.format import FormatError, Group, expected_tensors
+from fermisvd.errors import FormatError
+from fermisvd.format import Group, expected_tensors
 from fermisvd.groups import Side
 from fermisvd_vllm.layout import LayerSizes, shard_of, slots_of
 from fermisvd_vllm.parts import DensePart, PivGaColumnsPart, PivGaRowsPart, SvdPart, part_of, parts_of

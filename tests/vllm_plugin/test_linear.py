@@ -20,7 +20,8 @@ from vllm.model_executor.layers.linear import (
     UnquantizedLinearMethod,
 )
 
-from fermisvd.format import CheckpointConfig, FormatError, Group
+from fermisvd.errors import FormatError
+from fermisvd.format import CheckpointConfig, Group
 from fermisvd.pivga import dense_product, fix_gauge
 from fermisvd_vllm.config import FermiSVDConfig
 from fermisvd_vllm.layout import Stored

@@ -11,7 +11,8 @@ pytest.importorskip("vllm")
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 
-from fermisvd.format import FormatError, Group, expected_tensors
+from fermisvd.errors import FormatError
+from fermisvd.format import Group, expected_tensors
 from fermisvd.pivga import dense_product, fix_gauge
 from fermisvd_vllm.layout import numbers_held
 from fermisvd_vllm.linear import FermiSVDLinearMethod

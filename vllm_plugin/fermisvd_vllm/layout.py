@@ -11,7 +11,8 @@ from typing import Literal, Protocol
 
 import torch
 
-from fermisvd.format import MEND, PERMUTATION, FormatError
+from fermisvd.errors import FormatError
+from fermisvd.format import MEND, PERMUTATION
 
 Parallel = Literal["column", "row", "replicated"]
 Sections = tuple[tuple[int, int], ...]

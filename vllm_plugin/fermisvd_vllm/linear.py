@@ -18,7 +18,8 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.utils import set_weight_attrs
 
-from fermisvd.format import PERMUTATION, FormatError, check_finite, check_permutation
+from fermisvd.errors import FormatError
+from fermisvd.format import PERMUTATION, check_finite, check_permutation
 from fermisvd_vllm.factors import Gemm, Products
 from fermisvd_vllm.layout import LayerSizes, Loaded, Parallel, Sections, Slot, Slots, shard_of, slots_of
 from fermisvd_vllm.parts import Part

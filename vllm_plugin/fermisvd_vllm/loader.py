@@ -4,7 +4,8 @@ from torch import nn
 from vllm.config import ModelConfig
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
-from fermisvd.format import FormatError, validate_checkpoint
+from fermisvd.errors import FormatError
+from fermisvd.format import validate_checkpoint
 from fermisvd_vllm.versions import checkpoint_folder
 
 

@@ -13,7 +13,8 @@ from typing import Any, ClassVar, Self, TypeVar
 import torch
 from torch import nn
 
-from fermisvd.format import INTERPOLATION, LOWRANK_A, LOWRANK_B, PERMUTATION, SKELETON, FormatError, Group
+from fermisvd.errors import FormatError
+from fermisvd.format import INTERPOLATION, LOWRANK_A, LOWRANK_B, PERMUTATION, SKELETON, Group
 from fermisvd_vllm.factors import Factor, Products
 from fermisvd_vllm.layout import LayerSizes, Loaded, Parallel, Stored
 from fermisvd_vllm.tuning import noise

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from fermisvd.format import FormatError
+from fermisvd.errors import FormatError
 
 # The prefix of all layers of a draft in speculative decoding (v1/spec_decode/draft_model.py); no checkpoint has it.
 DRAFT_PREFIX = "draft_model."

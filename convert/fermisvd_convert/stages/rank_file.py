@@ -5,13 +5,9 @@ import math
 from pathlib import Path
 
 from fermisvd.compress import GroupsRule
-from fermisvd.errors import FermiSVDError
+from fermisvd.errors import OptionError
 from fermisvd.groups import LinearGroup
 from fermisvd.joining import fused_layers, joined
-
-
-class RankFileError(FermiSVDError):
-    """A --ranks file is not what it should be."""
 
 
 def ranks_from_file(
@@ -20,7 +16,7 @@ def ranks_from_file(
     """Groups and ideal ranks of a JSON file {group's first member: rank}, or of an earlier conversion's fermisvd.json,
     whose own groups are taken over by --groups auto.
 
-    Raises RankFileError if the file is unreadable, or its groups are not the model's.
+    Raises OptionError if the file is unreadable, or its groups are not the model's.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -31,20 +27,20 @@ def ranks_from_file(
         values = values.get("mu", values)
         ranks = {str(name): float(rank) for name, rank in values.items()}
     except (OSError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
-        raise RankFileError(f"{path}: not a file of ranks ({error})") from None
+        raise OptionError(f"{path}: not a file of ranks ({error})") from None
     for name, rank in ranks.items():
         if not 0 < rank < math.inf:
-            raise RankFileError(f"{path}: {name} has rank {rank}, a positive number is needed")
+            raise OptionError(f"{path}: {name} has rank {rank}, a positive number is needed")
     names = {group.name for group in groups}
     if strangers := ranks.keys() - names:
-        raise RankFileError(f"{path}: {min(strangers)} is no group of the model (--groups must be the same)")
+        raise OptionError(f"{path}: {min(strangers)} is no group of the model (--groups must be the same)")
     if missing := names - ranks.keys():
-        raise RankFileError(f"{path}: {min(missing)} has no rank in the file (--groups must be the same)")
+        raise OptionError(f"{path}: {min(missing)} has no rank in the file (--groups must be the same)")
     return groups, [ranks[group.name] for group in groups]
 
 
 def groups_of_file(path: Path, entries: list[dict], groups: list[LinearGroup]) -> list[LinearGroup]:
-    """The model's separate groups joined as the file's entries say. Raises RankFileError if they do not fit."""
+    """The model's separate groups joined as the file's entries say. Raises OptionError if they do not fit."""
     first = {entry["members"][0]: list(entry["members"]) for entry in entries}
     chosen, left = [], list(groups)
     while left:
@@ -52,6 +48,6 @@ def groups_of_file(path: Path, entries: list[dict], groups: list[LinearGroup]) -
         parts, left = left[: len(members)], left[len(members) :]
         if not parts or [group.name for group in parts] != members or len(fused_layers(parts)) != 1:
             name = (parts or left)[0].name
-            raise RankFileError(f"{path}: its group of {name} is none of the model's")
+            raise OptionError(f"{path}: its group of {name} is none of the model's")
         chosen.append(joined(parts))
     return chosen

@@ -24,7 +24,7 @@ class IdealRanks:
 
 @timed("ranks")
 def choose_ranks(conversion: Conversion, groups: list[LinearGroup], decomposition: Decomposition) -> IdealRanks:
-    """By the rule that the options name. Raises RankFileError for a file that is not what it should be."""
+    """By the rule that the options name. Raises OptionError for a file that is not what it should be."""
     options = conversion.options
     if options.ranks == "uniform":
         return IdealRanks(groups, conversion.budget.uniform_ranks(groups))
