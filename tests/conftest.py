@@ -1,12 +1,10 @@
 """Shared models and texts. Checkpoints for engines and servers are in tests/vllm_plugin/conftest.py."""
 
-import inspect
 import os
 import shutil
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from types import CodeType, FunctionType
 
 import pytest
 
@@ -23,37 +21,6 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from tests.support import DEMO_MODEL, SHARED
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """Mark as quick what `make quick` runs: all but long, slow and vllm, and what starts processes."""
-    for item in items:
-        made = item._fixtureinfo.name2fixturedefs
-        fixtures = [fixture.func for name in item.fixturenames for fixture in made.get(name, ())]
-        marked = any(item.get_closest_marker(mark) for mark in ("long", "slow", "vllm"))
-        if not marked and not start_processes(item.function, *fixtures):
-            item.add_marker("quick")
-
-
-def start_processes(*functions) -> bool:
-    """Whether the functions, or those of tests/ that they reach by name, name subprocess."""
-    reached, waiting = set(), [inspect.unwrap(function) for function in functions]
-    while waiting:
-        function = waiting.pop()
-        if isinstance(function, FunctionType) and function.__module__.startswith("tests.") and function not in reached:
-            reached.add(function)
-            names = names_in(function.__code__)
-            if "subprocess" in names:
-                return True
-            waiting += [function.__globals__.get(name) for name in names]
-    return False
-
-
-def names_in(code: CodeType) -> set[str]:
-    """Of globals and attributes, also in functions and comprehensions inside."""
-    inside = [names_in(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
-    return {*code.co_names}.union(*inside)
 
 
 @pytest.fixture(autouse=True)

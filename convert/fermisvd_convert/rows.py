@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from huggingface_hub import constants
 
@@ -54,7 +54,7 @@ class TextError(FermiSVDError):
     """A text cannot be read or is too short."""
 
 
-def rows_of(source: str, characters: int | None = None) -> Generator[tuple[str, object], None, None]:
+def rows_of(source: str, characters: int | None = None) -> Generator[tuple[str, Any], None, None]:
     """Where a row stands and what stands there, row by row; a RowError in place of a row that cannot be read.
 
     source: a file, or a data set (folder or hub id, NAME[:CONFIG]). A plain text is one row, {"text": ...}, of at most

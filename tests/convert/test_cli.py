@@ -87,6 +87,7 @@ BARS = ("read text", "check weights", "calibrate", "evaluate dense", "decompose"
 BARS += ("join groups", "refit", "write", "heal", "evaluate compressed")
 
 
+@pytest.mark.long
 def test_settings_are_said_before_the_first_stage_and_every_bar_has_a_total(smallest_llama, texts, tmp_path):
     options = "--remove 0.3 --form svd --refit --samples 8 --sequence-length 24 --steps 2 --heal-steps 2 --align 1"
     command = ["convert", smallest_llama, tmp_path / "out", *options.split(), "--calibration", texts / "a.txt"]
@@ -178,6 +179,7 @@ def test_bad_input_is_one_clear_error(tmp_path, monkeypatch, arguments, message)
     assert "Traceback" not in result.output
 
 
+@pytest.mark.long
 def test_help_is_quick_and_names_the_commands():
     """The command line imports torch only once a command runs."""
     result = subprocess.run(
@@ -188,6 +190,7 @@ def test_help_is_quick_and_names_the_commands():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("command", ["report", "inspect"])
 def test_a_terminal_that_cannot_show_a_name_ends_no_command(converted, tmp_path, command):
     """ASCII alone, as in a container without a locale; the names are shown escaped."""
@@ -240,6 +243,7 @@ def test_version():
     assert run("--version").output.startswith("fermisvd 0.")
 
 
+@pytest.mark.long
 def test_a_pipe_that_is_closed_is_no_error(converted):
     """`fermisvd report | head`: the reader has seen enough."""
     command = f"{sys.executable} -m fermisvd_convert inspect {converted[0]} | head -1; echo ${{PIPESTATUS[0]}}"

@@ -20,6 +20,7 @@ def convert(processes: int, model, out, text, work) -> dict:
     return json.loads((out / "fermisvd.json").read_text())
 
 
+@pytest.mark.long
 def test_two_processes_convert_as_one(tiny_llama, tmp_path):
     """The same groups and ranks; perplexity to 1e-4, as sums are taken in another order."""
     text = tmp_path / "text.txt"

@@ -261,6 +261,7 @@ def test_kept_energy_is_one_less_the_error_of_what_was_written(converted, tiny_l
         assert group.spectrum is not None and group.spectrum.index[-1] == group.full_rank - 1
 
 
+@pytest.mark.long
 def test_report_command_draws_a_conversion_and_compares(converted, tmp_path):
     outs = [str(converted / "small"), str(converted / "plain")]
     result = CliRunner().invoke(app, ["report", *outs, "--to", str(tmp_path / "to")])
@@ -274,6 +275,7 @@ def test_report_command_draws_a_conversion_and_compares(converted, tmp_path):
     assert {path.name for path in (tmp_path / "one").iterdir()} == {"ranks.png", "trace.png", "spectra.png"}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("suffix", ["svg", "png"])
 def test_the_same_bytes_every_time(converted, tmp_path, suffix):
     """In another process too, and whatever the user's own style is."""
@@ -300,6 +302,7 @@ def test_an_earlier_file_is_drawn_as_far_as_it_goes(tmp_path, caplog):
     assert len(figures.draw_ranks(Record.model_validate(report)).axes) == 2  # ranks and their colours
 
 
+@pytest.mark.long
 def test_healed_checkpoints_are_no_point_of_quality(tmp_path, caplog):
     outs = [write(tmp_path / name, made_up(1)) for name in ("a", "b", "c")]
     (outs[1] / "healing.json").write_text("{}")

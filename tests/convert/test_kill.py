@@ -5,6 +5,7 @@ import pytest
 from tests.support.kill import survive
 
 
+@pytest.mark.long
 def test_killed_conversions_go_on_to_the_same_output(tmp_path):
     assert sum(survive(2, 1, tmp_path).values()) == 2
 

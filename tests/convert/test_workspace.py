@@ -87,6 +87,7 @@ def test_manifest_has_hash_and_settings_and_survives_a_cut_line(tmp_path):
     assert again.has_tensors("gram-0123", "a") and again.json("ranks-4567", lambda: 1 / 0) == {"x": 1}
 
 
+@pytest.mark.long
 def test_second_converter_is_refused_and_a_dead_one_forgotten(tmp_path):
     script = "import sys, time; from pathlib import Path; from fermisvd_convert.workspace import Workspace\n"
     script += "with Workspace(Path(sys.argv[1])).locked():\n    print('held', flush=True); time.sleep(60)"

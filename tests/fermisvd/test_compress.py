@@ -93,6 +93,7 @@ def test_what_is_public_is_there():
     assert all(hasattr(fermisvd, name) for name in fermisvd.__all__)
 
 
+@pytest.mark.long
 def test_quickstart(smallest_llama, text, tmp_path):
     """As a user runs it: what it saved is a checkpoint, loads and is smaller."""
     script = Path(__file__).parents[2] / "examples" / "quickstart.py"

@@ -57,6 +57,7 @@ def test_saves_again_at_its_small_size(compressed, tmp_path):
         assert torch.equal(load_model(tmp_path)(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
+@pytest.mark.long
 def test_importing_fermisvd_is_enough(compressed):
     load = f"transformers.AutoModelForCausalLM.from_pretrained({str(compressed)!r})"
     code = f"import fermisvd, transformers; print({load})"

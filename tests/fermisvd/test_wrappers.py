@@ -113,6 +113,7 @@ def test_functional_call(compressed):
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.long
 def test_divided_among_processes(compressed, tmp_path):
     result = tmp_path / "result.json"
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

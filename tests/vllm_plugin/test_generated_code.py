@@ -8,6 +8,7 @@ import pytest
 from tests.support import ROOT
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.long
 
 
 @pytest.fixture(scope="module")

@@ -340,6 +340,7 @@ def test_permutation_is_valid_before_anything_is_loaded():
     assert sorted(layer.permutation.tolist()) == list(range(96))
 
 
+@pytest.mark.long
 def test_register_is_light_and_can_be_called_twice():
     import subprocess
     import sys

@@ -58,8 +58,8 @@ def test_states_in_files_and_in_memory_give_the_same(tiny_llama, tmp_path, room)
     batches = torch.randint(100, (5, 12)).split(2)
     blocks, hidden, done = DecoderBlocks(model), HiddenStates(tmp_path / "hidden", room), []
     found = logits_by_blocks(blocks, batches, hidden, lambda: done.append(None))
-    for batch, logits in zip(batches, found, strict=True):
-        assert len(done) == 2  # blocks
+    for number, (batch, logits) in enumerate(zip(batches, found, strict=True)):
+        assert len(done) == 2 * len(batches) + number  # through both blocks, and through the head
         torch.testing.assert_close(logits, model(input_ids=batch, use_cache=False).logits)
     assert hidden.room == room and not list(tmp_path.rglob("*.safetensors"))
 

@@ -22,6 +22,7 @@ def of_one(tiny_llama, tmp_path_factory):
     return ranks(1, tiny_llama, tmp_path_factory.mktemp("one") / "ranks.json")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("options", [[], ["--shard"]], ids=["data parallel", "sharded and checkpointed"])
 def test_two_processes_give_the_ranks_of_one(tiny_llama, tmp_path, of_one, options):
     """Batches of 3 and of 1 window: one process has more than the other, or all. Sums in another order: 1e-4 of k."""
