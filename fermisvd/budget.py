@@ -76,7 +76,7 @@ class Budget:
     minimum_rank: int = 1
 
     @classmethod
-    def removing(cls, remove: float, form: Form, align: int | None = None, minimum_rank: int = 1) -> Self:
+    def removing(cls, remove: float, form: Form, align: int | None = align, minimum_rank: int = minimum_rank) -> Self:
         """The budget when the fraction `remove` goes. Raises OptionError unless 0 < remove < 1."""
         check_fraction(remove)
         return cls(1 - remove, form, align, minimum_rank)

@@ -13,6 +13,7 @@ from fermisvd.errors import NumericalError
 from fermisvd.linear import linear_layer, weight_of
 from fermisvd.running.blocks import DecoderBlocks, HiddenStates, device_of, sweep
 from fermisvd.running.distributed import own_part, sum_over_processes
+from fermisvd.settings import SEED
 
 Grams = dict[str, torch.Tensor]
 OutputGrams = dict[str, OutputGram]
@@ -88,7 +89,7 @@ def calibration_grams(
     sources: Sequence[str],
     members: Sequence[str],
     batches: Iterable[torch.Tensor],
-    seed: int = 0,
+    seed: int = SEED,
 ) -> tuple[Grams, OutputGrams]:
     """C of the inputs of `sources` and G of the outputs of `members`, over all tokens of all batches, in one pass of
     the whole model: for models that `DecoderBlocks` does not take apart, and the reference of `grams_by_blocks`.
@@ -120,7 +121,7 @@ def grams_by_blocks(
     members: Sequence[str],
     batches: Sequence[torch.Tensor],
     hidden: HiddenStates,
-    seed: int = 0,
+    seed: int = SEED,
     limit_bytes: int | None = None,
     on_batch: Callable[[], object] = lambda: None,
 ) -> Iterator[tuple[Grams, OutputGrams]]:

@@ -58,8 +58,8 @@ class CompressOptions(Batched, Seeded):
         Count | None,
         BeforeValidator(lambda value: None if value == "auto" else value),
         option("Step of the ranks.", shown="auto: a power of two near k/64"),
-    ] = None
-    minimum_rank: Annotated[Count, option("Lowest rank of any group.")] = 1
+    ] = Budget.align
+    minimum_rank: Annotated[Count, option("Lowest rank of any group.")] = Budget.minimum_rank
     fermigrad: Annotated[FermiGradSettings, nested("FermiGrad")] = FermiGradSettings()
     healing: Annotated[HealingSettings, nested("Healing", prefix="heal_")] = HealingSettings()
 

@@ -67,7 +67,11 @@ def data_aware_svd(weight: torch.Tensor, gram: torch.Tensor, damping: float = 0.
 
 
 def kfac_svd(
-    weight: torch.Tensor, gram: torch.Tensor, output: OutputGram, damping: float = 0.0, output_damping: float = 0.1
+    weight: torch.Tensor,
+    gram: torch.Tensor,
+    output: OutputGram,
+    damping: float = 0.0,
+    output_damping: float = OUTPUT_DAMPING,
 ) -> Factors:
     """`kfac` whitening: svd(L^T W S), A = L^{-T} U_r, B = U_r^T L^T W, which equals A = W S V_r, B = V_r^T S^{-1}.
 

@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 from fermisvd.errors import OptionError
 
 LARGEST = 2**31 - 1  # of any count
+BATCH_SIZE, SEED = 8, 0
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
 Natural = Annotated[int, Field(ge=0, le=LARGEST)]  # with 0
 
@@ -95,13 +96,13 @@ class Settings(BaseModel):
 class Batched(Settings):
     """Of whatever runs a model."""
 
-    batch_size: Annotated[Count, option("Windows a forward pass.")] = 8
+    batch_size: Annotated[Count, option("Windows a forward pass.")] = BATCH_SIZE
 
 
 class Seeded(Settings):
     """Of whatever draws."""
 
-    seed: Annotated[Natural, option("The same seed, the same checkpoint.")] = 0
+    seed: Annotated[Natural, option("The same seed, the same checkpoint.")] = SEED
 
 
 def extra(field: FieldInfo, key: str, default: Any = None) -> Any:

@@ -15,6 +15,7 @@ from fermisvd.errors import NumericalError
 from fermisvd.hf import vocabulary_of
 from fermisvd.losses import kl_divergence
 from fermisvd.running.blocks import BlocksError, DecoderBlocks, HiddenStates, device_of, logits_by_blocks
+from fermisvd.settings import BATCH_SIZE
 from fermisvd_convert.loading import SourceError, context_length, load_tokenizer, resolve_device, window_length
 from fermisvd_convert.options import EvaluateOptions
 from fermisvd_convert.progress import bar
@@ -44,7 +45,7 @@ def evaluate(
     model: PreTrainedModel,
     windows: torch.Tensor,
     reference: PreTrainedModel | None = None,
-    batch_size: int = 8,
+    batch_size: int = BATCH_SIZE,
     label: str = "evaluate",
 ) -> Evaluation:
     """Mean over the L-1 predicted tokens of each window. windows: (windows, L) token ids."""
@@ -59,7 +60,11 @@ def evaluate(
 
 @torch.no_grad()
 def evaluate_by_blocks(
-    model: PreTrainedModel, windows: torch.Tensor, hidden: HiddenStates, batch_size: int = 8, label: str = "evaluate"
+    model: PreTrainedModel,
+    windows: torch.Tensor,
+    hidden: HiddenStates,
+    batch_size: int = BATCH_SIZE,
+    label: str = "evaluate",
 ) -> Evaluation:
     """As `evaluate`, a decoder block at a time: for a streamed model, which reads each block's weights once."""
     try:
