@@ -3,6 +3,7 @@ options come from the library, and `fermisvd --help` need not wait for torch."""
 
 import io
 import logging
+import os
 import sys
 from importlib.metadata import version
 from typing import Annotated
@@ -24,6 +25,8 @@ class ReadWhenCalled(TyperGroup):
     """A group that lists names and purposes, and puts the commands themselves in their place when one is called."""
 
     def resolve_command(self, ctx, args):
+        if os.environ.get("WORLD_SIZE", "1") not in ("", "1") and os.environ.get("RANK", "0") not in ("", "0"):
+            os.environ["TQDM_DISABLE"] = "1"  # of torchrun's processes the first has bars; tqdm looks when imported
         from fermisvd_convert import commands
 
         group = typer.main.get_command(commands.app)

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,11 +61,10 @@ def _check_use(context: typer.Context) -> None:
 
 @contextmanager
 def _first_process_speaks() -> Iterator[bool]:
-    """Whether this is the first of torchrun's processes; the others show no bars and only errors."""
+    """Whether this is the first of torchrun's processes; the others say only what is an error."""
     with _clear_errors():
         first = not launched("RANK")
     if not first:
-        os.environ["TQDM_DISABLE"] = "1"
         logging.getLogger("fermisvd").setLevel(logging.ERROR)
     with _clear_errors():
         yield first

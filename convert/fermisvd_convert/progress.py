@@ -16,6 +16,11 @@ class Bar:
         """One piece of work is done."""
         self._shown.update()
 
+    def reach(self, done: int) -> None:
+        """So many units are done; more than there are to do are not shown."""
+        total = self._shown.total
+        self._shown.update((done if total is None else min(done, total)) - self._shown.n)
+
     def show(self, record: dict) -> None:
         """A step is done: its loss, and the kept fraction where it has one, stand beside the bar."""
         self._shown.update()
@@ -23,7 +28,8 @@ class Bar:
 
 
 @contextmanager
-def bar(what: str, total: int, unit: str = "step", done: int = 0) -> Iterator[Bar]:
-    """what: is done; total: how many units; done: of them, by an earlier run."""
-    with tqdm(total=total, initial=done, desc=what, unit=unit, leave=False) as shown:
+def bar(what: str, total: int | None, unit: str = "step", done: int = 0, scale: bool = False) -> Iterator[Bar]:
+    """what: is done; total: how many units, None where only the end of a text tells; done: of them, by an earlier run;
+    scale: whether numbers are shown as 12k."""
+    with tqdm(total=total, initial=done, desc=what, unit=unit, unit_scale=scale, leave=False) as shown:
         yield Bar(shown)

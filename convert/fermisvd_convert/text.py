@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from fermisvd_convert.chats import RowError, row_text
+from fermisvd_convert.progress import bar
 from fermisvd_convert.rows import TextError, rows_of
 
 logger = logging.getLogger("fermisvd")
@@ -173,7 +173,7 @@ def _token_ids(
     counts, ids, cut_off = RowCounts(), [], False
     with (
         closing(rows_of(source, None if needed is None else characters * needed)) as rows,
-        tqdm(total=needed, desc="read text", unit="token", unit_scale=True, leave=False) as bar,
+        bar("read text", needed, "token", scale=True) as shown,
     ):
         for where, row in rows:
             room = None if needed is None else characters * (needed - len(ids))
@@ -193,9 +193,7 @@ def _token_ids(
                 ids.append(tokenizer.eos_token_id)
             ids += tokens
             counts.used += 1
-            bar.update(
-                (len(ids) if needed is None else min(len(ids), needed)) - bar.n
-            )  # beyond it tqdm drops the total
+            shown.reach(len(ids))
             if needed is not None and len(ids) >= needed:
                 break
     return ids, counts, cut_off and needed is not None and len(ids) < needed

@@ -249,3 +249,13 @@ def test_a_pipe_that_is_closed_is_no_error(converted):
     command = f"{sys.executable} -m fermisvd_convert inspect {converted[0]} | head -1; echo ${{PIPESTATUS[0]}}"
     result = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert "Traceback" not in result.stderr and "fermisvd:" not in result.stderr, result.stderr
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("rank", "disabled"), [("0", "False"), ("1", "True")])
+def test_of_several_processes_the_first_has_bars(rank, disabled):
+    code = "import sys; from fermisvd_convert.cli import app; sys.argv = ['fermisvd', 'inspect', '--help']\n"
+    code += "try: app()\nexcept SystemExit: pass\nfrom tqdm import tqdm; print(tqdm(total=1).disable)"
+    env = os.environ | {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
+    assert result.stdout.split()[-1] == disabled
