@@ -90,14 +90,15 @@ def calibration_grams(
     members: Sequence[str],
     batches: Iterable[torch.Tensor],
     seed: int = SEED,
+    on_batch: Callable[[], object] = lambda: None,
 ) -> tuple[Grams, OutputGrams]:
     """C of the inputs of `sources` and G of the outputs of `members`, over all tokens of all batches, in one pass of
     the whole model: for models that `DecoderBlocks` does not take apart, and the reference of `grams_by_blocks`.
 
     sources, members: names of linear layers; batches: token ids, (batch, length), without padding, of which each
-    process takes its share; seed: of the drawn tokens. g is the gradient of log p(y) at the layer's output, y drawn
-    from the model's own prediction: G is then the output side of the KL's second derivative (the Fisher matrix), which
-    the text's own next tokens only resemble.
+    process takes its part; seed: of the drawn tokens; on_batch: called after each batch. g is the gradient of log p(y)
+    at the layer's output, y drawn from the model's own prediction: G is then the output side of the KL's second
+    derivative (the Fisher matrix), which the text's own next tokens only resemble.
     Returns name -> (n x n) float64 tensors on the model's device, and name -> OutputGram.
     Raises NumericalError naming the layer whose input or gradient is NaN or infinite.
     """
@@ -112,6 +113,7 @@ def calibration_grams(
                 body = getattr(model, "base_model", model)  # without the head: its logits would outweigh the matrices
                 with torch.no_grad():
                     body(input_ids=batch.to(device), use_cache=False)
+            on_batch()
     return sums.result()
 
 
@@ -243,7 +245,7 @@ def _parts(model: PreTrainedModel, sources: list[str], members: list[str], limit
 
 
 def _of_this_process(batches: Iterable[torch.Tensor]) -> list[tuple[int, torch.Tensor]]:
-    """Every process' share of the batches, with their numbers."""
+    """This process' part of the batches, with their numbers."""
     return own_part(list(enumerate(batches)))
 
 

@@ -7,7 +7,7 @@ decoder block at a time, each step's result kept in files and found again.
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import torch
 from pydantic import BeforeValidator
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from fermisvd.budget import Budget, Form, RankedGroup, compressed
 from fermisvd.calibration import Grams, OutputGrams, calibration_grams
-from fermisvd.decomposition import Factors, group_factors
+from fermisvd.decomposition import Decomposition, Factors, OutputGram
 from fermisvd.dense_choice import choose_dense
 from fermisvd.errors import OptionError
 from fermisvd.fermigrad import FermiGradSettings, optimise_ranks
@@ -24,7 +24,7 @@ from fermisvd.format import CheckpointConfig
 from fermisvd.gates import install_gates
 from fermisvd.groups import LinearGroup, Partition, check_unshared, find_groups, stacked_weight
 from fermisvd.healing import HealingSettings, heal, rounded_factors, trained_factors
-from fermisvd.hf import mark_compressed
+from fermisvd.hf import mark_compressed, vocabulary_of
 from fermisvd.joining import join_groups
 from fermisvd.linear import linear_layer
 from fermisvd.losses import Pair, set_products
@@ -34,7 +34,8 @@ from fermisvd.settings import Batched, Count, Seeded, nested, option
 from fermisvd.storage import compressed_tensors, config_group
 
 ASIDE_WINDOWS = 32  # windows that decide between measured alternatives, never trained on
-RANK_RULES = ("fermigrad", "uniform")
+RankRule = Literal["fermigrad", "uniform"]
+RANK_RULES = get_args(RankRule)
 Whitening = Literal["kfac", "input"]
 GroupsRule = Literal["auto", "joint", "separate"]
 
@@ -42,9 +43,11 @@ GroupsRule = Literal["auto", "joint", "separate"]
 class CompressOptions(Batched, Seeded):
     """The method's options."""
 
+    panel = "Method"
+
     remove: Annotated[float, option("Fraction of the decoder blocks' linear parameters to remove.")]
     form: Annotated[Form, option("Stored form of the factors.")] = "pivga"
-    ranks: Annotated[str, option("fermigrad, uniform, or a JSON file of ranks to fit to the budget.")] = "fermigrad"
+    ranks: Annotated[RankRule, option("Rule that chooses the ranks.")] = "fermigrad"
     groups: Annotated[
         GroupsRule, option("Layers that read the same input: decomposed jointly, one by one, or as measured.")
     ] = "auto"
@@ -87,20 +90,20 @@ def compress(model: PreTrainedModel, windows: torch.Tensor, remove: float = 0.2,
     Models, factors and Gram matrices are held at once, in float32 and float64. Raises FermiSVDError for a model,
     windows or options that cannot be used.
     """
-    check_windows(windows)
+    check_windows(model, windows)
     work = Compression(model, windows, CompressOptions.named(remove=remove, **options))
     groups = find_groups(work.teacher, work.options.partition)
     work.budget.check(groups)
     decomposition = calibrate(work, groups)
     ranked = work.budget.ranked(groups, ideal_ranks(work, groups, decomposition))
     if work.options.groups == "auto":
-        ranked = joined(work, ranked, decomposition)
+        ranked = join(work, ranked, decomposition)
     ranked = compressed(ranked)
     factors = decomposition.truncated(ranked)
-    if work.options.refits and len(work.training):
+    if work.options.refits:
         factors |= refitted(work, ranked, factors, decomposition)
     student = with_modules(model, ranked, factors)
-    if work.options.healing.steps and ranked and len(work.training):
+    if work.options.healing.steps and ranked:
         healed(work, student)
     settings = {"remove": remove, "form": work.options.form}
     entries = tuple(config_group(each) for each in ranked)
@@ -108,10 +111,15 @@ def compress(model: PreTrainedModel, windows: torch.Tensor, remove: float = 0.2,
     return student
 
 
-def check_windows(windows: torch.Tensor) -> None:
-    """Raises OptionError unless these are two windows of token ids or more."""
-    if windows.dim() != 2 or len(windows) < 2 or windows.is_floating_point():
+def check_windows(model: PreTrainedModel, windows: torch.Tensor) -> None:
+    """Raises OptionError unless these are two windows of the model's token ids or more."""
+    known = vocabulary_of(model)
+    if not isinstance(windows, torch.Tensor) or windows.dtype not in (torch.int32, torch.int64):
+        raise OptionError("windows are token ids, (samples, length): give a tensor of int64 or int32")
+    if windows.dim() != 2 or len(windows) < 2 or windows.shape[1] < 2:
         raise OptionError(f"windows are token ids, (samples, length), two or more: given {tuple(windows.shape)}")
+    if windows.min() < 0 or windows.max() >= known:
+        raise OptionError(f"windows hold tokens {windows.min()} to {windows.max()}, the model knows 0 to {known - 1}")
 
 
 def set_aside(windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -132,8 +140,6 @@ class Compression:
     def __init__(self, model: PreTrainedModel, windows: torch.Tensor, options: CompressOptions):
         if getattr(model.config, "quantization_config", None) is not None:
             raise OptionError("the model is quantised or compressed already; give the dense one")
-        if options.ranks not in RANK_RULES:
-            raise OptionError(f"ranks: {options.ranks!r} is none of {', '.join(RANK_RULES)}")
         check_unshared(model)
         self.model, self.windows, self.options, self.budget = model, windows, options, options.budget
         self.aside, self.training = set_aside(windows)
@@ -141,50 +147,43 @@ class Compression:
 
 
 @dataclass
-class Decomposition:
-    """The groups' factors, each made once: those found, and those that they are joined to.
+class InMemory(Decomposition):
+    """weights_of: the model whose weights are decomposed, in their own type; grams: C of each source; output_grams: G
+    of each member, none with `input` whitening."""
 
-    weights: the model whose weights are decomposed, in their own type; grams: C of each source; outputs: G of each
-    member, none with `input` whitening.
-    """
-
-    weights: PreTrainedModel
+    weights_of: PreTrainedModel
     grams: Grams
-    outputs: OutputGrams
-    made: dict[tuple[str, ...], Factors] = field(default_factory=dict)
+    output_grams: OutputGrams
+    kept: dict[tuple[str, ...], Factors] = field(default_factory=dict)
 
     def factors(self, group: LinearGroup) -> Factors:
-        """A (m x k), B (k x n), float32, and sigma (k,)."""
-        if group.members not in self.made:
-            exact = self.fit(group, None, self.grams[group.source])
-            self.made[group.members] = Factors(exact.a.float(), exact.b.float(), exact.sigma)
-        return self.made[group.members]
+        if group.members not in self.kept:
+            self.kept[group.members] = self.made(group)
+        return self.kept[group.members]
 
-    def whole(self, group: LinearGroup) -> Pair:
-        """A (m x k) and B (k x n), W = A B."""
-        factors = self.factors(group)
-        return factors.a, factors.b
+    def weights(self, group: LinearGroup) -> torch.Tensor:
+        return stacked_weight(self.weights_of, group)
+
+    def gram(self, source: str) -> torch.Tensor:
+        return self.grams[source]
+
+    def outputs(self, group: LinearGroup, device: torch.device) -> list[OutputGram] | None:
+        return [self.output_grams[name] for name in group.members] if self.output_grams else None
 
     def truncated(self, ranked: Sequence[RankedGroup]) -> dict[LinearGroup, Pair]:
         """The groups' A (m x r) and B (r x n)."""
         return {each.group: self.factors(each.group).truncated(each.rank) for each in ranked}
 
-    def fit(self, group: LinearGroup, change: torch.Tensor | None, gram: torch.Tensor) -> Factors:
-        """Factors of W, or of W M where `change` is M (n x n), for inputs with this Gram matrix (n x n)."""
-        weights = stacked_weight(self.weights, group).split(list(group.member_rows))
-        outputs = [self.outputs[name] for name in group.members] if self.outputs else None
-        return group_factors(weights, gram, outputs, change)
 
-
-def calibrate(work: Compression, groups: Sequence[LinearGroup]) -> Decomposition:
+def calibrate(work: Compression, groups: Sequence[LinearGroup]) -> InMemory:
     """One pass over the windows."""
     sources = list(dict.fromkeys(group.source for group in groups))
     members = [name for group in groups for name in group.members] if work.options.whitening == "kfac" else []
     batches = work.windows.split(work.options.batch_size)
-    return Decomposition(work.model, *calibration_grams(work.teacher, sources, members, batches, work.options.seed))
+    return InMemory(work.model, *calibration_grams(work.teacher, sources, members, batches, work.options.seed))
 
 
-def ideal_ranks(work: Compression, groups: Sequence[LinearGroup], decomposition: Decomposition) -> list[float]:
+def ideal_ranks(work: Compression, groups: Sequence[LinearGroup], decomposition: InMemory) -> list[float]:
     """Real ranks on the budget; FermiGrad's in svd form are k or at most where factors are smaller than W."""
     if work.options.ranks == "uniform":
         return work.budget.uniform_ranks(groups)
@@ -199,7 +198,7 @@ def ideal_ranks(work: Compression, groups: Sequence[LinearGroup], decomposition:
     return mus
 
 
-def joined(work: Compression, ranked: Sequence[RankedGroup], decomposition: Decomposition) -> list[RankedGroup]:
+def join(work: Compression, ranked: Sequence[RankedGroup], decomposition: InMemory) -> list[RankedGroup]:
     """Groups joined where the measured loss allows; what that leaves of the budget is spent again."""
     student = low_rank(work.teacher, decomposition.truncated(compressed(ranked)))
     batch_size = work.options.batch_size
@@ -210,7 +209,7 @@ def joined(work: Compression, ranked: Sequence[RankedGroup], decomposition: Deco
 
 
 def refitted(
-    work: Compression, ranked: Sequence[RankedGroup], factors: Mapping[LinearGroup, Pair], decomposition: Decomposition
+    work: Compression, ranked: Sequence[RankedGroup], factors: Mapping[LinearGroup, Pair], decomposition: InMemory
 ) -> dict[LinearGroup, Pair]:
     """New factors of the groups that fit better to what compressed layers send them."""
     student, batch_size = low_rank(work.teacher, factors), work.options.batch_size

@@ -8,16 +8,19 @@ What is summed, factorised and decomposed is float64; only the factors' products
 C, which may be by far the largest matrix, no second one is made where it is not the side that is decomposed.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from fermisvd.groups import LinearGroup
+
 DAMPING = 1e-6  # of mean(diag C): orders the directions that calibration never saw, changes no other
 OUTPUT_DAMPING = 0.1  # of mean(diag G); measured, docs/decisions.md
 SLICE = 1024  # columns of C, or rows of W, that are multiplied at a time
 SMALLEST_RIDGE = 1e-9  # of mean(diag C): what `kfac` adds at least before it factorises C
-NEGLIGIBLE = 1e-15  # eigenvalues of a square root below this share of the largest are rounding
+NEGLIGIBLE = 1e-15  # eigenvalues of a square root below this part of the largest are rounding
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,46 @@ def group_factors(
     if change is not None and len(dense) > dense.shape[1]:  # W^T G W becomes M^T W^T G W M
         output = OutputGram(change.T @ output.matrix @ change, output.mean)
     return kfac_svd(weight, gram, output, DAMPING, OUTPUT_DAMPING)
+
+
+class Decomposition(ABC):
+    """The groups' factors, each made once: those found, and those that they are joined to. Where weights, matrices and
+    factors are kept is a subclass's."""
+
+    @abstractmethod
+    def factors(self, group: LinearGroup) -> Factors:
+        """A (m x k), B (k x n), float32, and sigma (k,) of W = A B; what `made` gives, kept."""
+
+    @abstractmethod
+    def weights(self, group: LinearGroup) -> torch.Tensor:
+        """W of a group, its members' stacked by rows, (m x n), as stored."""
+
+    @abstractmethod
+    def gram(self, source: str) -> torch.Tensor:
+        """C of the input of a layer, (n x n)."""
+
+    @abstractmethod
+    def outputs(self, group: LinearGroup, device: torch.device) -> list[OutputGram] | None:
+        """G of each member's output; None with `input` whitening."""
+
+    def fit(self, group: LinearGroup, change: torch.Tensor | None, gram: torch.Tensor) -> Factors:
+        """Factors of W, or of W M where `change` is M (n x n), for inputs with this Gram matrix (n x n)."""
+        weights = self.weights(group).to(gram.device).split(list(group.member_rows))
+        return group_factors(weights, gram, self.outputs(group, gram.device), change)
+
+    def made(self, group: LinearGroup) -> Factors:
+        """Factors of W, a and b rounded to float32."""
+        exact = self.fit(group, None, self.gram(group.source))
+        return Factors(exact.a.float(), exact.b.float(), exact.sigma)
+
+    def whole(self, group: LinearGroup) -> tuple[torch.Tensor, torch.Tensor]:
+        """A (m x k) and B (k x n), W = A B."""
+        factors = self.factors(group)
+        return factors.a, factors.b
+
+    def sigma(self, group: LinearGroup) -> torch.Tensor:
+        """Singular values of a group's whitened W, (k,) descending, float64."""
+        return self.factors(group).sigma
 
 
 def _product_type(weight: torch.Tensor) -> torch.dtype:

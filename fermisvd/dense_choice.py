@@ -46,7 +46,8 @@ class DenseChoice:
         self.numbers = budget.numbers(groups)
         self.share = torch.tensor(list(mus), dtype=torch.float64) / self.counts.full_rank
         self.low = torch.clamp(budget.minimum_rank / self.counts.full_rank, max=1.0)
-        self.jump = torch.maximum(self.counts.dense / self.counts.width / self.counts.full_rank, self.low)
+        jumps = torch.tensor([jump_rank(group) for group in groups], dtype=torch.float64)
+        self.jump = torch.maximum(jumps / self.counts.full_rank, self.low)
 
     def affordable(self, dense: torch.Tensor) -> bool:
         """Whether the others at their lowest ranks leave room for the dense ones."""
@@ -84,7 +85,7 @@ def choose_dense(
     windows: torch.Tensor,
     *,
     batch_size: int,
-    on_choice: Callable[[dict], None] = lambda _: None,
+    on_choice: Callable[[], object] = lambda: None,
 ) -> tuple[list[float], list[dict]]:
     """Real ranks, each k or at most the jump, after measuring for every group near its jump which of the two it takes.
 
@@ -92,8 +93,8 @@ def choose_dense(
     ids (samples, length) of the loss KL(dense || student), of the ranks as the budget makes them whole. A group that
     goes dense is paid for by all others; one that comes down leaves them what it gave.
     Every choice is measured alone, and those that help again beside the ones accepted, the most valuable first. Returns
-    the ranks and a record of each choice, which on_choice sees too. Raises OptionError if the lowest ranks exceed the
-    budget.
+    the ranks and a record of each choice. on_choice: called twice for each, when it was measured alone and when it is
+    made. Raises OptionError if the lowest ranks exceed the budget.
     """
     choice = DenseChoice(groups, mus, budget)
     loss = StudentLoss(OpenTeacher(model, gated), windows, batch_size)
@@ -113,7 +114,10 @@ def choose_dense(
         candidate = choice.ranks(trial)
         return trial, candidate, measure(candidate) if choice.affordable(trial) else torch.inf
 
-    alone = {index: flipped(index)[2] for index in choice.nearest(CANDIDATES)}
+    alone: dict[int, float] = {}
+    for index in choice.nearest(CANDIDATES):
+        alone[index] = flipped(index)[2]
+        on_choice()
     for index in sorted(alone, key=lambda i: alone[i]):  # the most valuable first, each beside those accepted
         record = {"group": groups[index].name, "dense": not dense[index].item()}
         if alone[index] < torch.inf:
@@ -124,6 +128,6 @@ def choose_dense(
             if kl < best:
                 best, dense, ranks = kl, trial, candidate
         records.append(record)
-        on_choice(record)
+        on_choice()
     cut(gated, [shared.full_rank for shared in gated])
     return ranks, records

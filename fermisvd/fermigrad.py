@@ -4,12 +4,14 @@ Only one mu a group is trained, by KL(teacher || student), under a parameter bud
 so that one learning rate serves layers of any width.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import torch
+from pydantic import model_validator
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -24,6 +26,7 @@ from fermisvd.running.distributed import process_count, sum_over_processes, this
 from fermisvd.settings import Count, Settings, option
 
 PLATEAU_STEPS = 12
+LARGEST_PENALTY = 1e100
 KEPT_ACTIVATIONS = 2 * 2**30  # bytes
 
 
@@ -43,6 +46,13 @@ class FermiGradSettings(Settings):
     penalty: Annotated[float, option("rho of the paper's penalty, of counts over the dense count.", gt=0)] = 1.0
     penalty_growth: Annotated[float, option("alpha: growth of the penalty a step.", ge=1)] = 1.03
     count: Annotated[Form | None, option("Form whose parameters FermiGrad counts.", shown="as --form")] = None
+
+    @model_validator(mode="after")
+    def _penalty_is_a_number(self) -> Self:
+        if math.log(self.penalty) + self.steps * math.log(self.penalty_growth) > math.log(LARGEST_PENALTY):
+            growth, steps = self.penalty_growth, self.steps
+            raise ValueError(f"--penalty-growth {growth}: {steps} --steps of it are beyond every number")
+        return self
 
 
 def kept_fraction(groups: Sequence[LinearGroup], budget: Budget, count: Form) -> float:

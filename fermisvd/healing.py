@@ -29,7 +29,7 @@ class HealingSettings(Settings):
     """Options of the distillation.
 
     Adam's learning rate is relative to the root mean square of each factor over the root of its longer side, so that a
-    step changes its largest singular value by the same share at any width, and to the root of the loss at the start (at
+    step changes its largest singular value by the same part at any width, and to the root of the loss at the start (at
     most 1): a loss grows as the square of the error, so what there is to mend is as large as its root. It rises over
     the first twentieth of the steps and falls to zero as a cosine.
     """

@@ -74,7 +74,7 @@ class FermiSVDQuantizer(HfQuantizer):
             for group in config.groups:
                 replace_group(model, group)
         nothing = torch.empty(0)
-        nothing._is_hf_initialized = True  # pyright: ignore
+        nothing._is_hf_initialized = True  # pyright: ignore[reportAttributeAccessIssue]: the flag that transformers reads
         for group in config.groups:
             for member in group.members:  # while it loads: GPT-2's _init_weights reaches for its children's weights
                 model.get_submodule(member).weight = nothing

@@ -29,7 +29,7 @@ class PivGa:
 LARGEST_INTERPOLATION = 1.01  # measured, docs/decisions.md
 MOST_EXCHANGES = 1000
 BLOCK = 64  # columns or rows between two matrix products
-DEPENDENT = 1e-10  # share of the largest squared column that counts as nothing: below it squares are rounding
+DEPENDENT = 1e-10  # part of the largest squared column that counts as nothing: below it squares are rounding
 
 
 def choose_skeleton(a: torch.Tensor, b: torch.Tensor, largest: float = LARGEST_INTERPOLATION) -> torch.Tensor:

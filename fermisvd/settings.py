@@ -6,7 +6,7 @@ serves them all.
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
@@ -46,6 +46,7 @@ class Settings(BaseModel):
     """A set of options. A nested one is a field of a Settings type, with a default; see `nested`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    panel: ClassVar[str | None] = None  # heading of a class's own options in the help
 
     @classmethod
     def options(cls) -> dict[str, Option]:
@@ -53,7 +54,7 @@ class Settings(BaseModel):
         found: dict[str, Option] = {}
         for name, field in cls.model_fields.items():
             if not isinstance(field.default, Settings):
-                found[name] = Option((name,), field, field.default)
+                found[name] = Option((name,), field, field.default, _owner(cls, name).panel)
                 continue
             for inner_name, inner in type(field.default).options().items():
                 default = getattr(field.default, inner_name)
@@ -64,12 +65,15 @@ class Settings(BaseModel):
 
     @classmethod
     def named(cls, **values: Any) -> Self:
-        """Settings of these options, by their names; the others have their defaults.
+        """Settings of these options, by their names; the others have their defaults. A nested model may be given whole.
 
         Raises OptionError naming the option that is unknown, missing or out of its range.
         """
         options, given = cls.options(), {}
         for name, value in values.items():
+            if name in cls.model_fields and isinstance(value, Settings):
+                given[name] = given.get(name, {}) | value.model_dump()
+                continue
             if name not in options:
                 raise OptionError(f"--{name.replace('_', '-')}: no such option")
             first, *inner = options[name].path
@@ -81,10 +85,10 @@ class Settings(BaseModel):
             return cls.model_validate(given)
         except ValidationError as error:
             problem = error.errors()[0]
-            raise OptionError(f"{_name_of(problem['loc'], options)}: {_reason(problem)}") from None
+            raise OptionError(f"{_name_of(problem['loc'], options)}{_reason(problem)}") from None
 
     def by_name(self) -> dict[str, Any]:
-        """JSON-able value of every recorded option by its name: the inverse of `named`."""
+        """JSON-able value of every recorded option by its name: which `named` takes (sequences as lists)."""
         dump = self.model_dump(mode="json")
         outer = {name: option for name, option in type(self).options().items() if option.path[0] in dump}
         return {
@@ -94,13 +98,17 @@ class Settings(BaseModel):
 
 
 class Batched(Settings):
-    """Of whatever runs a model."""
+    """Of what runs a model."""
+
+    panel = "Run"
 
     batch_size: Annotated[Count, option("Windows a forward pass.")] = BATCH_SIZE
 
 
 class Seeded(Settings):
-    """Of whatever draws."""
+    """Of what draws random numbers."""
+
+    panel = "Run"
 
     seed: Annotated[Natural, option("The same seed, the same checkpoint.")] = SEED
 
@@ -111,12 +119,17 @@ def extra(field: FieldInfo, key: str, default: Any = None) -> Any:
     return values.get(key, default) if isinstance(values, dict) else default
 
 
+def _owner(settings: type[Settings], name: str) -> type[Settings]:
+    """The class that declares the field first."""
+    return [each for each in settings.__mro__ if issubclass(each, Settings) and name in each.model_fields][-1]
+
+
 def _name_of(place: tuple[int | str, ...], options: dict[str, Option]) -> str:
-    """The option that pydantic's place of an error lies in."""
+    """The option that pydantic's place of an error lies in, with a colon; nothing where an error is about several."""
     for name, option in options.items():
         if place[: len(option.path)] == option.path:
-            return f"--{name.replace('_', '-')}"
-    return ".".join(map(str, place)) or "options"
+            return f"--{name.replace('_', '-')}: "
+    return ""
 
 
 def _reason(error: Any) -> str:

@@ -1,4 +1,4 @@
-"""How many numbers does a rank hold of a decoder block of Llama-3.1-8B under tensor parallelism?
+"""How many numbers does a process hold of a decoder block of Llama-3.1-8B under tensor parallelism?
 
     python -m benchmarks.cost.tensor_parallel
 

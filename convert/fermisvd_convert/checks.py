@@ -3,27 +3,16 @@
 The model's own checks are in source.py, the text's in text.py, the disk's in space.py; docs/refusals.md lists all.
 """
 
-import math
 import os
 from pathlib import Path
 
-from fermisvd.budget import check_fraction
-from fermisvd.errors import OptionError, OutputError
+from fermisvd.errors import OutputError
 from fermisvd.files import check_name
-from fermisvd_convert.options import ConvertOptions
 from fermisvd_convert.output import check_free, place_of, writable
-from fermisvd_convert.places import check_own, device_of, existing, real_path
+from fermisvd_convert.places import check_own, disk_of, existing, real_path
 from fermisvd_convert.workspace import SCRATCH
 
 LONGEST_NAME = 250  # bytes: what is made beside OUT is called by up to five more
-
-
-def check_options(options: ConvertOptions) -> None:
-    """Raises OptionError for values that make no sense, or not together."""
-    check_fraction(options.remove)
-    growth, steps = options.fermigrad.penalty_growth, options.fermigrad.steps
-    if steps * math.log(growth) > math.log(1e100):
-        raise OptionError(f"--penalty-growth {growth}: {steps} --steps of it are beyond every number")
 
 
 def check_out(out: Path, model: str, work: Path, overwrite: bool) -> None:
@@ -59,7 +48,7 @@ def check_place(out: Path, remedy: str) -> None:
     place = place_of(out)
     if not writable(there := existing(place.ours)):
         raise OutputError(f"{out}: {there} is no folder that can be written to; {remedy}")
-    if device_of(there) != device_of(existing(out)):
+    if disk_of(there) != disk_of(existing(out)):
         raise OutputError(f"{out}: {there} is on another disk, and nothing can be moved from there at once; {remedy}")
     for folder in (place.new, place.old):
         check_own(folder)

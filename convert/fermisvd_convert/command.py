@@ -45,7 +45,7 @@ def takes(settings: type[Settings]) -> Callable[[Callable], Callable]:
 
         made = [parameter_of(name, option) for name, option in options.items()]
         made.sort(key=lambda parameter: parameter.default is not ...)  # what must be given stands first
-        command.__signature__ = signature.replace(parameters=[*own, *made])  # pyright: ignore[reportAttributeAccessIssue]
+        command.__signature__ = signature.replace(parameters=[*own, *made])  # pyright: ignore[reportAttributeAccessIssue]: what typer reads
         command.__annotations__ = {parameter.name: parameter.annotation for parameter in [*own, *made]}
         return command
 
@@ -64,7 +64,7 @@ def parameter_of(name: str, option: Option) -> inspect.Parameter:
         switch = declared if default is False else f"{declared}/--no-{name.replace('_', '-')}"
         info = typer.Option(switch, **shown)
     elif any(isinstance(each, BeforeValidator) for each in option.field.metadata):
-        kind, info = str, typer.Option(declared, **shown)
+        kind, info = str, typer.Option(declared, parser=given, metavar="<str>", **shown)
     elif kind in (int, float):
         info = typer.Option(declared, **limits, **shown)
     elif get_origin(kind) is Literal:

@@ -15,7 +15,7 @@ from fermisvd.compress import set_aside
 from fermisvd_convert.memory import Limits
 from fermisvd_convert.options import ConvertOptions
 from fermisvd_convert.source import Source
-from fermisvd_convert.text import CalibrationText
+from fermisvd_convert.text import CalibrationText, recorded_names
 from fermisvd_convert.workspace import Workspace
 
 P = ParamSpec("P")
@@ -75,6 +75,17 @@ class Conversion:
     def training(self) -> torch.Tensor:
         """Those that are refitted and healed on."""
         return set_aside(self.windows)[1]
+
+    def recorded_settings(self) -> dict[str, Any]:
+        """The options that a record names, as they were settled; places only by their last names."""
+        options = self.options
+        return options.by_name() | {
+            "ranks": Path(options.ranks).name,
+            "calibration": recorded_names(options.calibration),
+            "count": options.fermigrad.count or options.form,
+            "align": options.align or "auto",
+            "dtype": str(self.storage).removeprefix("torch."),
+        }
 
     def load(self) -> PreTrainedModel:
         """The dense model, float32."""

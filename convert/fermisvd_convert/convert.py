@@ -22,12 +22,11 @@ from fermisvd_convert.record import GroupRow, Record, group_rows, totals, versio
 from fermisvd_convert.stages.calibration import calibrate
 from fermisvd_convert.stages.decomposition import FactorsOf, decompose
 from fermisvd_convert.stages.evaluation import evaluate_compressed, evaluate_dense
-from fermisvd_convert.stages.healing import heal_checkpoint
+from fermisvd_convert.stages.healing import heal_factors
 from fermisvd_convert.stages.joining import join
 from fermisvd_convert.stages.ranks import IdealRanks, choose_ranks
 from fermisvd_convert.stages.refit import refit_groups
 from fermisvd_convert.stages.structure import Structure, find_structure
-from fermisvd_convert.tables import settings_line
 from fermisvd_convert.text import recorded_names
 from fermisvd_convert.writer import weight_bytes, write_checkpoint
 
@@ -43,8 +42,7 @@ def convert(model: str | Path, out: str | Path, remove: float, **options: Any) -
     Raises FermiSVDError for bad input, naming it.
     """
     prepared = prepare(str(model), real_path(out), ConvertOptions.named(remove=remove, **options))
-    logger.info("%s: %s", prepared.source.title, settings_line(recorded_settings(prepared)))
-    with opened(prepared) as (conversion, place):
+    with at_work(prepared) as (conversion, place):
         structure = find_structure(conversion)
         conversion = check_room(conversion, structure.groups)
         statistics = calibrate(conversion, structure.groups)
@@ -59,7 +57,7 @@ def convert(model: str | Path, out: str | Path, remove: float, **options: Any) -
         rows = group_rows(ranked, decomposition.sigma)
         with distributed.alone(), unfinished(place) as folder:
             write(conversion, folder, compressed(ranked), factors_of, provenance(conversion, rows))
-            healing = heal_checkpoint(conversion, folder)
+            healing = heal_factors(conversion, folder)
             with complete(place):
                 after = evaluate_compressed(conversion, folder)
                 record = record_of(conversion, folder, structure, ideal, rows, before, after, healing)
@@ -68,7 +66,7 @@ def convert(model: str | Path, out: str | Path, remove: float, **options: Any) -
 
 
 @contextmanager
-def opened(conversion: Conversion) -> Iterator[tuple[Conversion, Place]]:
+def at_work(conversion: Conversion) -> Iterator[tuple[Conversion, Place]]:
     """The processes are there, and OUT and the work directory are this conversion's alone."""
     with (
         distributed.process_group(conversion.device) as device,
@@ -80,25 +78,13 @@ def opened(conversion: Conversion) -> Iterator[tuple[Conversion, Place]]:
         yield replace(conversion, device=device), place
 
 
-def recorded_settings(conversion: Conversion) -> dict[str, Any]:
-    """The options that a record names, as they were settled; places only by their last names."""
-    options = conversion.options
-    return options.by_name() | {
-        "ranks": Path(options.ranks).name,
-        "calibration": recorded_names(options.calibration),
-        "count": options.fermigrad.count or options.form,
-        "align": options.align or "auto",
-        "dtype": str(conversion.storage).removeprefix("torch."),
-    }
-
-
 def provenance(conversion: Conversion, rows: Sequence[GroupRow]) -> dict[str, Any]:
     """Of which model, how, and how much: what record and config.json both say. JSON-able."""
     return {
         "model": conversion.source.title,
         "revision": conversion.source.revision,
         "model_sha256": conversion.key,
-        "settings": recorded_settings(conversion),
+        "settings": conversion.recorded_settings(),
         "totals": totals(rows).model_dump(),
         "versions": versions(),
     }

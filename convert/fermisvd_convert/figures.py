@@ -101,7 +101,7 @@ def labels(outs: Sequence[Path]) -> list[str]:
     raise FermiSVDError(f"{', '.join(map(str, outs))}: a folder is given twice")
 
 
-def place(name: str) -> tuple[int, str]:
+def block_and_kind(name: str) -> tuple[int, str]:
     """Decoder block and kind of a layer: model.layers.3.self_attn.q_proj -> 3, self_attn.q_proj."""
     match = re.search(BLOCK_NUMBER, name)
     assert match is not None, name
@@ -110,7 +110,9 @@ def place(name: str) -> tuple[int, str]:
 
 def short_kinds(names: Iterable[str]) -> dict[str, str]:
     """Kinds of the layers, in order, and what they are called: q for self_attn.q_proj, unless two would be the same."""
-    short = {kind: kind.rpartition(".")[2].removesuffix("_proj") for kind in (place(name)[1] for name in names)}
+    short = {
+        kind: kind.rpartition(".")[2].removesuffix("_proj") for kind in (block_and_kind(name)[1] for name in names)
+    }
     count = Counter(short.values())
     return {kind: word if count[word] == 1 else kind for kind, word in short.items()}
 
@@ -128,7 +130,7 @@ def draw_ranks(record: Record) -> "Figure":
 
     A group is one cell, as high as it has members. Numbers are written in the cells where there is room for them.
     """
-    blocks = [place(group.members[0])[0] for group in record.groups]
+    blocks = [block_and_kind(group.members[0])[0] for group in record.groups]
     kinds = short_kinds(name for group in record.groups for name in group.members)
     count = max(blocks) - min(blocks) + 1
     width = 2.2 + (max(0.45 * count, 4) if count <= NUMBERED_BLOCKS else 12)
@@ -162,11 +164,11 @@ def _draw_cells(
     from matplotlib.patches import Rectangle
 
     order = {kind: row for row, kind in enumerate(kinds)}
-    blocks = [place(group.members[0])[0] for group in record.groups]
+    blocks = [block_and_kind(group.members[0])[0] for group in record.groups]
     written = max(blocks) - min(blocks) < NUMBERED_BLOCKS
     coloured, colours, dense = [], [], []
     for group, block, value, number in zip(record.groups, blocks, values, numbers, strict=True):
-        rows = np.array(sorted(order[place(name)[1]] for name in group.members))
+        rows = np.array(sorted(order[block_and_kind(name)[1]] for name in group.members))
         for run in np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1):  # members are neighbours but in odd models
             cell = Rectangle((block - 0.5, run[0] - 0.5), 1, len(run))
             text, bright = number, value > limits[0] + 0.6 * (limits[1] - limits[0])
@@ -227,7 +229,10 @@ def traced_kinds(record: Record) -> list[str]:
     traced = set(record.trace.groups)
     rest = {group.members[0]: [name for name in group.members if name not in traced] for group in record.groups}
     kinds = short_kinds(name for group in record.groups for name in group.members)
-    return ["+".join(kinds[place(name)[1]] for name in [first, *rest.get(first, [])]) for first in record.trace.groups]
+    return [
+        "+".join(kinds[block_and_kind(name)[1]] for name in [first, *rest.get(first, [])])
+        for first in record.trace.groups
+    ]
 
 
 def draw_spectra(record: Record) -> "Figure":
@@ -240,12 +245,12 @@ def draw_spectra(record: Record) -> "Figure":
     order = list(kinds)
     panels: dict[tuple[int, ...], list[GroupRow]] = {}
     for group in record.groups:
-        panels.setdefault(tuple(order.index(place(name)[1]) for name in group.members), []).append(group)
+        panels.setdefault(tuple(order.index(block_and_kind(name)[1]) for name in group.members), []).append(group)
     across = min(4, len(panels))
     down = -(-len(panels) // across)
     figure = new_figure(2.4 * across + 1.2, 2.2 * down + 0.9, title_of(record))
     axes = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False).ravel()
-    blocks = [place(group.members[0])[0] for group in record.groups]
+    blocks = [block_and_kind(group.members[0])[0] for group in record.groups]
     dark = ListedColormap(colormaps["viridis"](np.linspace(0, 0.88, 256)))  # without the yellow, too light for lines
     colours = ScalarMappable(Normalize(min(blocks), max(max(blocks), min(blocks) + 1)), dark)
     many = len(record.groups) > DRAWN_LINES
@@ -260,7 +265,7 @@ def draw_spectra(record: Record) -> "Figure":
             if not known.any():
                 continue
             index, relative = np.array(group.spectrum.index)[known], sigma[known] / sigma[0]
-            colour = colours.to_rgba(np.array(place(group.members[0])[0]))
+            colour = colours.to_rgba(np.array(block_and_kind(group.members[0])[0]))
             axis.semilogy(index / group.full_rank, relative, color=colour, linewidth=0.8, rasterized=many)
             if group.form != "dense":
                 height = np.exp(np.interp(group.rank, index, np.log(relative)))

@@ -27,7 +27,7 @@ from fermisvd_convert.options import HealOptions
 from fermisvd_convert.output import check_free, claimed, complete, list_files, move_into_place, unfinished
 from fermisvd_convert.places import OURS, real_path
 from fermisvd_convert.progress import bar
-from fermisvd_convert.record import NAME, Record, read_record
+from fermisvd_convert.record import check_readable, list_files_anew
 from fermisvd_convert.source import TORCH_TYPES, Source, open_source
 from fermisvd_convert.text import CalibrationText, TextError, calibration_text, check_vocabulary, recorded_names
 from fermisvd_convert.writer import replace_tensors
@@ -42,7 +42,7 @@ def heal_checkpoint(checkpoint: str | Path, healed: str | Path, **given: Any) ->
     checkpoint, healed, options = Path(checkpoint), real_path(healed), HealOptions.named(**given)
     check_healed(checkpoint, healed, options.teacher)
     validate_checkpoint(checkpoint)
-    conversion = read_record(checkpoint) if (checkpoint / NAME).exists() else None
+    check_readable(checkpoint)
     source, device = dense_model(checkpoint, options), resolve_device(options.device)
     student = load_dense_or_compressed(checkpoint, device, options.trust_remote_code)
     text = training_text(checkpoint, student, source, options)
@@ -61,7 +61,7 @@ def heal_checkpoint(checkpoint: str | Path, healed: str | Path, **given: Any) ->
                 final = load_dense_or_compressed(partial, device, options.trust_remote_code)
                 after = evaluate(final, text.held_back, teacher, options.batch_size, label="evaluate healed")
                 record = healing_record(source, text, options, before, after) | outcome
-                write_records(partial, record, conversion)
+                write_records(partial, record)
                 move_into_place(place, overwrite=False)
     return record
 
@@ -142,7 +142,7 @@ def healing_record(
     }
 
 
-def write_records(folder: Path, record: dict, conversion: Record | None) -> None:
+def write_records(folder: Path, record: dict) -> None:
     """healing.json, a line in the card, and the list of files in the conversion's record."""
     (folder / "healing.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     card = folder / "README.md"
@@ -150,6 +150,4 @@ def write_records(folder: Path, record: dict, conversion: Record | None) -> None
     note = f"\nHealed: {record['steps']} steps of distillation from {record['teacher']}, held-back perplexity "
     note += f"{before:.4f} before and {after:.4f} after (healing.json).\n"
     card.write_text((card.read_text(encoding="utf-8") if card.exists() else "") + note, encoding="utf-8")
-    if conversion is not None:
-        conversion.files = list_files(folder)
-        conversion.write(folder)
+    list_files_anew(folder, list_files(folder))

@@ -9,7 +9,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import (  # HTTPError: httpx's or httpx2's, whichever the installed client uses
     HfHubHTTPError,
     HFValidationError,
-    HTTPError,  # pyright: ignore[reportPrivateImportUsage]
+    HTTPError,  # pyright: ignore[reportPrivateImportUsage]: see above
     RepositoryNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id

@@ -7,18 +7,14 @@ allocator keeps. Steps that hold whole models are refused beforehand where they 
 import ctypes
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
-from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from fermisvd.errors import OptionError
 from fermisvd.files import TensorInfo
 from fermisvd.groups import LinearGroup, block_of, parent_of
 from fermisvd.running import distributed
-
-if TYPE_CHECKING:
-    from fermisvd_convert.options import ConvertOptions
+from fermisvd_convert.options import ConvertOptions
 
 HIDDEN_BYTES = 2**26  # hidden states held in memory at least, unless --max-memory asks for less; or a block's bytes
 FLOAT = 4
@@ -91,7 +87,7 @@ def gated_bytes(size: Sizes, parts: int = 1) -> int:
     return factors + size.outside + 3 * size.logits + 2 * size.activations
 
 
-def needs(size: Sizes, options: "ConvertOptions", parts: int = 1) -> dict[str, tuple[int, str]]:
+def needs(size: Sizes, options: ConvertOptions, parts: int = 1) -> dict[str, tuple[int, str]]:
     """Step -> (bytes, what to do without it), of the steps that a conversion takes. parts: as `gated_bytes`."""
     model, gated = size.blocks + size.outside, gated_bytes(size)
     found = {
@@ -141,14 +137,3 @@ def give_back() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
-
-
-def parse_bytes(text: str) -> int:
-    """'24GiB', '900 MB' or a number of bytes. Raises OptionError for anything else."""
-    try:
-        value = TypeAdapter(ByteSize).validate_python(text)
-    except ValidationError:
-        value = 0
-    if value <= 0:
-        raise OptionError(f"{text!r} is no size; give it as 24GiB or 900MB")
-    return int(value)

@@ -4,31 +4,49 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import BeforeValidator, ByteSize, Field, TypeAdapter, ValidationError, field_validator
 
 from fermisvd.compress import RANK_RULES, CompressOptions
 from fermisvd.healing import HealingSettings
-from fermisvd.settings import Batched, Count, Seeded, Settings, nested, option
-from fermisvd_convert.memory import parse_bytes
+from fermisvd.settings import LARGEST, Batched, Count, Seeded, Settings, nested, option
 from fermisvd_convert.rows import DEFAULT_DATASET
+from fermisvd_convert.text import BOS, SKIP_BAD_ROWS
 
 Text = Annotated[str, Field(min_length=1)]
 Texts = Annotated[Sequence[Text], Field(min_length=1)]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 
 
+def parse_bytes(text: str) -> int:
+    """'24GiB', '900 MB' or a number of bytes. Raises ValueError for anything else."""
+    try:
+        value = TypeAdapter(ByteSize).validate_python(text)
+    except ValidationError:
+        value = 0
+    if value <= 0:
+        raise ValueError(f"{text!r} is no size; give it as 24GiB or 900MB")
+    return int(value)
+
+
 class TextOptions(Settings):
     """How a text is cut into windows."""
 
-    sequence_length: Annotated[Count | None, option("Tokens a window.", shown="the model's context, at most 2048")] = (
-        None
+    panel = "Text"
+
+    sequence_length: Annotated[
+        Annotated[int, Field(ge=2, le=LARGEST)] | None,
+        option("Tokens a window.", shown="the model's context, at most 2048"),
+    ] = None
+    bos: Annotated[bool, option("Begin windows with the BOS token that the tokenizer adds.")] = BOS
+    skip_bad_rows: Annotated[bool, option("Go on without rows of the text that are refused.", recorded=False)] = (
+        SKIP_BAD_ROWS
     )
-    bos: Annotated[bool, option("Begin windows with the BOS token that the tokenizer adds.")] = True
-    skip_bad_rows: Annotated[bool, option("Go on without rows of the text that are refused.", recorded=False)] = False
 
 
 class RunOptions(Settings):
     """Where a model runs, and whose code."""
+
+    panel = "Run"
 
     device: Annotated[Literal["auto", "cpu", "cuda"], option("auto: a GPU if there is one.", recorded=False)] = "auto"
     trust_remote_code: Annotated[bool, option("Run code that the model brings.", recorded=False)] = False
@@ -37,6 +55,9 @@ class RunOptions(Settings):
 class ConvertOptions(RunOptions, TextOptions, CompressOptions):
     """Options of `fermisvd convert`: the method's (fermisvd.compress), the text's, and where things are."""
 
+    ranks: Annotated[  # pyright: ignore[reportIncompatibleVariableOverride]: a file, too, and no field is written to
+        str, BeforeValidator(str), option("fermigrad, uniform, or a JSON file of ranks to fit to the budget.")
+    ] = CompressOptions.model_fields["ranks"].default
     calibration: Annotated[
         Texts,
         option(

@@ -60,6 +60,6 @@ def existing(path: Path) -> Path:
     return next(place for place in (path, *path.parents) if place.exists())
 
 
-def device_of(path: Path) -> int:
+def disk_of(path: Path) -> int:
     """Number of the file system that holds the path."""
     return path.stat().st_dev

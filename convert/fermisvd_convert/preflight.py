@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from fermisvd.budget import check_fraction
 from fermisvd.compress import RANK_RULES
 from fermisvd.files import INDEX_NAME, check_name
 from fermisvd.groups import LinearGroup
 from fermisvd.running import distributed
-from fermisvd_convert.checks import check_options, check_out
+from fermisvd_convert.checks import check_out
 from fermisvd_convert.conversion import Conversion, timed
 from fermisvd_convert.loading import resolve_device, window_length
 from fermisvd_convert.memory import check_memory, gated_bytes, limits, memory_of, model_sizes, needs
@@ -24,6 +25,7 @@ from fermisvd_convert.space import check_space, out_bytes, work_bytes
 from fermisvd_convert.stages.calibration import statistics_of
 from fermisvd_convert.stages.decomposition import decomposition_of
 from fermisvd_convert.stages.rank_file import ranks_from_file
+from fermisvd_convert.tables import settings_line
 from fermisvd_convert.text import CalibrationText, TextError, calibration_text, check_vocabulary
 from fermisvd_convert.workspace import Workspace
 from fermisvd_convert.writer import copied_files, storage_type
@@ -40,7 +42,7 @@ def prepare(model: str, out: Path, options: ConvertOptions) -> Conversion:
     workspace = Workspace(folder)
     for name in (*options.calibration, options.ranks):
         check_name(Path(name))
-    check_options(options)
+    check_fraction(options.remove)
     check_out(out, model, folder, options.overwrite)
     device = resolve_device(options.device)
     source = open_source(model, options.revision, options.trust_remote_code)
@@ -48,7 +50,9 @@ def prepare(model: str, out: Path, options: ConvertOptions) -> Conversion:
     options, text = settled(options, source)
     left_files = left_out_files(source)
     say_what_is_left_out(source, left_files)
-    return with_key(Conversion(options, out, source, "", text, storage, workspace, left_files, device))
+    conversion = Conversion(options, out, source, "", text, storage, workspace, left_files, device)
+    logger.info("%s: %s", source.title, settings_line(conversion.recorded_settings()))
+    return with_key(conversion)
 
 
 @timed("check")

@@ -179,6 +179,31 @@ def read_record(out: Path) -> Record:
     raise FormatError(f"{path}: {reason}")
 
 
+def check_readable(folder: Path) -> None:
+    """Raises FormatError if the folder's fermisvd.json is no JSON object; one that is not there is no fault."""
+    _values(folder)
+
+
+def list_files_anew(folder: Path, files: Sequence[str]) -> None:
+    """Put these files into the folder's fermisvd.json, if there is one; the rest of it stays as it is."""
+    if values := _values(folder):
+        values["files"] = list(files)
+        (folder / NAME).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+
+
+def _values(folder: Path) -> dict[str, Any]:
+    path = folder / NAME
+    if not path.exists():
+        return {}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FormatError(f"{path}: broken: {error}") from None
+    if not isinstance(values, dict):
+        raise FormatError(f"{path}: broken: not a JSON object")
+    return values
+
+
 def group_rows(ranked: Sequence[RankedGroup], sigma_of: Callable[[LinearGroup], torch.Tensor]) -> list[RecordedGroup]:
     """A row a group. sigma_of: gives a group's singular values, (k,) descending."""
     return [group_row(each, sigma_of(each.group).double().numpy()) for each in ranked]

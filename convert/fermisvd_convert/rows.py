@@ -127,7 +127,7 @@ def opened(path: Path) -> BinaryIO:
     """The file's bytes, unpacked. One that is cut off raises an error of its own at its end."""
     _, compression = format_of(path)
     if compression == "gzip":
-        return io.BufferedReader(gzip.open(path))  # pyright: ignore[reportReturnType]
+        return io.BufferedReader(gzip.open(path))  # pyright: ignore[reportReturnType]: it reads as a file does
     if compression == "zstd":
         import pyarrow  # pyright: ignore[reportMissingImports]  (an extra)
 
@@ -154,7 +154,7 @@ def first_bad_byte(path: Path) -> int | None:
 
 def _check_text(path: Path, stream: BinaryIO) -> None:
     """Raises TextError for a stream that begins as no text does, saying what it is."""
-    head = stream.peek(CHUNK)  # pyright: ignore[reportAttributeAccessIssue]
+    head = stream.peek(CHUNK)  # pyright: ignore[reportAttributeAccessIssue]: opened buffered
     for beginning, what in BEGINNINGS.items():
         if head.startswith(beginning):
             raise TextError(f"{path}: not text but {what}")
@@ -197,7 +197,7 @@ def _json_values(stream: io.TextIOBase) -> Iterator[object]:
     """JSON values that follow each other, and those of an array one by one. Raises ValueError where there is none."""
     decoder, buffer, place, inside, ended = json.JSONDecoder(), "", 0, False, False
     while True:
-        place = BETWEEN.match(buffer, place).end()  # pyright: ignore[reportOptionalMemberAccess]
+        place = BETWEEN.match(buffer, place).end()  # pyright: ignore[reportOptionalMemberAccess]: it matches nothing, too
         if place < len(buffer):
             if buffer[place] == ("]" if inside else "["):
                 inside, place = not inside, place + 1
@@ -239,9 +239,9 @@ def _parquet(stream: BinaryIO) -> Iterator[tuple[str, object]]:
     from pyarrow import parquet  # pyright: ignore[reportMissingImports]  (an extra)
 
     with tempfile.TemporaryFile() as file:
-        if not isinstance(stream.raw, io.FileIO):  # pyright: ignore[reportAttributeAccessIssue]
+        if not isinstance(stream.raw, io.FileIO):  # pyright: ignore[reportAttributeAccessIssue]: opened buffered
             shutil.copyfileobj(stream, file)  # Parquet begins to be read at its end
-            stream = file  # pyright: ignore[reportAssignmentType]
+            stream = file  # pyright: ignore[reportAssignmentType]: it reads as the stream does
         number = 0
         for batch in parquet.ParquetFile(stream).iter_batches(batch_size=64):
             for row in batch.to_pylist():

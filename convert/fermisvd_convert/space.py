@@ -11,10 +11,10 @@ from fermisvd.errors import OutputError
 from fermisvd.groups import LinearGroup, block_of
 from fermisvd.joining import fused_layers, joined
 from fermisvd_convert.conversion import Conversion
-from fermisvd_convert.places import device_of, existing
+from fermisvd_convert.places import disk_of, existing
 from fermisvd_convert.source import TORCH_TYPES
 from fermisvd_convert.stages.calibration import Statistics
-from fermisvd_convert.stages.decomposition import Decomposition
+from fermisvd_convert.stages.decomposition import KeptDecomposition
 from fermisvd_convert.writer import copied_files
 
 SMALL_FILES = 2**20  # bytes: index, report, card, the stages' JSON
@@ -27,7 +27,7 @@ def check_space(needs: Mapping[Path, Mapping[str, int]]) -> None:
     """
     disks: dict[int, list[Path]] = {}
     for folder in needs:
-        disks.setdefault(device_of(existing(folder)), []).append(folder)
+        disks.setdefault(disk_of(existing(folder)), []).append(folder)
     for folders in disks.values():
         free = shutil.disk_usage(existing(folders[0])).free
         needed = sum(sum(needs[folder].values()) for folder in folders)
@@ -54,7 +54,9 @@ def out_bytes(conversion: Conversion, groups: Sequence[LinearGroup]) -> dict[str
     return found | {"other files": copied + SMALL_FILES}
 
 
-def work_bytes(conversion: Conversion, decomposition: Decomposition, groups: Sequence[LinearGroup]) -> dict[str, int]:
+def work_bytes(
+    conversion: Conversion, decomposition: KeptDecomposition, groups: Sequence[LinearGroup]
+) -> dict[str, int]:
     """What the stages will still write, at most; Gram matrices and factors that are there are not counted.
 
     Hidden states, float32, are gone before factors are made: the larger counts.
@@ -83,7 +85,7 @@ def _gram_bytes(statistics: Statistics, groups: Sequence[LinearGroup]) -> dict[s
 
 
 def _factor_bytes(
-    conversion: Conversion, decomposition: Decomposition, groups: Sequence[LinearGroup]
+    conversion: Conversion, decomposition: KeptDecomposition, groups: Sequence[LinearGroup]
 ) -> dict[str, int]:
     """Factors of all groups, and of all that they may be joined to, float32; those refitted; those healed."""
     pieces = list(groups)

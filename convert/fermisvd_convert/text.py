@@ -16,6 +16,7 @@ from fermisvd_convert.rows import TextError, rows_of
 
 logger = logging.getLogger("fermisvd")
 
+BOS, SKIP_BAD_ROWS = True, False
 HELD_BACK_WINDOWS = 32
 MEASURED_WINDOWS = 320  # a tenth of these is held back
 CHARACTERS = 16  # no token is longer on average
@@ -62,7 +63,13 @@ class CalibrationText:
 
 
 def calibration_text(
-    tokenizer, sources: Sequence[str], samples: int, length: int, *, bos: bool = True, skip_bad_rows: bool = False
+    tokenizer,
+    sources: Sequence[str],
+    samples: int,
+    length: int,
+    *,
+    bos: bool = BOS,
+    skip_bad_rows: bool = SKIP_BAD_ROWS,
 ) -> CalibrationText:
     """Windows of the texts, mixed in proportion to their weights: the first are held back, the next `samples` are
     calibrated on.
@@ -135,8 +142,8 @@ def windows_of(
     length: int,
     limit: int | None = None,
     *,
-    bos: bool = True,
-    skip_bad_rows: bool = False,
+    bos: bool = BOS,
+    skip_bad_rows: bool = SKIP_BAD_ROWS,
 ) -> torch.Tensor:
     """Non-overlapping windows of a text, (windows, length), the remainder dropped; rows end with the tokenizer's EOS.
 
@@ -149,7 +156,7 @@ def windows_of(
 
 
 def read_windows(
-    tokenizer, source: str, length: int, limit: int | None, bos: bool = True, skip_bad_rows: bool = False
+    tokenizer, source: str, length: int, limit: int | None, bos: bool = BOS, skip_bad_rows: bool = SKIP_BAD_ROWS
 ) -> Windows:
     """As windows_of, with what became of the rows."""
     needed, characters = None if limit is None else limit * length, CHARACTERS

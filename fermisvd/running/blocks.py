@@ -141,7 +141,7 @@ class HiddenStates:
             self._file(place, batch).rename(self._file(other, batch))
 
     def drop(self, place: str, batches: Sequence[tuple[int, Any]]) -> None:
-        """batches: numbered."""
+        """Forget the states of these batches, given with their numbers, at a place."""
         for number, _ in batches:
             self._drop(place, number)
 

@@ -36,7 +36,7 @@ class BlockWeights:
         self.hooks: tuple[RemovableHandle, ...] = ()
 
     def fill(self) -> bool:
-        """Whether it was empty."""
+        """Read the block's weights; returns whether it was empty."""
         if self.held:
             return False
         for name in self.names:

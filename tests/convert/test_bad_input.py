@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from fermisvd_convert.cli import app
-from fermisvd_convert.places import device_of
+from fermisvd_convert.places import disk_of
 from tests.support.folders import in_hub_cache
 
 REFUSALS = Path(__file__).parents[2] / "docs" / "refusals.md"
@@ -789,13 +789,13 @@ def _(case):
 
 def small_disk(case, free):
     """A folder on another disk than the case's, with so many bytes free; plenty elsewhere."""
-    if not MEMORY_DISK.is_dir() or device_of(MEMORY_DISK) == device_of(case.folder):
+    if not MEMORY_DISK.is_dir() or disk_of(MEMORY_DISK) == disk_of(case.folder):
         pytest.skip("no second disk here")
     folder = Path(case.closing.enter_context(TemporaryDirectory(dir=MEMORY_DISK)))
     usage = shutil.disk_usage(folder)
-    space = {device_of(folder): usage._replace(free=free)}
+    space = {disk_of(folder): usage._replace(free=free)}
     enough = usage._replace(free=10**15)
-    case.patch.setattr(shutil, "disk_usage", lambda path: space.get(device_of(Path(path)), enough))
+    case.patch.setattr(shutil, "disk_usage", lambda path: space.get(disk_of(Path(path)), enough))
     return folder
 
 

@@ -19,7 +19,7 @@ from fermisvd_convert.loading import SourceError
 from fermisvd_convert.output import place_of
 from fermisvd_convert.source import open_source
 from fermisvd_convert.stages.calibration import Statistics
-from fermisvd_convert.stages.decomposition import Decomposition, group_weight
+from fermisvd_convert.stages.decomposition import KeptDecomposition
 from fermisvd_convert.workspace import Stage, Workspace
 from tests.support.artefacts import made
 
@@ -86,6 +86,8 @@ def test_second_removal_reuses_calibration_and_decomposition(tiny_llama, tmp_pat
     assert (second - first).keys() == {"ranks", "healed"}
     convert(str(tiny_llama), tmp_path / "c", 0.4, ranks="fermigrad", **settings)
     assert made(tmp_path / "work") == second
+    convert(str(tiny_llama), tmp_path / "d", 0.4, ranks="fermigrad", **settings | {"align": 4})
+    assert (made(tmp_path / "work") - second).keys() == {"healed"}  # real ranks know nothing of alignment
     same = ("model.safetensors", "config.json")
     assert all((tmp_path / "b" / n).read_bytes() == (tmp_path / "c" / n).read_bytes() for n in same)
 
@@ -158,13 +160,13 @@ def test_refit_of_a_tall_group_is_the_kfac_svd_of_the_changed_weight(tiny_llama,
     gram, outputs, factors = (
         Stage(workspace, next((tmp_path / "work").glob(f"{kind}-*")).name) for kind in ("gram", "outputs", "factors")
     )
-    decomposition = Decomposition(factors, source, Statistics(gram, outputs), "cpu")
+    decomposition = KeptDecomposition(factors, source, Statistics(gram, outputs), "cpu")
     group = next(g for g in find_groups(source.load("cpu"), "joint") if "q_proj" in g.name)
     assert group.rows > group.columns
     change = torch.eye(group.columns, dtype=torch.float64) + 0.1 * torch.randn(96, 96, dtype=torch.float64)
     found = decomposition.fit(group, change, gram.load(group.source)["gram"])
     covariance = torch.block_diag(*[outputs.load(name)["matrix"] for name in group.members])
-    weight = group_weight(source, group).double() @ change
+    weight = decomposition.weights(group).double() @ change
     output = OutputGram(weight.T @ covariance @ weight, covariance.diagonal().mean().item())
     expected = kfac_svd(weight, gram.load(group.source)["gram"], output, DAMPING, OUTPUT_DAMPING)
     torch.testing.assert_close(found.sigma, expected.sigma)

@@ -135,7 +135,7 @@ def test_dense_groups_are_grey():
         grey = next(c for c in axis.collections if isinstance(c, PatchCollection) and c.get_array() is None)
         stay = [group for group in report.groups if group.form == "dense"]
         at = {tuple(path.get_extents().min) for path in grey.get_paths()}
-        places = [figures.place(group.members[0]) for group in stay]
+        places = [figures.block_and_kind(group.members[0]) for group in stay]
         assert at == {(block - 0.5, KINDS.index(kind) - 0.5) for block, kind in places}
         assert len(cells(axis)) == len(report.groups) - len(stay)
         assert [text.get_text() for text in axis.texts].count("dense") == len(stay) == 9
@@ -217,8 +217,8 @@ def test_quality_draws_a_line_a_method_and_a_panel_a_model():
 
 
 def test_names_of_layers_and_folders(tmp_path):
-    assert figures.place("model.layers.12.self_attn.q_proj") == (12, "self_attn.q_proj")
-    assert figures.place("transformer.h.0.mlp.c_fc") == (0, "mlp.c_fc")
+    assert figures.block_and_kind("model.layers.12.self_attn.q_proj") == (12, "self_attn.q_proj")
+    assert figures.block_and_kind("transformer.h.0.mlp.c_fc") == (0, "mlp.c_fc")
     names = [f"transformer.h.{i}.{kind}" for i in range(2) for kind in ("attn.c_attn", "attn.c_proj", "mlp.c_proj")]
     assert list(figures.short_kinds(names).values()) == ["c_attn", "attn.c_proj", "mlp.c_proj"]
     assert figures.labels([tmp_path / "x" / "out", tmp_path / "y" / "out"]) == ["x-out", "y-out"]

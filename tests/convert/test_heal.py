@@ -28,8 +28,13 @@ def settings(models, demo_text):
 @pytest.mark.long
 def test_healed_checkpoint_is_whole_and_better(models, settings, tmp_path):
     _, compressed = models
+    path = compressed / "fermisvd.json"
+    written = json.loads(path.read_text())
+    path.write_text(json.dumps(written | {"by_hand": 1}))
     record = heal_checkpoint(compressed, tmp_path / "healed", **settings)
     healed = tmp_path / "healed"
+    files = sorted([*written["files"], "healing.json"])
+    assert json.loads((healed / "fermisvd.json").read_text()) == written | {"by_hand": 1, "files": files}
     assert validate_checkpoint(healed) == validate_checkpoint(compressed)
     assert record["after"]["kl"] < record["before"]["kl"]
     assert json.loads((healed / "healing.json").read_text())["steps"] == 40

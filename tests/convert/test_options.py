@@ -13,7 +13,9 @@ from pydantic_core import PydanticUndefined
 from typer.core import TyperGroup
 from typer.testing import CliRunner
 
+from fermisvd.compress import CompressOptions
 from fermisvd.errors import OptionError
+from fermisvd.fermigrad import FermiGradSettings
 from fermisvd.settings import Count, Settings, extra, nested, option
 from fermisvd_convert import cli
 from fermisvd_convert.command import takes
@@ -59,11 +61,11 @@ SOME = {
     "refit": st.none() | st.booleans(),
     "align": st.none() | st.integers(1, 64),
     "seed": st.integers(0, 2**31 - 1),
-    "sequence_length": st.none() | st.integers(1, 4096),
+    "sequence_length": st.none() | st.integers(2, 4096),
     "bos": st.booleans(),
     "steps": st.integers(1, 999),
     "temperature": st.floats(1e-6, 1),
-    "penalty_growth": st.floats(1, 2),
+    "penalty_growth": st.floats(1, 1.2),
     "count": st.none() | st.sampled_from(["pivga", "svd"]),
     "heal_steps": st.integers(0, 999),
     "heal_learning_rate": st.floats(0, 10),
@@ -148,3 +150,14 @@ def test_the_help_lists_the_commands_that_there_are():
     group = typer.main.get_command(app)
     assert isinstance(group, TyperGroup)
     assert {name: (command.help or "").partition("\n")[0] for name, command in group.commands.items()} == cli.COMMANDS
+
+
+def test_a_nested_model_is_taken_whole_and_changed_by_name():
+    found = CompressOptions.named(remove=0.3, fermigrad=FermiGradSettings(steps=3, plateau=0.1), steps=5)
+    assert found.fermigrad == FermiGradSettings(steps=5, plateau=0.1)
+
+
+@pytest.mark.parametrize("wrong", [{"penalty_growth": 1e6}, {"penalty": 1e308}])
+def test_a_penalty_beyond_numbers_is_refused(wrong):
+    with pytest.raises(OptionError, match="--penalty"):
+        CompressOptions.named(remove=0.3, constraint="penalty", **wrong)

@@ -114,7 +114,11 @@ def test_block_by_block_is_the_pass_of_the_whole_model(model, tiny_llama, tmp_pa
     sources = list(dict.fromkeys(group.source for group in groups))
     members = [group.name for group in groups] if gradients else []
     batches = torch.randint(2048, (5, 16)).split(2)
-    expected, expected_outputs = calibration_grams(model, sources, members, batches, seed=1)
+    done: list[int] = []
+    hook = model.model.layers[-1].register_forward_hook(lambda *_: done.append(0))
+    expected, expected_outputs = calibration_grams(model, sources, members, batches, 1, lambda: done.append(1))
+    hook.remove()
+    assert done == [0, 1] * len(batches)  # called when a batch has been run, not before
     streamed, hidden = stream_model(tiny_llama, "cpu"), HiddenStates(tmp_path, 4000)
     grams, outputs, calls = {}, {}, []
     blocks, on_batch = DecoderBlocks(streamed), lambda: calls.append(1)

@@ -46,7 +46,18 @@ class Problem:
 
     def settle(self, mus, remove, align=1, minimum_rank=1):
         budget = Budget.removing(remove, "svd", align, minimum_rank)
-        mus, records = choose_dense(self.model, self.groups, self.gated, mus, budget, self.ids, batch_size=8)
+        self.calls = []
+        mus, records = choose_dense(
+            self.model,
+            self.groups,
+            self.gated,
+            mus,
+            budget,
+            self.ids,
+            batch_size=8,
+            on_choice=lambda: self.calls.append(None),
+        )
+        assert len(self.calls) == 2 * len(records)
         return mus, budget.ranks(self.groups, mus), records
 
     def numbers(self, mus):

@@ -43,7 +43,7 @@ def _columns_kernel(
     """One tile of one group's t, in the place of s_skel. Tuples of GROUPS: s, each (tokens x n), rows a stride apart;
     d, each (r x (n - r)); ranks, each r."""
     first = 0
-    for g in tl.static_range(GROUPS):  # pyright: ignore
+    for g in tl.static_range(GROUPS):  # pyright: ignore[reportGeneralTypeIssues, reportAttributeAccessIssue]: Triton's own
         tile, rank = tl.program_id(0) - first, ranks[g]
         first += tl.cdiv(rank, BN)
         if (tile >= 0) & (tl.program_id(0) < first):
@@ -65,7 +65,7 @@ def _outputs_kernel(
     """One tile of one member's y, all of which lie side by side. Tuples of MEMBERS: t, each (tokens x r), rows a stride
     apart; a, each (m x r); ranks, each r; sizes, each m."""
     first, start = 0, 0
-    for i in tl.static_range(MEMBERS):  # pyright: ignore
+    for i in tl.static_range(MEMBERS):  # pyright: ignore[reportGeneralTypeIssues, reportAttributeAccessIssue]: Triton's own
         tile, rank = tl.program_id(0) - first, ranks[i]
         first += tl.cdiv(sizes[i], BN)
         if (tile >= 0) & (tl.program_id(0) < first):

@@ -155,7 +155,9 @@ def shard_of(whole: torch.Tensor, slot: Slot, tp_rank: int, tp_size: int, name: 
     ):
         shards = section // local if local else 0
         if section != shards * local or not shards or tp_size % shards:
-            raise FormatError(f"{name}: {section} rows or columns do not split over {tp_size} ranks into {local} each")
+            raise FormatError(
+                f"{name}: {section} rows or columns do not split over {tp_size} processes into {local} each"
+            )
         pieces.append(piece.narrow(slot.shard, tp_rank * shards // tp_size * local, local))
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=slot.shard)
 

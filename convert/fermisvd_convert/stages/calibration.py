@@ -45,7 +45,7 @@ class Statistics:
         return stage is not None and stage.has(matrix.name)
 
     def keep(self, grams: Grams, outputs: OutputGrams) -> None:
-        """By the first process."""
+        """Keep a part of the matrices, which the first process does for all."""
         if distributed.this_process():
             return
         for name, gram in grams.items():
@@ -99,17 +99,18 @@ def _gather(conversion: Conversion, statistics: Statistics, missing: Sequence[Ma
     model, options, limits = conversion.stream(), conversion.options, conversion.limits
     batches = conversion.windows.split(options.batch_size)
     try:
-        blocks = DecoderBlocks(model)
-        blocks.first(batches[0].to(device_of(model)))
+        with bar("take the model apart", 1, "batch"):
+            blocks = DecoderBlocks(model)
+            blocks.first(batches[0].to(device_of(model)))
     except BlocksError as error:
         if limits.bounded:
             raise BlocksError(f"{error}; it is run whole, which --max-memory does not allow") from None
         logger.warning("%s; the model is run whole", error)
         room = max(limits.gram_bytes, sum(p.nbytes for p in model.parameters()))
         parts = in_parts(missing, room)
-        with bar("calibrate", len(parts) * len(batches), "batch") as shown:
+        with bar("calibrate", len(parts) * len(distributed.own_part(batches)), "batch") as shown:
             for part in parts:
-                statistics.keep(*calibration_grams(model, *_names(part), _seen(batches, shown.advance), options.seed))
+                statistics.keep(*calibration_grams(model, *_names(part), batches, options.seed, shown.advance))
         return
     names = _names(missing)
     passes = passes_by_blocks(blocks, *names, batches, limits.gram_bytes)
@@ -121,12 +122,6 @@ def _gather(conversion: Conversion, statistics: Statistics, missing: Sequence[Ma
         for part in grams_by_blocks(blocks, *names, batches, hidden, options.seed, limit, shown.advance):
             statistics.keep(*part)
             give_back()
-
-
-def _seen(batches, advance):
-    for batch in batches:
-        yield batch
-        advance()
 
 
 def _names(matrices: Sequence[Matrix]) -> Part:

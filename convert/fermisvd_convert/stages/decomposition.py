@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from fermisvd.budget import RankedGroup
-from fermisvd.decomposition import DAMPING, OUTPUT_DAMPING, Factors, group_factors
+from fermisvd.decomposition import DAMPING, OUTPUT_DAMPING, Decomposition, Factors, OutputGram
 from fermisvd.groups import LinearGroup
 from fermisvd.losses import Pair
 from fermisvd.running import distributed
@@ -21,8 +21,8 @@ FactorsOf = Callable[[LinearGroup], Pair]  # A (m x r) and B (r x n) of a group 
 
 
 @dataclass(frozen=True)
-class Decomposition:
-    """Factors by `input` or `kfac` whitening, from the source's weights and the calibration's matrices."""
+class KeptDecomposition(Decomposition):
+    """Factors of the source's weights and the calibration's matrices, kept in the workspace."""
 
     stage: Stage
     source: Source
@@ -30,44 +30,38 @@ class Decomposition:
     device: str
 
     def factors(self, group: LinearGroup) -> Factors:
-        """A (m x k), B (k x n), float32, and sigma (k,) of W = A B."""
         name = group.name if len(group.members) == 1 else f"{group.name}+{len(group.members) - 1}"
         if not self.stage.has(name):
-            made = self.fit(group, None, self.statistics.gram(group.source).to(self.device))
-            self.stage.save(name, {"a": made.a.float(), "b": made.b.float(), "sigma": made.sigma})
+            made = self.made(group)
+            self.stage.save(name, {"a": made.a, "b": made.b, "sigma": made.sigma})
         return Factors(**self.stage.load(name))
 
-    def whole(self, group: LinearGroup) -> Pair:
-        """A (m x k) and B (k x n) of a group, W = A B."""
-        factors = self.factors(group)
-        return factors.a, factors.b
+    def weights(self, group: LinearGroup) -> torch.Tensor:
+        stored = [self.source.tensor(f"{name}.weight") for name in group.members]
+        return torch.cat([weight.T if group.transposed else weight for weight in stored])
 
-    def sigma(self, group: LinearGroup) -> torch.Tensor:
-        """Singular values of a group's whitened W, (k,) descending, float64."""
-        return self.factors(group).sigma
+    def gram(self, source: str) -> torch.Tensor:
+        return self.statistics.gram(source).to(self.device)
 
-    def truncated(self, ranked: Sequence[RankedGroup]) -> FactorsOf:
+    def outputs(self, group: LinearGroup, device: torch.device) -> list[OutputGram] | None:
+        if self.statistics.outputs is None:
+            return None
+        return [self.statistics.output(name, device) for name in group.members]
+
+    def kept(self, ranked: Sequence[RankedGroup]) -> FactorsOf:
         """What gives the factors of these groups, read when they are asked for."""
         ranks = {each.group: each.rank for each in ranked}
         return lambda group: self.factors(group).truncated(ranks[group])
 
-    def fit(self, group: LinearGroup, change: torch.Tensor | None, gram: torch.Tensor) -> Factors:
-        """Factors of W, or of W M where `change` is M (n x n), for inputs with this Gram matrix (n x n)."""
-        weights = group_weight(self.source, group).to(gram.device).split(list(group.member_rows))
-        outputs = None
-        if self.statistics.outputs is not None:
-            outputs = [self.statistics.output(name, gram.device) for name in group.members]
-        return group_factors(weights, gram, outputs, change)
 
-
-def decomposition_of(conversion: Conversion, statistics: Statistics) -> Decomposition:
+def decomposition_of(conversion: Conversion, statistics: Statistics) -> KeptDecomposition:
     """Where factors are kept, and what they are made of."""
     stage = conversion.workspace.stage("factors", statistics.name, DAMPING, OUTPUT_DAMPING)
-    return Decomposition(stage, conversion.source, statistics, conversion.device)
+    return KeptDecomposition(stage, conversion.source, statistics, conversion.device)
 
 
 @timed("decompose")
-def decompose(conversion: Conversion, statistics: Statistics, groups: Sequence[LinearGroup]) -> Decomposition:
+def decompose(conversion: Conversion, statistics: Statistics, groups: Sequence[LinearGroup]) -> KeptDecomposition:
     """All groups' factors; each process makes its part of them."""
     decomposition = decomposition_of(conversion, statistics)
     own = distributed.own_part(groups)
@@ -78,9 +72,3 @@ def decompose(conversion: Conversion, statistics: Statistics, groups: Sequence[L
             shown.advance()
     conversion.workspace.wait_for_all()
     return decomposition
-
-
-def group_weight(source: Source, group: LinearGroup) -> torch.Tensor:
-    """W of a group, read from the source's files, (rows x columns)."""
-    stored = [source.tensor(f"{name}.weight") for name in group.members]
-    return torch.cat([weight.T if group.transposed else weight for weight in stored])

@@ -14,7 +14,7 @@ logger = logging.getLogger("fermisvd")
 
 @timed("calibrate")
 def evaluate_dense(conversion: Conversion) -> dict:
-    """Of the dense model, as Evaluation.as_dict; a warning where it is no better than a guess."""
+    """Evaluation of the dense model, as a dict; a warning where it is no better than a guess."""
     stage = conversion.workspace.stage("dense", conversion.key, conversion.text.held_back)
     found = stage.json(lambda: evaluate_streamed(conversion, conversion.stream(), "evaluate dense"))
     if found["perplexity"] >= conversion.source.vocabulary:
@@ -30,13 +30,13 @@ def evaluate_dense(conversion: Conversion) -> dict:
 
 @timed("evaluate")
 def evaluate_compressed(conversion: Conversion, folder: Path) -> dict:
-    """Of a written checkpoint, as Evaluation.as_dict."""
+    """Evaluation of a written checkpoint, as a dict."""
     student = open_streamed(folder, conversion.device, conversion.options.trust_remote_code)
     return evaluate_streamed(conversion, student, "evaluate compressed")
 
 
 def evaluate_streamed(conversion: Conversion, model: PreTrainedModel, label: str) -> dict:
-    """Of a streamed model, as Evaluation.as_dict."""
+    """Evaluation of a streamed model, as a dict."""
     text, batch_size = conversion.text.held_back, conversion.options.batch_size
     with conversion.workspace.hidden_states(conversion.limits.hidden_bytes) as hidden:
         return evaluate_by_blocks(model, text, hidden, batch_size, label).as_dict()

@@ -12,11 +12,11 @@ from fermisvd_convert.writer import replace_tensors
 
 
 @timed("heal")
-def heal_checkpoint(conversion: Conversion, checkpoint: Path) -> dict | None:
+def heal_factors(conversion: Conversion, checkpoint: Path) -> dict | None:
     """Put factors that were distilled from the dense model in the place of a written checkpoint's, and give the record
     of it; None where nothing is to be healed, or nothing can be."""
     options, windows, aside = conversion.options, conversion.training, conversion.aside
-    if not (options.healing.steps and read_config(checkpoint).groups and len(windows)):
+    if not (options.healing.steps and read_config(checkpoint).groups):
         return None
     factors = [file_hash(file) for file in sorted(checkpoint.glob("*.safetensors"))]
     stage = conversion.workspace.stage(
@@ -24,9 +24,9 @@ def heal_checkpoint(conversion: Conversion, checkpoint: Path) -> dict | None:
     )
 
     def make() -> dict:
-        teacher = conversion.load()
-        student = load_dense_or_compressed(checkpoint, conversion.device, options.trust_remote_code)
         with bar("heal", options.healing.steps) as shown:
+            teacher = conversion.load()
+            student = load_dense_or_compressed(checkpoint, conversion.device, options.trust_remote_code)
             record = heal(
                 teacher,
                 student,

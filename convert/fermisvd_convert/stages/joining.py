@@ -7,12 +7,12 @@ from fermisvd.joining import fused_layers, join_groups
 from fermisvd.losses import set_products
 from fermisvd_convert.conversion import Conversion, timed
 from fermisvd_convert.progress import bar
-from fermisvd_convert.stages.decomposition import Decomposition
+from fermisvd_convert.stages.decomposition import KeptDecomposition
 from fermisvd_convert.stages.structure import group_of
 
 
 @timed("groups")
-def join(conversion: Conversion, ranked: list[RankedGroup], decomposition: Decomposition) -> list[RankedGroup]:
+def join(conversion: Conversion, ranked: list[RankedGroup], decomposition: KeptDecomposition) -> list[RankedGroup]:
     """Groups and ranks after joining, where the options ask for it."""
     if not conversion.options.joins:
         return ranked
@@ -21,9 +21,7 @@ def join(conversion: Conversion, ranked: list[RankedGroup], decomposition: Decom
     stage = conversion.workspace.stage("groups", decomposition.stage.name, chosen, budget, aside, batch_size)
 
     def make() -> dict:
-        dense, records = conversion.load(), []
-        factors_of = decomposition.truncated(ranked)
-        student = set_products(conversion.load(), ((each.group, factors_of(each.group)) for each in compressed(ranked)))
+        records: list[dict] = []
         fused = sum(len(parts) > 1 for parts in fused_layers([each.group for each in ranked]))
         with bar("join groups", fused, "layer") as shown:
 
@@ -31,6 +29,9 @@ def join(conversion: Conversion, ranked: list[RankedGroup], decomposition: Decom
                 shown.show(record)
                 records.append(record)
 
+            factors_of = decomposition.kept(ranked)
+            factors = ((each.group, factors_of(each.group)) for each in compressed(ranked))
+            dense, student = conversion.load(), set_products(conversion.load(), factors)
             found = join_groups(
                 dense, student, ranked, budget, aside, decomposition.factors, batch_size=batch_size, on_layer=show
             )

@@ -10,9 +10,7 @@ from fermisvd.groups import LinearGroup
 from fermisvd.joining import fused_layers, joined
 
 
-def ranks_from_file(
-    path: Path, groups: list[LinearGroup], partition: GroupsRule
-) -> tuple[list[LinearGroup], list[float]]:
+def ranks_from_file(path: Path, groups: list[LinearGroup], rule: GroupsRule) -> tuple[list[LinearGroup], list[float]]:
     """Groups and ideal ranks of a JSON file {group's first member: rank}, or of an earlier conversion's fermisvd.json,
     whose own groups are taken over by --groups auto.
 
@@ -21,7 +19,7 @@ def ranks_from_file(
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(values.get("groups"), list):
-            if partition == "auto":
+            if rule == "auto":
                 groups = groups_of_file(path, values["groups"], groups)
             values = {group["members"][0]: group["rank"] for group in values["groups"]}
         values = values.get("mu", values)

@@ -9,7 +9,7 @@ from fermisvd.gates import install_gates
 from fermisvd.groups import LinearGroup
 from fermisvd_convert.conversion import Conversion, timed
 from fermisvd_convert.progress import bar
-from fermisvd_convert.stages.decomposition import Decomposition
+from fermisvd_convert.stages.decomposition import KeptDecomposition
 from fermisvd_convert.stages.rank_file import ranks_from_file
 
 
@@ -23,7 +23,7 @@ class IdealRanks:
 
 
 @timed("ranks")
-def choose_ranks(conversion: Conversion, groups: list[LinearGroup], decomposition: Decomposition) -> IdealRanks:
+def choose_ranks(conversion: Conversion, groups: list[LinearGroup], decomposition: KeptDecomposition) -> IdealRanks:
     """By the rule that the options name. Raises OptionError for a file that is not what it should be."""
     options = conversion.options
     if options.ranks == "uniform":
@@ -34,19 +34,20 @@ def choose_ranks(conversion: Conversion, groups: list[LinearGroup], decompositio
     return settle_dense(conversion, found, decomposition) if options.form == "svd" else found
 
 
-def fermigrad_ranks(conversion: Conversion, groups: list[LinearGroup], decomposition: Decomposition) -> IdealRanks:
+def fermigrad_ranks(conversion: Conversion, groups: list[LinearGroup], decomposition: KeptDecomposition) -> IdealRanks:
     """FermiGrad's; an interrupted run goes on where it was kept last."""
     options, windows = conversion.options, conversion.gradient_windows
-    partition = [group.members for group in groups]
-    settings = (conversion.budget, options.fermigrad, options.batch_size, options.seed)
-    stage = conversion.workspace.stage("ranks", decomposition.stage.name, partition, windows, *settings)
+    members = [group.members for group in groups]
+    budget = replace(conversion.budget, align=None)  # of which real ranks know nothing
+    settings = (budget, options.fermigrad, options.batch_size, options.seed)
+    stage = conversion.workspace.stage("ranks", decomposition.stage.name, members, windows, *settings)
 
     def make() -> dict:
-        model = conversion.stream()
-        gated = install_gates(model, groups, decomposition.whole, conversion.shard)
         begun, keep = stage.progress()
         done = len(begun["records"]) if begun else 0
         with bar("FermiGrad", options.fermigrad.steps, done=done) as shown:
+            model = conversion.stream()
+            gated = install_gates(model, groups, decomposition.whole, conversion.shard)
             mus, trace = optimise_ranks(
                 model,
                 groups,
@@ -66,17 +67,17 @@ def fermigrad_ranks(conversion: Conversion, groups: list[LinearGroup], decomposi
     return IdealRanks(groups, [found["mu"][group.name] for group in groups], found["trace"])
 
 
-def settle_dense(conversion: Conversion, found: IdealRanks, decomposition: Decomposition) -> IdealRanks:
+def settle_dense(conversion: Conversion, found: IdealRanks, decomposition: KeptDecomposition) -> IdealRanks:
     """Of the svd form: real ranks once it is measured which groups stay dense."""
     options, budget, groups = conversion.options, conversion.budget, found.groups
-    partition, aside = [group.members for group in groups], conversion.aside
+    members, aside = [group.members for group in groups], conversion.aside
     settings = (budget, aside, options.batch_size, CANDIDATES)
-    stage = conversion.workspace.stage("dense-groups", decomposition.stage.name, partition, found.ranks, *settings)
+    stage = conversion.workspace.stage("dense-groups", decomposition.stage.name, members, found.ranks, *settings)
 
     def make() -> dict:
-        model = conversion.stream()
-        gated = install_gates(model, groups, decomposition.whole)
-        with bar("choose dense groups", min(CANDIDATES, len(groups)), "group") as shown:
+        with bar("choose dense groups", 2 * min(CANDIDATES, len(groups)), "choice") as shown:
+            model = conversion.stream()
+            gated = install_gates(model, groups, decomposition.whole)
             ranks, records = choose_dense(
                 model,
                 groups,

@@ -8,14 +8,14 @@ from fermisvd.losses import Pair, set_products
 from fermisvd.refit import MIXTURES, REFIT_DAMPING, refit
 from fermisvd_convert.conversion import Conversion, timed
 from fermisvd_convert.progress import bar
-from fermisvd_convert.stages.decomposition import Decomposition, FactorsOf
+from fermisvd_convert.stages.decomposition import FactorsOf, KeptDecomposition
 
 
 @timed("refit")
-def refit_groups(conversion: Conversion, ranked: Sequence[RankedGroup], decomposition: Decomposition) -> FactorsOf:
+def refit_groups(conversion: Conversion, ranked: Sequence[RankedGroup], decomposition: KeptDecomposition) -> FactorsOf:
     """What gives A (m x r) and B (r x n) of a compressed group; as they were decomposed where no refit is asked for."""
     windows, aside, batch_size = conversion.training, conversion.aside, conversion.options.batch_size
-    chosen, unchanged = [[each.group.members, each.rank] for each in ranked], decomposition.truncated(ranked)
+    chosen, unchanged = [[each.group.members, each.rank] for each in ranked], decomposition.kept(ranked)
     if not conversion.options.refits:
         return unchanged
     stage = conversion.workspace.stage(
@@ -24,13 +24,13 @@ def refit_groups(conversion: Conversion, ranked: Sequence[RankedGroup], decompos
 
     def make() -> dict:
         records: list[dict] = []
-        student = set_products(conversion.load(), ((each.group, unchanged(each.group)) for each in ranked))
         with bar("refit", len(ranked), "group") as shown:
 
             def show(record: dict) -> None:
                 shown.show(record)
                 records.append(record)
 
+            student = set_products(conversion.load(), ((each.group, unchanged(each.group)) for each in ranked))
             found = refit(
                 conversion.load(),
                 student,
