@@ -7,11 +7,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fermisvd
 
-model_name, text, out = sys.argv[1:]
-tokenizer, model = (kind.from_pretrained(model_name) for kind in (AutoTokenizer, AutoModelForCausalLM))
-ids = tokenizer(Path(text).read_text(encoding="utf-8"), return_tensors="pt").input_ids[0]
+MODEL, TEXT, OUT = sys.argv[1:]
+tokenizer, model = (kind.from_pretrained(MODEL) for kind in (AutoTokenizer, AutoModelForCausalLM))
+ids = tokenizer(Path(TEXT).read_text(encoding="utf-8"), return_tensors="pt").input_ids[0]
 windows = ids[: len(ids) // 128 * 128].view(-1, 128)[:64]  # token ids, (samples, length)
 small = fermisvd.compress(model, windows, remove=0.2)
-small.save_pretrained(out)  # from here on `vllm serve OUT`, or from_pretrained(OUT) where fermisvd is imported
-tokenizer.save_pretrained(out)
+small.save_pretrained(OUT)
+tokenizer.save_pretrained(OUT)
 print(f"{model.num_parameters():,} parameters before, {small.num_parameters():,} after")

@@ -9,7 +9,15 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README, DESIGN, METHOD = ROOT / "README.md", ROOT / "docs" / "design.md", ROOT / "docs" / "method.md"
-PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+RESULTS = ROOT / "docs" / "results.md"
+PAGES = [
+    README,
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "benchmarks" / "README.md",
+    ROOT / "benchmarks" / "NOTES.md",
+]
 LINK = re.compile(r"\[[^]]*\]\(([^)\s]+)\)")
 URL = re.compile(r"\s*(?:[-*] )?<?https?://\S+>?")
 TWO_SENTENCES = re.compile(r"[a-z0-9)\]`%\"][.?!] [A-Z`]")
@@ -19,14 +27,19 @@ def lines_of(page: Path) -> list[str]:
     return page.read_text(encoding="utf-8").splitlines()
 
 
-def prose(page: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines outside code fences and tables, that are no bare address."""
+def numbered(page: Path, in_fences: bool) -> Iterator[tuple[int, str]]:
+    """Numbered lines inside or outside code fences, that are no row of a table."""
     fenced = False
     for number, line in enumerate(lines_of(page), 1):
         if line.lstrip().startswith("```"):
             fenced = not fenced
-        elif not fenced and not line.lstrip().startswith("|") and not URL.fullmatch(line):
+        elif fenced is in_fences and not line.lstrip().startswith("|"):
             yield number, line
+
+
+def prose(page: Path) -> Iterator[tuple[int, str]]:
+    """Numbered lines outside code fences and tables, that are no bare address."""
+    return ((number, line) for number, line in numbered(page, in_fences=False) if not URL.fullmatch(line))
 
 
 def name_of(page: Path) -> str:
@@ -42,6 +55,23 @@ def test_prose_has_one_sentence_a_line_of_at_most_100_characters(page):
     long = [f"{number}: {line}" for number, line in prose(page) if len(line) > 100]
     double = [f"{number}: {line}" for number, line in prose(page) if TWO_SENTENCES.search(re.sub(r"^\d+\. ", "", line))]
     assert not long and not double, "\n".join([*long, *double])
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != RESULTS], ids=name_of)
+def test_code_has_lines_of_at_most_100_characters(page):
+    """Not on the results' page, which quotes each record's command as it was."""
+    assert not [f"{number}: {line}" for number, line in numbered(page, in_fences=True) if len(line) > 100]
+
+
+def test_the_readmes_python_is_the_example():
+    """Line by line; only the example takes its three names from the command line, and prints what came out."""
+    page, example = README.read_text(encoding="utf-8"), lines_of(ROOT / "examples" / "quickstart.py")
+    (block,) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    given = "MODEL, TEXT, OUT = "
+    shown = [given if line.startswith(given) else line for line in block.splitlines() if line]
+    own = ('"""', "import sys", "print(")
+    there = [given if line.startswith(given) else line for line in example if line and not line.startswith(own)]
+    assert shown == there
 
 
 def anchors(page: Path) -> set[str]:
