@@ -43,21 +43,9 @@ class TextOptions(Settings):
     )
 
 
-class RunOptions(Settings):
-    """Where a model runs, and whose code."""
+class CalibrationOptions(TextOptions):
+    """What is calibrated and trained on."""
 
-    panel = "Run"
-
-    device: Annotated[Literal["auto", "cpu", "cuda"], option("auto: a GPU if there is one.", recorded=False)] = "auto"
-    trust_remote_code: Annotated[bool, option("Run code that the model brings.", recorded=False)] = False
-
-
-class ConvertOptions(RunOptions, TextOptions, CompressOptions):
-    """Options of `fermisvd convert`: the method's (fermisvd.compress), the text's, and where things are."""
-
-    ranks: Annotated[  # pyright: ignore[reportIncompatibleVariableOverride]: a file, too, and no field is written to
-        str, BeforeValidator(str), option("fermigrad, uniform, or a JSON file of ranks to fit to the budget.")
-    ] = CompressOptions.model_fields["ranks"].default
     calibration: Annotated[
         Texts,
         option(
@@ -68,6 +56,23 @@ class ConvertOptions(RunOptions, TextOptions, CompressOptions):
     ] = (DEFAULT_DATASET,)
     samples: Annotated[Count, option("Calibration windows.")] = 256
     gradient_samples: Annotated[Count, option("Windows FermiGrad trains on.")] = 256
+
+
+class RunOptions(Settings):
+    """Where a model runs, and whose code."""
+
+    panel = "Run"
+
+    device: Annotated[Literal["auto", "cpu", "cuda"], option("auto: a GPU if there is one.", recorded=False)] = "auto"
+    trust_remote_code: Annotated[bool, option("Run code that the model brings.", recorded=False)] = False
+
+
+class ConvertOptions(RunOptions, CalibrationOptions, CompressOptions):
+    """Options of `fermisvd convert`: the method's (fermisvd.compress), the text's, and where things are."""
+
+    ranks: Annotated[  # pyright: ignore[reportIncompatibleVariableOverride]: a file, too, and no field is written to
+        str, BeforeValidator(str), option("fermigrad, uniform, or a JSON file of ranks to fit to the budget.")
+    ] = CompressOptions.model_fields["ranks"].default
     dtype: Annotated[Dtype, option("Storage type; auto keeps the model's.")] = "auto"
     work: Annotated[
         Path | None,
