@@ -120,6 +120,7 @@ def claimed(out: Path) -> Iterator[Place]:
     if distributed.this_process():
         yield place
         return
+    made = [folder for folder in (place.ours, *place.ours.parents) if not folder.exists()]
     try:
         place.ours.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -135,6 +136,11 @@ def claimed(out: Path) -> Iterator[Place]:
                 with suppress(OSError):
                     inside.lock.unlink(missing_ok=True)
                     inside.ours.rmdir()
+            with suppress(OSError):  # a conversion that was refused leaves no folders on the way to OUT
+                for folder in made if not out.exists() else []:
+                    if folder == place.ours:
+                        place.lock.unlink(missing_ok=True)
+                    folder.rmdir()
 
 
 def _settle(place: Place) -> None:

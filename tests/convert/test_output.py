@@ -256,3 +256,14 @@ def test_a_real_mount_point(tmp_path, kind):
         assert holds(out, "second") and not (out / ".fermisvd").exists()
     finally:
         subprocess.run(["umount", out], check=True)
+
+
+def test_a_conversion_that_was_refused_leaves_no_folders_on_the_way(tmp_path):
+    out = tmp_path / "a" / "b" / "out"
+    with pytest.raises(RuntimeError), claimed(out):
+        raise RuntimeError("refused")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "a").mkdir()
+    with claimed(out):
+        (out.parent / "theirs").touch()
+    assert (out.parent / "theirs").exists()
