@@ -129,7 +129,7 @@ def converts_or_refuses(arguments, model, texts, monkeypatch) -> str:
         made = {path.parts[0] for path in names(here) - before if not path.parts[0].endswith("work")} - {".fermisvd"}
         made -= {"there"} if "--work" in arguments and arguments[arguments.index("--work") + 1] == "there" else set()
         if result.exit_code == 0:
-            assert made == {"new"}, made
+            assert made == {Path(arguments[2]).parts[0]}, made  # an empty folder that is there will do, too
             validate_checkpoint(here / arguments[2])
             return "converted"
         assert result.exit_code == 2, result.output
@@ -140,7 +140,7 @@ def converts_or_refuses(arguments, model, texts, monkeypatch) -> str:
 
 
 @pytest.mark.long
-@settings(max_examples=40, **PROFILE)
+@settings(max_examples=40, derandomize=True, **PROFILE)
 @given(command())
 def test_any_options(smallest_llama, texts, arguments):
     with pytest.MonkeyPatch.context() as patch:
