@@ -135,8 +135,7 @@ def grams_by_blocks(
     `passes_by_blocks` says how often.
     """
     mine, device = _of_this_process(batches), device_of(blocks.model)
-    wanted = [_inside(blocks, index, sources, members) for index in range(len(blocks.blocks))]
-    reached = [index for index, names in enumerate(wanted) if any(names)]
+    wanted, reached = _by_block(blocks, sources, members)
     with frozen(blocks.model):
         if not members:
             with torch.no_grad():
@@ -177,8 +176,7 @@ def passes_by_blocks(
     limit_bytes: int | None = None,
 ) -> int:
     """How often `grams_by_blocks` calls on_batch in this process."""
-    wanted = [_inside(blocks, index, sources, members) for index in range(len(blocks.blocks))]
-    reached = [index for index, names in enumerate(wanted) if any(names)]
+    wanted, reached = _by_block(blocks, sources, members)
     visited = range(reached[0], len(wanted)) if members else range(reached[-1] + 1)
     passes = sum(len(_parts(blocks.model, *wanted[index], limit_bytes)) for index in visited)
     ahead = len(wanted) + 1 if members else 0  # the way there, and the head
@@ -220,10 +218,14 @@ def _there_and_back(
     return sums.result()
 
 
-def _inside(blocks: DecoderBlocks, index: int, sources: Sequence[str], members: Sequence[str]) -> Part:
-    """Those of the names that are layers of this block."""
-    prefix = f"{blocks.prefix}.{index}."
-    return [n for n in sources if n.startswith(prefix)], [n for n in members if n.startswith(prefix)]
+def _by_block(blocks: DecoderBlocks, sources: Sequence[str], members: Sequence[str]) -> tuple[list[Part], list[int]]:
+    """Of each block the names that are layers of it, and the numbers of the blocks that have any."""
+    prefixes = [f"{blocks.prefix}.{index}." for index in range(len(blocks.blocks))]
+    wanted = [
+        ([n for n in sources if n.startswith(prefix)], [n for n in members if n.startswith(prefix)])
+        for prefix in prefixes
+    ]
+    return wanted, [index for index, names in enumerate(wanted) if any(names)]
 
 
 def _parts(model: PreTrainedModel, sources: list[str], members: list[str], limit_bytes: int | None) -> list[Part]:

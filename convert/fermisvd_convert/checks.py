@@ -1,6 +1,6 @@
-"""What is refused before a conversion looks at its model: options that make no sense, and places for OUT.
+"""What is refused before a conversion looks at its model: places for OUT and the work directory.
 
-The model's own checks are in source.py, the text's in text.py, the disk's in space.py; docs/refusals.md lists all.
+An option's own limits stand with it (options.py); docs/refusals.md lists all refusals.
 """
 
 import os
@@ -18,8 +18,7 @@ LONGEST_NAME = 250  # bytes: what is made beside OUT is called by up to five mor
 def check_out(out: Path, model: str, work: Path, overwrite: bool) -> None:
     """Nothing but an earlier checkpoint of ours is ever replaced, and nothing is written into MODEL.
 
-    Raises OutputError if OUT or the work directory cannot be there, or if something else has a name that we
-    need.
+    Raises OutputError if OUT or the work directory cannot be there, or if something else has a name that we need.
     """
     source = real_path(model)
     if Path(model).is_dir():

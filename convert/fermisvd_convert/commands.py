@@ -172,7 +172,7 @@ def report(
 
 @app.command()
 def push(
-    out: Annotated[Path, typer.Argument(parser=place, help="Folder of a compressed checkpoint.")],
+    out: Compressed,
     repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Model repository of the hub.")],
     private: Annotated[bool, typer.Option("--private", help="If the repository is made: a private one.")] = False,
 ) -> None:

@@ -1,6 +1,6 @@
 """Before the long work: what is to be done is looked up, and what cannot end well is refused.
 
-The parts: places and options (checks.py), the model (source.py), the text (text.py), memory.py, space.py;
+The parts: places (checks.py), the model (source.py), the text (text.py), memory.py, space.py;
 docs/refusals.md lists all refusals.
 """
 
