@@ -5,12 +5,12 @@ from collections.abc import Iterator
 import torch
 
 
-def shuffled_batches(windows: torch.Tensor, batch_size: int, seed: int) -> Iterator[torch.Tensor]:
-    """Batches of windows (samples, length) without end, each pass over them in another order; the same for a seed.
+def shuffled_batches(count: int, batch_size: int, seed: int) -> Iterator[torch.Tensor]:
+    """Numbers of the windows of each batch, without end; each pass over all `count` of them is in another order, the
+    same for a seed.
 
     What is left over by whole batches comes first in a pass.
     """
     order = torch.Generator().manual_seed(seed)
     while True:
-        for batch in reversed(torch.randperm(len(windows), generator=order).split(batch_size)):
-            yield windows[batch]
+        yield from reversed(torch.randperm(count, generator=order).split(batch_size))

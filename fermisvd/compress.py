@@ -27,11 +27,13 @@ from fermisvd.healing import HealingSettings, heal, rounded_factors, trained_fac
 from fermisvd.hf import mark_compressed, vocabulary_of
 from fermisvd.joining import join_groups
 from fermisvd.linear import linear_layer
-from fermisvd.losses import Pair, set_products
+from fermisvd.losses import Pair, StudentLoss, set_products
 from fermisvd.modules import replace_group
+from fermisvd.precision import compute_type, with_parameters_in
 from fermisvd.refit import refit
 from fermisvd.settings import Batched, Count, Seeded, nested, option
 from fermisvd.storage import compressed_tensors, config_group
+from fermisvd.teacher import Taught, teach
 
 ASIDE_WINDOWS = 32  # windows that decide between measured alternatives, never trained on
 RankRule = Literal["fermigrad", "uniform"]
@@ -122,28 +124,30 @@ def check_windows(model: PreTrainedModel, windows: torch.Tensor) -> None:
         raise OptionError(f"windows hold tokens {windows.min()} to {windows.max()}, the model knows 0 to {known - 1}")
 
 
-def set_aside(windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def set_aside(taught: Taught) -> tuple[Taught, Taught]:
     """Windows that decide between alternatives, an eighth of all and at most ASIDE_WINDOWS; and the others."""
-    held = min(ASIDE_WINDOWS, -(-len(windows) // 8))
-    return windows[:held], windows[held:]
+    held = min(ASIDE_WINDOWS, -(-len(taught) // 8))
+    return taught[:held], taught[held:]
 
 
-def in_float32(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy for measuring, in evaluation mode."""
-    return copy.deepcopy(model).float().eval().requires_grad_(False)
+def for_passes(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """A copy for measuring, its weights in `dtype`, in evaluation mode."""
+    return with_parameters_in(copy.deepcopy(model), dtype).eval().requires_grad_(False)
 
 
 class Compression:
-    """What the steps share: the model, its copy in float32 (teacher), the windows to decide and to train on, the
-    budget. Raises OptionError or StructureError for a model that cannot be compressed."""
+    """What the steps share: the model, its copy in the type of the passes (teacher), what that makes of the windows,
+    of those to decide on and to train on; the budget. Raises OptionError or StructureError for a model that cannot be
+    compressed."""
 
     def __init__(self, model: PreTrainedModel, windows: torch.Tensor, options: CompressOptions):
         if getattr(model.config, "quantization_config", None) is not None:
             raise OptionError("the model is quantised or compressed already; give the dense one")
         check_unshared(model)
         self.model, self.windows, self.options, self.budget = model, windows, options, options.budget
-        self.aside, self.training = set_aside(windows)
-        self.teacher = in_float32(model)
+        self.teacher = for_passes(model, compute_type(options.compute, model.device))
+        self.taught = teach(self.teacher, windows, options.batch_size)
+        self.aside, self.training = set_aside(self.taught)
 
 
 @dataclass
@@ -191,7 +195,7 @@ def ideal_ranks(work: Compression, groups: Sequence[LinearGroup], decomposition:
     gated = install_gates(model, groups, decomposition.whole)
     batch_size, seed = work.options.batch_size, work.options.seed
     mus, _ = optimise_ranks(
-        model, groups, gated, work.windows, work.budget, work.options.fermigrad, batch_size=batch_size, seed=seed
+        model, groups, gated, work.taught, work.budget, work.options.fermigrad, batch_size=batch_size, seed=seed
     )
     if work.options.form == "svd":
         mus, _ = choose_dense(model, groups, gated, mus, work.budget, work.aside, batch_size=batch_size)
@@ -201,10 +205,8 @@ def ideal_ranks(work: Compression, groups: Sequence[LinearGroup], decomposition:
 def join(work: Compression, ranked: Sequence[RankedGroup], decomposition: InMemory) -> list[RankedGroup]:
     """Groups joined where the measured loss allows; what that leaves of the budget is spent again."""
     student = low_rank(work.teacher, decomposition.truncated(compressed(ranked)))
-    batch_size = work.options.batch_size
-    found = join_groups(
-        work.teacher, student, ranked, work.budget, work.aside, decomposition.factors, batch_size=batch_size
-    )
+    loss = StudentLoss(student, work.aside, work.options.batch_size)
+    found = join_groups(student, ranked, work.budget, loss, decomposition.weights, decomposition.factors)
     return work.budget.ranked([each.group for each in found], [each.rank for each in found])
 
 
@@ -212,8 +214,9 @@ def refitted(
     work: Compression, ranked: Sequence[RankedGroup], factors: Mapping[LinearGroup, Pair], decomposition: InMemory
 ) -> dict[LinearGroup, Pair]:
     """New factors of the groups that fit better to what compressed layers send them."""
-    student, batch_size = low_rank(work.teacher, factors), work.options.batch_size
-    better = refit(work.teacher, student, ranked, work.training, work.aside, decomposition.fit, batch_size=batch_size)
+    student, windows = low_rank(work.teacher, factors), work.training.windows
+    fit, batch_size = decomposition.fit, work.options.batch_size
+    better = refit(work.teacher, student, ranked, windows, work.aside, fit, batch_size=batch_size)
     return {each.group: better[each.group.name] for each in ranked if each.group.name in better}
 
 
@@ -247,9 +250,8 @@ def put(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
 
 def healed(work: Compression, student: PreTrainedModel) -> None:
     """Distil the student's factors in float32, and round them to its own type."""
-    trained, options = in_float32(student), work.options
+    trained, options = for_passes(student, torch.float32), work.options
     heal(
-        work.teacher,
         trained,
         work.training,
         work.aside,

@@ -13,6 +13,7 @@ from fermisvd.budget import Budget, SoftBudget
 from fermisvd.gates import GatedGroup, cut
 from fermisvd.groups import LinearGroup
 from fermisvd.losses import StudentLoss
+from fermisvd.teacher import Taught
 
 CANDIDATES = 32  # groups nearest to their jump that are tried, so that the cost does not grow with the model
 
@@ -20,22 +21,6 @@ CANDIDATES = 32  # groups nearest to their jump that are tried, so that the cost
 def jump_rank(group: LinearGroup) -> float:
     """The real rank at which U and U^T W store as many numbers as the matrix, m n / (m + n)."""
     return group.dense_parameters / (group.rows + group.columns)
-
-
-class OpenTeacher(nn.Module):
-    """The dense model inside a gated one: opens the gates for a pass and puts them back."""
-
-    def __init__(self, model: nn.Module, gated: Sequence[GatedGroup]):
-        super().__init__()
-        self.model, self.gated = model, gated
-
-    def forward(self, **inputs):
-        before = [(shared.gate, shared.open_rank) for shared in self.gated]
-        cut(self.gated, [shared.full_rank for shared in self.gated])
-        outputs = self.model(**inputs)
-        for shared, (gate, open_rank) in zip(self.gated, before, strict=True):
-            shared.set_gate(gate, open_rank)
-        return outputs
 
 
 class DenseChoice:
@@ -82,26 +67,26 @@ def choose_dense(
     gated: Sequence[GatedGroup],
     mus: Sequence[float],
     budget: Budget,
-    windows: torch.Tensor,
+    aside: Taught,
     *,
     batch_size: int,
     on_choice: Callable[[], object] = lambda: None,
 ) -> tuple[list[float], list[dict]]:
     """Real ranks, each k or at most the jump, after measuring for every group near its jump which of the two it takes.
 
-    model: holds the gated layers of `install_gates`; mus: FermiGrad's real ranks; budget: in svd form; windows: token
-    ids (samples, length) of the loss KL(dense || student), of the ranks as the budget makes them whole. A group that
-    goes dense is paid for by all others; one that comes down leaves them what it gave.
+    model: holds the gated layers of `install_gates`; mus: FermiGrad's real ranks; budget: in svd form; aside:
+    windows of the loss KL(dense || student), of the ranks as the budget makes them whole. A group that goes dense is
+    paid for by all others; one that comes down leaves them what it gave.
     Every choice is measured alone, and those that help again beside the ones accepted, the most valuable first. Returns
     the ranks and a record of each choice. on_choice: called twice for each, when it was measured alone and when it is
     made. Raises OptionError if the lowest ranks exceed the budget.
     """
     choice = DenseChoice(groups, mus, budget)
-    loss = StudentLoss(OpenTeacher(model, gated), windows, batch_size)
+    loss = StudentLoss(model, aside, batch_size)
 
     def measure(ranks: Sequence[float]) -> float:
         cut(gated, budget.ranks(groups, ranks))
-        return loss(model)
+        return loss()
 
     dense = choice.start()
     ranks, records = choice.ranks(dense), []

@@ -20,10 +20,12 @@ from fermisvd.budget import Budget, Form, SoftBudget, dense_parameters, factor_p
 from fermisvd.errors import NumericalError
 from fermisvd.gates import GatedGroup, open_gates, set_gates
 from fermisvd.groups import LinearGroup, decoder_blocks
-from fermisvd.losses import kl_divergence
+from fermisvd.losses import kl_of_states
 from fermisvd.running.blocks import device_of, forwards
 from fermisvd.running.distributed import process_count, sum_over_processes, this_process
+from fermisvd.running.halves import Halves, halves_of
 from fermisvd.settings import Count, Settings, option
+from fermisvd.teacher import Taught
 
 PLATEAU_STEPS = 12
 LARGEST_PENALTY = 1e100
@@ -138,7 +140,7 @@ def optimise_ranks(
     model: PreTrainedModel,
     groups: Sequence[LinearGroup],
     gated: Sequence[GatedGroup],
-    windows: torch.Tensor,
+    taught: Taught,
     budget: Budget,
     settings: FermiGradSettings,
     *,
@@ -151,15 +153,15 @@ def optimise_ranks(
 ) -> tuple[list[float], list[dict]]:
     """Real ranks mu that minimise KL(teacher || student) on the budget.
 
-    model: holds the gated layers of `install_gates`; windows: token ids (samples, length), of which a step takes
-    batch_size, in an order that the seed decides. on_step sees each step's record: step, kl, kept, and `share`, the
-    list of mu/k; on_progress what `begun` takes to go on from there, to the same result. kept_bytes: of activations;
-    beyond them blocks are computed again for the gradient. Of several processes each takes its part of every batch's
-    windows; the gradients are added up.
+    model: holds the gated layers of `install_gates`; taught: windows, of which a step takes batch_size, in an order
+    that the seed decides. on_step sees each step's record: step, kl, kept, and `share`, the list of mu/k; on_progress
+    what `begun` takes to go on from there, to the same result. kept_bytes: of activations; beyond them blocks are
+    computed again for the gradient. Of several processes each takes its part of every batch's windows; the gradients
+    are added up.
     Returns one mu a group, on the budget, and the records. Raises NumericalError if the loss is not finite.
     """
-    optimiser = RankOptimiser(groups, budget, settings)
-    batches = shuffled_batches(windows, batch_size, seed)
+    optimiser, halves = RankOptimiser(groups, budget, settings), halves_of(model)
+    batches = shuffled_batches(len(taught), batch_size, seed)
     records: list[dict] = []
     model.requires_grad_(False)
     if begun is not None:
@@ -170,7 +172,7 @@ def optimise_ranks(
     for number in range(len(records), settings.steps):
         if on_a_plateau(records, optimiser.kept, settings.plateau):
             break
-        kl = _backward(model, groups, gated, next(batches), optimiser, kept_bytes)
+        kl = _backward(model, halves, taught, groups, gated, next(batches), optimiser, kept_bytes)
         if not kl.isfinite():
             raise NumericalError(
                 f"KL is {kl.item()} at FermiGrad step {number}; check the model and the calibration text"
@@ -187,19 +189,22 @@ def optimise_ranks(
 
 def _backward(
     model: PreTrainedModel,
+    halves: Halves,
+    taught: Taught,
     groups: Sequence[LinearGroup],
     gated: Sequence[GatedGroup],
-    batch: torch.Tensor,
+    numbers: torch.Tensor,
     optimiser: RankOptimiser,
     kept_bytes: int,
 ) -> torch.Tensor:
-    """The KL of a batch (windows, length), float64 on the CPU; its gradient is the shares' `grad`."""
-    mine = batch[this_process() :: process_count()]
-    weight = len(mine) / len(batch)
-    mine = mine if weight else batch[:1]  # every process takes part in every pass
+    """The KL of the windows of these numbers, float64 on the CPU; its gradient is the shares' `grad`."""
+    mine = numbers[this_process() :: process_count()]
+    weight = len(mine) / len(numbers)
+    mine = mine if weight else numbers[:1]  # every process takes part in every pass
+    batch, states = taught.batch(mine, device_of(model))
     optimiser.adam.zero_grad()
-    with checkpointed(model, groups, mine.numel(), kept_bytes):
-        kl = gated_kl(model, gated, mine.to(device_of(model)), optimiser.mus(), optimiser.settings.temperature)
+    with checkpointed(model, groups, batch.numel(), kept_bytes):
+        kl = gated_kl(halves, gated, batch, states, optimiser.mus(), optimiser.settings.temperature)
         (kl * weight).backward()
     assert optimiser.share.grad is not None
     total = sum_over_processes(kl.detach().double().cpu() * weight)
@@ -208,14 +213,19 @@ def _backward(
 
 
 def gated_kl(
-    model: PreTrainedModel, gated: Sequence[GatedGroup], batch: torch.Tensor, mus: torch.Tensor, temperature: float
+    halves: Halves,
+    gated: Sequence[GatedGroup],
+    batch: torch.Tensor,
+    states: torch.Tensor,
+    mus: torch.Tensor,
+    temperature: float,
 ) -> torch.Tensor:
-    """KL(teacher || student) of a batch (windows, length) with the gates at mus (groups,), differentiable in mus."""
-    open_gates(gated)
-    with torch.no_grad():
-        teacher = model(input_ids=batch, use_cache=False).logits
+    """KL(teacher || student) of a batch (windows, length) with the gates at mus (groups,), differentiable in mus.
+
+    states: the teacher's, (windows, length, width).
+    """
     set_gates(gated, mus, temperature)
-    return kl_divergence(teacher, model(input_ids=batch, use_cache=False).logits)
+    return kl_of_states(halves.head, states, halves.body(batch))
 
 
 @contextmanager
@@ -224,7 +234,8 @@ def checkpointed(
 ) -> Iterator[None]:
     """Blocks forget what they computed on the way and do it again for the gradient, where that would take more than
     kept_bytes."""
-    if 4 * tokens * sum(group.rows + group.columns for group in groups) <= kept_bytes:
+    numbers = tokens * sum(group.rows + group.columns for group in groups)
+    if numbers * next(model.parameters()).element_size() <= kept_bytes:
         yield
         return
     blocks = list(model.get_submodule(decoder_blocks(model)).children())

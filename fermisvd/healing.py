@@ -17,10 +17,11 @@ from fermisvd.batches import shuffled_batches
 from fermisvd.errors import NumericalError
 from fermisvd.format import INTERPOLATION
 from fermisvd.groups import StructureError
-from fermisvd.losses import StudentLoss, kl_divergence
+from fermisvd.losses import StudentLoss, kl_of_states
 from fermisvd.modules import CompressedLinear, PivGaColumnsLinear, PivGaRowsLinear
 from fermisvd.pivga import refuse_overflow, round_interpolation
 from fermisvd.settings import Natural, Settings, option
+from fermisvd.teacher import Taught
 
 BETAS = (0.9, 0.95)
 
@@ -50,39 +51,37 @@ def trained_factors(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def heal(
-    teacher: PreTrainedModel,
     student: PreTrainedModel,
-    windows: torch.Tensor,
-    aside: torch.Tensor,
+    taught: Taught,
+    aside: Taught,
     settings: HealingSettings,
     *,
     batch_size: int,
     seed: int,
     on_step: Callable[[dict], None] = lambda _: None,
 ) -> dict:
-    """Train the student's factors in place, by KL(teacher || student) on windows (samples, length) of token ids.
+    """Train the student's factors in place, by KL(teacher || student) on windows.
 
-    student: compressed, float32; aside: windows not trained on. Where the loss on them is no lower at the end, the
-    factors are put back. Returns {"kl_before", "kl_after" (both on `aside`), "trace": each step's step and kl}.
-    Raises StructureError if the student has no compressed layer, NumericalError if the loss is not finite.
+    student: compressed, float32; taught: windows to train on; aside: others, not trained on. Where the loss on these is
+    no lower at the end, the factors are put back. Returns {"kl_before", "kl_after" (both on `aside`), "trace": each
+    step's step and kl}. Raises StructureError if the student has no compressed layer, NumericalError if the loss is not
+    finite.
     """
     factors = trained_factors(student)
     if not factors:
         raise StructureError("the model has no compressed layer to heal")
     student.requires_grad_(False)
-    loss = StudentLoss(teacher, aside, batch_size)
-    before, start = loss(student), {name: parameter.detach().clone() for name, parameter in factors.items()}
+    loss = StudentLoss(student, aside, batch_size)
+    before, start = loss(), {name: parameter.detach().clone() for name, parameter in factors.items()}
     if not math.isfinite(before):
         raise NumericalError(f"KL is {before} before healing; check the checkpoint and its dense model")
     optimizer = torch.optim.Adam(_scaled(factors, settings.learning_rate * min(1.0, math.sqrt(before))), betas=BETAS)
-    device = next(student.parameters()).device
-    batches = shuffled_batches(windows, batch_size, seed)
+    device, halves = next(student.parameters()).device, loss.halves
+    batches = shuffled_batches(len(taught), batch_size, seed)
     records: list[dict] = []
     for step in range(settings.steps):
-        batch = next(batches).to(device)
-        with torch.no_grad():
-            expected = teacher(input_ids=batch, use_cache=False).logits
-        kl = kl_divergence(expected, student(input_ids=batch, use_cache=False).logits)
+        batch, states = taught.batch(next(batches), device)
+        kl = kl_of_states(halves.head, states, halves.body(batch))
         if not kl.isfinite():
             raise NumericalError(
                 f"KL is {kl.item()} at healing step {step}; try a smaller learning rate, or no healing"
@@ -95,7 +94,7 @@ def heal(
         records.append({"step": step, "kl": kl.item()})
         on_step(records[-1])
     student.requires_grad_(False)
-    after = loss(student)
+    after = loss()
     if not after < before:  # also where the last step made it NaN
         for name, parameter in factors.items():
             parameter.copy_(start[name])

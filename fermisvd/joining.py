@@ -10,7 +10,7 @@ from torch import nn
 from fermisvd.budget import Budget, RankedGroup, group_parameters
 from fermisvd.decomposition import Factors
 from fermisvd.groups import LinearGroup, parent_of, stacked_weight
-from fermisvd.losses import StudentLoss, set_weight
+from fermisvd.losses import set_weight
 
 
 def joined(groups: Sequence[LinearGroup]) -> LinearGroup:
@@ -57,25 +57,23 @@ def candidates(parts: Sequence[RankedGroup], budget: Budget) -> Iterator[list[Ra
 
 @torch.no_grad()
 def join_groups(
-    dense: nn.Module,
     student: nn.Module,
     ranked: Sequence[RankedGroup],
     budget: Budget,
-    aside: torch.Tensor,
+    loss: Callable[[], float],
+    weights_of: Callable[[LinearGroup], torch.Tensor],
     factors_of: Callable[[LinearGroup], Factors],
     *,
-    batch_size: int,
     on_layer: Callable[[dict], None] = lambda _: None,
 ) -> list[RankedGroup]:
     """Groups and ranks after joining neighbours of a fused layer wherever that does not raise the loss.
 
     student: the dense model with the groups' weights replaced by their low-rank products; changed as joints are
-    accepted. Parts of a fused layer are joined at no more parameters than they had apart; the loss is KL(dense ||
-    student) on the windows kept aside, (samples, length). A joint group serves faster, so it wins a tie. on_layer sees
-    a record of each fused layer.
+    accepted. Parts of a fused layer are joined at no more parameters than they had apart; loss: gives KL(dense ||
+    student) of the student as it stands; weights_of: W of a group. A joint group serves faster, so it wins a tie.
+    on_layer sees a record of each fused layer.
     """
-    loss = StudentLoss(dense, aside, batch_size)
-    current, result = loss(student), []
+    current, result = loss(), []
     ranked_of = {each.group: each for each in ranked}
     for groups in fused_layers([each.group for each in ranked]):
         chosen = [ranked_of[group] for group in groups]
@@ -86,8 +84,8 @@ def join_groups(
         for candidate in candidates([ranked_of[group] for group in groups], budget):
             for each in candidate:
                 a, b = factors_of(each.group).truncated(each.rank)
-                set_weight(student, each.group, stacked_weight(dense, each.group) if each.stays_dense else a @ b)
-            kl = loss(student)
+                set_weight(student, each.group, weights_of(each.group) if each.stays_dense else a @ b)
+            kl = loss()
             if kl <= best:
                 best, chosen = kl, candidate
                 weights = [stacked_weight(student, group).clone() for group in groups]

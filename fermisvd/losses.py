@@ -1,6 +1,6 @@
 """How far a student is from its teacher: KL(teacher || student), and a student made of replaced weights."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import torch
@@ -9,62 +9,69 @@ from torch.nn import functional
 
 from fermisvd.groups import LinearGroup
 from fermisvd.linear import linear_layer, weight_of
+from fermisvd.running.halves import few_tokens, halves_of
+from fermisvd.teacher import Taught
 
 M = TypeVar("M", bound=nn.Module)
+Head = Callable[[torch.Tensor], torch.Tensor]  # states -> logits, see running/halves.py
 Pair = tuple[torch.Tensor, torch.Tensor]  # A (m x r) and B (r x n) of a group
 
 KL_SLICE = 1024  # tokens
-KEPT_LOGITS = 2**30  # bytes
 
 
-class _KLDivergence(torch.autograd.Function):
-    """Value and gradient, a slice of the tokens at a time: no probabilities of the whole batch are held."""
+class _KLOfStates(torch.autograd.Function):
+    """Value and gradient, a few tokens at a time through the head: no logits of a whole batch are held."""
 
     @staticmethod
-    def forward(ctx, teacher, student):
-        total, gradient = 0.0, torch.empty_like(student) if ctx.needs_input_grad[1] else None
-        for begin in range(0, len(student), KL_SLICE):
-            part = slice(begin, begin + KL_SLICE)
-            log_p, log_q = teacher[part].float().log_softmax(-1), student[part].float().log_softmax(-1)
+    def forward(ctx, student, teacher, head, tokens):
+        total, count = 0.0, student.shape[:2].numel()
+        gradient = torch.empty_like(student) if ctx.needs_input_grad[0] else None
+        parts = few_tokens(student, tokens), few_tokens(teacher, tokens)
+        gradients = None if gradient is None else few_tokens(gradient, tokens)
+        for states, taught in zip(*parts, strict=True):
+            log_p = head(taught.to(states.dtype)).float().log_softmax(-1)
+            states = states.detach().requires_grad_(gradient is not None)
+            with torch.set_grad_enabled(gradient is not None):
+                logits = head(states)
+            log_q = logits.detach().float().log_softmax(-1)
             total += functional.kl_div(log_q, log_p, log_target=True, reduction="sum")
-            if gradient is not None:
-                gradient[part] = (log_q.exp_() - log_p.exp_()) / len(student)
+            if gradients is not None:
+                error = log_q.exp_().sub_(log_p.exp_()).div_(count)
+                next(gradients).copy_(torch.autograd.grad(logits, states, error.to(logits.dtype))[0])
         if gradient is not None:
             ctx.save_for_backward(gradient)
-        return total / len(student)
+        return total / count
 
     @staticmethod
     def backward(ctx, scale):
-        return None, ctx.saved_tensors[0] * scale
+        return ctx.saved_tensors[0] * scale, None, None, None
+
+
+def kl_of_states(head: Head, teacher: torch.Tensor, student: torch.Tensor, tokens: int = KL_SLICE) -> torch.Tensor:
+    """Mean over tokens of KL(teacher || student), nats, float32, of states (windows, length, width) whose logits the
+    head makes, so many tokens at a time. Differentiable once, in the student's states."""
+    return _KLOfStates.apply(student, teacher, head, tokens)
 
 
 def kl_divergence(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
-    """Mean over tokens of KL(teacher || student), nats; logits (batch, length, vocabulary). Differentiable once, in
-    the student's."""
-    return _KLDivergence.apply(teacher.flatten(0, -2), student.flatten(0, -2))
+    """The same of logits (windows, length, vocabulary)."""
+    return kl_of_states(lambda logits: logits, teacher, student)
 
 
 class StudentLoss:
-    """KL(teacher || student) on fixed windows, (samples, length). The teacher's logits are kept if they are small."""
+    """KL(teacher || student) of a student as it stands, on fixed windows."""
+
+    def __init__(self, student: nn.Module, taught: Taught, batch_size: int):
+        self.halves, self.taught, self.batch_size = halves_of(student), taught, batch_size
+        self.device = next(student.parameters()).device
 
     @torch.no_grad()
-    def __init__(self, teacher: nn.Module, windows: torch.Tensor, batch_size: int):
-        device = next(teacher.parameters()).device
-        self.teacher, self.batches = teacher, windows.to(device).split(batch_size)
-        first = self._teach(self.batches[0])
-        fits = first.nbytes * len(self.batches) <= KEPT_LOGITS
-        self.expected = [self._teach(batch) for batch in self.batches] if fits else None
-
-    def _teach(self, batch: torch.Tensor) -> torch.Tensor:
-        return self.teacher(input_ids=batch, use_cache=False).logits
-
-    @torch.no_grad()
-    def __call__(self, student: nn.Module) -> float:
+    def __call__(self) -> float:
         total = 0.0
-        for i, batch in enumerate(self.batches):
-            expected = self.expected[i] if self.expected else self._teach(batch)
-            total += kl_divergence(expected, student(input_ids=batch, use_cache=False).logits).item() * len(batch)
-        return total / sum(len(batch) for batch in self.batches)
+        for numbers in torch.arange(len(self.taught)).split(self.batch_size):
+            batch, states = self.taught.batch(numbers, self.device)
+            total += kl_of_states(self.halves.head, states, self.halves.body(batch)).item() * len(batch)
+        return total / len(self.taught)
 
 
 def set_weight(model: nn.Module, group: LinearGroup, weight: torch.Tensor) -> None:

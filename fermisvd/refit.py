@@ -16,9 +16,11 @@ from fermisvd.budget import RankedGroup
 from fermisvd.decomposition import Factors
 from fermisvd.groups import LinearGroup, stacked_weight
 from fermisvd.linear import linear_layer, weight_of
-from fermisvd.losses import StudentLoss, set_weight
+from fermisvd.losses import Pair, StudentLoss, set_weight
 from fermisvd.running.blocks import DecoderBlocks
+from fermisvd.teacher import Taught
 
+Decompose = Callable[[LinearGroup, torch.Tensor, torch.Tensor], Factors]
 MIXTURES = (0.0, 0.5)  # alpha, tried in turn
 REFIT_DAMPING = 1e-3  # of mean(diag C'): pulls W' towards W in directions that few tokens use
 
@@ -42,51 +44,64 @@ def refit(
     student: PreTrainedModel,
     ranked: Sequence[RankedGroup],
     windows: torch.Tensor,
-    aside: torch.Tensor,
-    decompose: Callable[[LinearGroup, torch.Tensor, torch.Tensor], Factors],
+    aside: Taught,
+    decompose: Decompose,
     *,
     batch_size: int,
     on_group: Callable[[dict], None] = lambda _: None,
-) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+) -> dict[str, Pair]:
     """A (m x r) and B (r x n) of the groups whose refit lowers KL(dense || student) on the windows kept aside.
 
-    student: the same model with the groups' weights replaced by their low-rank products; it is changed as refits are
-    accepted. windows, aside: token ids (samples, length), of windows the last that do not fill a batch are left out;
-    decompose: data-aware factors of W M from (group, M, Gram matrix). on_group sees each group's record: name, kl
-    before, best candidate's kl, its mixture.
+    dense: may be streamed, a block is asked for at a time; student: the same model with the groups' weights replaced by
+    their low-rank products; it is changed as refits are accepted. windows: token ids (samples, length), of which the
+    last that do not fill a batch are left out; decompose: data-aware factors of W M from (group, M, Gram matrix).
+    on_group sees each group's record: name, kl before, best candidate's kl, its mixture.
     """
     if not len(windows):
         return {}
     batch_size = min(batch_size, len(windows))
-    device = next(dense.parameters()).device
+    device = next(student.parameters()).device
     batches = windows[: len(windows) // batch_size * batch_size].to(device).split(batch_size)
     models = DecoderBlocks(dense), DecoderBlocks(student)
     hidden = [[blocks.first(batch) for batch in batches] for blocks in models]
-    loss = StudentLoss(dense, aside, batch_size)
-    found, current = {}, loss(student)
+    loss = StudentLoss(student, aside, batch_size)
+    found, current = {}, loss()
     for index in range(len(models[0].blocks)):
         inside = [each for each in ranked if each.group.name.startswith(f"{models[0].prefix}.{index}.")]
-        for source, readers in groupby(inside, key=lambda each: each.group.source):
-            cross, gram = _input_grams(models, hidden, index, source)
-            for group, rank in ((each.group, each.rank) for each in readers):
-                before = stacked_weight(student, group).clone()
-                best = None
-                for mixture in MIXTURES:
-                    a, b = decompose(group, refit_map(cross, gram, mixture), gram).truncated(rank)
-                    set_weight(student, group, a @ b)
-                    kl = loss(student)
-                    if best is None or kl < best[0]:
-                        best = (kl, mixture, a, b)
-                assert best is not None
-                on_group({"group": group.name, "kl": current, "refitted_kl": best[0], "mixture": best[1]})
-                if best[0] < current:
-                    current, found[group.name] = best[0], best[2:]
-                    set_weight(student, group, best[2] @ best[3])
-                else:
-                    set_weight(student, group, before)
-        for blocks, states in zip(models, hidden, strict=True):
-            states[:] = [blocks.run(index, batch) for batch in states]
+        with models[0].present(index):
+            for source, readers in groupby(inside, key=lambda each: each.group.source):
+                inputs = _input_grams(models, hidden, index, source)
+                for each in readers:
+                    current, better = _refitted(student, each, inputs, decompose, loss, current, on_group)
+                    if better is not None:
+                        found[each.group.name] = better
+            for blocks, states in zip(models, hidden, strict=True):
+                states[:] = [blocks.run(index, batch) for batch in states]
     return found
+
+
+def _refitted(
+    student: PreTrainedModel,
+    ranked: RankedGroup,
+    inputs: Pair,
+    decompose: Decompose,
+    loss: Callable[[], float],
+    current: float,
+    on_group: Callable[[dict], None],
+) -> tuple[float, Pair | None]:
+    """The loss, and A and B, once a group is refitted in the student; the loss as it was (current) and None where that
+    does not lower it. inputs: X X'^T and X' X'^T."""
+    (cross, gram), group = inputs, ranked.group
+    before = stacked_weight(student, group).clone()
+    trials = []
+    for mixture in MIXTURES:
+        a, b = decompose(group, refit_map(cross, gram, mixture), gram).truncated(ranked.rank)
+        set_weight(student, group, a @ b)
+        trials.append((loss(), mixture, a, b))
+    kl, mixture, a, b = min(trials, key=lambda trial: trial[0])
+    on_group({"group": group.name, "kl": current, "refitted_kl": kl, "mixture": mixture})
+    set_weight(student, group, a @ b if kl < current else before)
+    return (kl, (a, b)) if kl < current else (current, None)
 
 
 def _input_grams(

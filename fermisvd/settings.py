@@ -12,9 +12,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
 from fermisvd.errors import OptionError
+from fermisvd.precision import Compute
 
 LARGEST = 2**31 - 1  # of any count
 BATCH_SIZE, SEED = 8, 0
+COMPUTE: Compute = "auto"
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
 Natural = Annotated[int, Field(ge=0, le=LARGEST)]  # with 0
 
@@ -103,6 +105,9 @@ class Batched(Settings):
     panel = "Run"
 
     batch_size: Annotated[Count, option("Windows a forward pass.")] = BATCH_SIZE
+    compute: Annotated[
+        Compute, option("Type of the model's passes; auto: bfloat16 where the device is fast at it.")
+    ] = COMPUTE
 
 
 class Seeded(Settings):

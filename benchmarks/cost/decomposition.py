@@ -50,6 +50,7 @@ from fermisvd.fermigrad import gated_kl
 from fermisvd.gates import install_gates
 from fermisvd.groups import LinearGroup, Side, find_groups
 from fermisvd.pivga import fix_gauge, least_squares, pivoted_cholesky, round_with_error_feedback
+from fermisvd.running.halves import halves_of
 from fermisvd_convert.memory import give_back
 
 REMOVE, TOKENS, VOCABULARY = 0.2, 2048, 2048
@@ -130,7 +131,7 @@ def pieces(size: int, device: str) -> dict[str, Piece]:
 
 
 def fermigrad_step(hidden: int, device: str) -> Piece:
-    """Teacher, student and gradient in mu, of a one-layer Llama with random factors, float32."""
+    """Student and gradient in mu, of a one-layer Llama with random factors, float32."""
     config = LlamaConfig(
         hidden_size=hidden,
         intermediate_size=7 * hidden // 2,
@@ -158,7 +159,9 @@ def fermigrad_step(hidden: int, device: str) -> Piece:
     )
     attention = TOKENS / 8 * 2 * hidden
     flops = TOKENS * fermigrad_flops(whole, opened, VOCABULARY * hidden, attention)
-    return flops, lambda: gated_kl(model, gated, batch, mus, 0.01).backward()
+    halves = halves_of(model)
+    taught = torch.randn(*batch.shape, hidden, device=device)
+    return flops, lambda: gated_kl(halves, gated, batch, taught, mus, 0.01).backward()
 
 
 def whole_calls(hidden: int, device: str) -> Iterator[tuple[str, Work, Callable[[], object]]]:

@@ -22,6 +22,8 @@ from fermisvd.decomposition import data_aware_svd
 from fermisvd.fermigrad import gated_kl
 from fermisvd.gates import install_gates
 from fermisvd.groups import find_groups, stacked_weight
+from fermisvd.running.halves import halves_of
+from fermisvd.teacher import teach
 
 
 def seconds(run: Callable[[], object]) -> float:
@@ -38,7 +40,8 @@ def measure(path: Path, remove: float, batch_size: int, length: int, repeats: in
     student.requires_grad_(False)
     ranks = Budget.removing(remove, "pivga").uniform_ranks(groups)
     mus = torch.tensor(ranks, dtype=torch.float64, requires_grad=True)
-    batch = torch.randint(dense.config.vocab_size, (batch_size, length))
+    batch, halves = torch.randint(dense.config.vocab_size, (batch_size, length)), halves_of(student)
+    states = teach(dense, batch, batch_size).batch(range(batch_size), batch.device)[1]
 
     def dense_pass() -> None:
         dense.zero_grad()
@@ -46,7 +49,7 @@ def measure(path: Path, remove: float, batch_size: int, length: int, repeats: in
 
     def step() -> None:
         mus.grad = None
-        gated_kl(student, gated, batch, mus, 0.01).backward()
+        gated_kl(halves, gated, batch, states, mus, 0.01).backward()
 
     dense_pass()
     step()

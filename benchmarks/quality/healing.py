@@ -13,6 +13,8 @@ from pathlib import Path
 from benchmarks.quality.table import EVALUATION_WINDOWS, PROTOCOL, models
 from benchmarks.records import new_record, write_record
 from fermisvd import load_model
+from fermisvd.settings import BATCH_SIZE
+from fermisvd.teacher import teach
 from fermisvd_convert.convert import convert
 from fermisvd_convert.evaluate import evaluate
 from fermisvd_convert.heal import heal_checkpoint
@@ -35,7 +37,7 @@ def main() -> None:
         windows = windows_of(
             load_tokenizer(model["path"]), str(model["evaluation"]), 256, EVALUATION_WINDOWS, bos=False
         )
-        dense = load_model(model["path"])
+        taught = teach(load_model(model["path"]), windows, BATCH_SIZE)
         print("| ranks | " + " | ".join(f"{steps} steps" for steps in STEPS) + " |\n|---" + "|---" * len(STEPS) + "|")
         for ranks in ("uniform", "fermigrad"):
             out, rows[ranks] = Path(scratch) / ranks, {}
@@ -47,7 +49,7 @@ def main() -> None:
                     healed = Path(scratch) / f"{ranks}-{steps}"
                     settings = {"samples": SAMPLES, "sequence_length": 256, "teacher": str(model["path"]), "bos": False}
                     heal_checkpoint(out, healed, text=text, steps=steps, **settings)
-                rows[ranks][steps] = evaluate(load_model(healed), windows, dense).as_dict()
+                rows[ranks][steps] = evaluate(load_model(healed), windows, taught).as_dict()
             cells = [f"{row['perplexity']:.3f} ({row['kl']:.4f})" for row in rows[ranks].values()]
             print(f"| {ranks} | " + " | ".join(cells) + " |", flush=True)
     protocol = {**PROTOCOL, "remove": arguments.remove, "healing_samples": SAMPLES, "windows": EVALUATION_WINDOWS}

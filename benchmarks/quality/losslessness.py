@@ -31,6 +31,7 @@ from fermisvd.losses import StudentLoss
 from fermisvd.modules import replace_group
 from fermisvd.pivga import PivGa, dense_product, fix_gauge
 from fermisvd.storage import config_group, pivga_tensors, svd_tensors
+from fermisvd.teacher import teach
 from fermisvd_convert.loading import load_tokenizer
 from fermisvd_convert.text import windows_of
 
@@ -103,7 +104,7 @@ def measure(path: Path, calibration: torch.Tensor, windows: torch.Tensor) -> dic
         compressed.append((group, rank, a, b))
 
     def kl(reference: nn.Module, student: nn.Module) -> float:
-        return StudentLoss(reference, windows, batch_size=8)(student)
+        return StudentLoss(student, teach(reference, windows, 8), 8)()
 
     exact = build(path, compressed, "svd", svd_tensors, torch.float32)
     found = {"dense || svd form, float32": kl(dense, exact)}

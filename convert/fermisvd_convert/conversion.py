@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from fermisvd.budget import Budget
-from fermisvd.compress import set_aside
+from fermisvd.precision import compute_type
 from fermisvd_convert.memory import Limits
 from fermisvd_convert.options import ConvertOptions
 from fermisvd_convert.source import Source
@@ -26,9 +26,9 @@ R = TypeVar("R")
 class Conversion:
     """The model and the text, how they are to be compressed, and where.
 
-    options: as given, the open ones settled (sequence_length, samples that there are, refit); key: hash of the model;
-    storage: type of the factors; out: the folder to be made; left_files: files of MODEL that it will not have; device,
-    limits and shard (whether FermiGrad divides the model among the processes) are known once the processes are there
+    options: as given, the open ones settled (sequence_length, samples that there are, refit, compute); key: hash of the
+    model; storage: type of the factors; out: the folder to be made; left_files: files of MODEL that it will not have;
+    device, limits and shard (whether FermiGrad divides the model among the processes) are known once these are there
     and the model's size is; choices, seconds: what was decided by measurement, and how long each part took, for the
     record.
     """
@@ -61,21 +61,6 @@ class Conversion:
         """Token ids that are calibrated on, (samples, length)."""
         return self.text.windows[: self.options.samples]
 
-    @property
-    def gradient_windows(self) -> torch.Tensor:
-        """Those that FermiGrad trains on."""
-        return self.text.windows[: self.options.gradient_samples]
-
-    @property
-    def aside(self) -> torch.Tensor:
-        """Those that decide between alternatives, neither refitted nor healed on; the record's are others again."""
-        return set_aside(self.windows)[0]
-
-    @property
-    def training(self) -> torch.Tensor:
-        """Those that are refitted and healed on."""
-        return set_aside(self.windows)[1]
-
     def recorded_settings(self) -> dict[str, Any]:
         """The options that a record names, as they were settled; places only by their last names."""
         options = self.options
@@ -87,13 +72,18 @@ class Conversion:
             "dtype": str(self.storage).removeprefix("torch."),
         }
 
+    @property
+    def compute(self) -> torch.dtype:
+        """Type of the model's passes."""
+        return compute_type(self.options.compute, self.device)
+
     def load(self) -> PreTrainedModel:
-        """The dense model, float32."""
-        return self.source.load(self.device)
+        """The dense model."""
+        return self.source.load(self.device, self.compute)
 
     def stream(self) -> PreTrainedModel:
-        """The dense model, float32, one decoder block in memory at a time."""
-        return self.source.stream(self.device, bounded=self.options.max_memory is not None)
+        """The dense model, one decoder block in memory at a time."""
+        return self.source.stream(self.device, self.compute, bounded=self.options.max_memory is not None)
 
 
 def timed(part: str) -> Callable[[Callable[Concatenate[Conversion, P], R]], Callable[Concatenate[Conversion, P], R]]:

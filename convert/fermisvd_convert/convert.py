@@ -27,6 +27,7 @@ from fermisvd_convert.stages.joining import join
 from fermisvd_convert.stages.ranks import IdealRanks, choose_ranks
 from fermisvd_convert.stages.refit import refit_groups
 from fermisvd_convert.stages.structure import Structure, find_structure
+from fermisvd_convert.stages.teacher import ask_teacher
 from fermisvd_convert.text import recorded_names
 from fermisvd_convert.writer import weight_bytes, write_checkpoint
 
@@ -48,16 +49,17 @@ def convert(model: str | Path, out: str | Path, remove: float, **options: Any) -
         statistics = calibrate(conversion, structure.groups)
         before = evaluate_dense(conversion)
         decomposition = decompose(conversion, statistics, structure.groups)
-        ideal = choose_ranks(conversion, structure.groups, decomposition)
+        taught = ask_teacher(conversion)
+        ideal = choose_ranks(conversion, structure.groups, decomposition, taught)
         ranked = conversion.budget.ranked(ideal.groups, ideal.ranks)
-        ranked = join(conversion, ranked, decomposition)
-        factors_of = refit_groups(conversion, compressed(ranked), decomposition)
+        ranked = join(conversion, ranked, decomposition, taught)
+        factors_of = refit_groups(conversion, compressed(ranked), decomposition, taught)
         if distributed.this_process():
             return distributed.received()  # the first process writes
         rows = group_rows(ranked, decomposition.sigma)
         with distributed.alone(), unfinished(place) as folder:
             write(conversion, folder, compressed(ranked), factors_of, provenance(conversion, rows))
-            healing = heal_factors(conversion, folder)
+            healing = heal_factors(conversion, folder, taught)
             with complete(place):
                 after = evaluate_compressed(conversion, folder)
                 record = record_of(conversion, folder, structure, ideal, rows, before, after, healing)

@@ -3,7 +3,7 @@
 import logging
 import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import repeat
 from typing import Any
@@ -13,9 +13,12 @@ from transformers import PreTrainedModel
 
 from fermisvd.errors import NumericalError
 from fermisvd.hf import vocabulary_of
-from fermisvd.losses import kl_divergence
-from fermisvd.running.blocks import BlocksError, DecoderBlocks, HiddenStates, device_of, logits_by_blocks
+from fermisvd.losses import KL_SLICE, Head, kl_divergence
+from fermisvd.precision import compute_type
+from fermisvd.running.blocks import BlocksError, DecoderBlocks, HiddenStates, device_of, states_by_blocks
+from fermisvd.running.halves import few_tokens, halves_of
 from fermisvd.settings import BATCH_SIZE
+from fermisvd.teacher import Taught, teach
 from fermisvd_convert.loading import SourceError, context_length, load_tokenizer, resolve_device, window_length
 from fermisvd_convert.options import EvaluateOptions
 from fermisvd_convert.progress import bar
@@ -44,18 +47,25 @@ class Evaluation:
 def evaluate(
     model: PreTrainedModel,
     windows: torch.Tensor,
-    reference: PreTrainedModel | None = None,
+    reference: Taught | None = None,
+    head: Head | None = None,
     batch_size: int = BATCH_SIZE,
     label: str = "evaluate",
 ) -> Evaluation:
-    """Mean over the L-1 predicted tokens of each window. windows: (windows, L) token ids."""
-    batches, device = windows.split(batch_size), device_of(model)
-    logits = (model(input_ids=batch.to(device), use_cache=False).logits for batch in batches)
-    expected = repeat(None)
-    if reference is not None:
-        expected = (reference(input_ids=batch.to(device), use_cache=False).logits for batch in batches)
-    with bar(label, len(batches), "batch") as shown:
-        return _measure(batches, logits, expected, shown.advance)
+    """Mean over the L-1 predicted tokens of each window. windows: (windows, L) token ids.
+
+    reference: what another model makes of them; head: that model's, if it is not this model's own.
+    """
+    halves, device = halves_of(model), device_of(model)
+    measured = Measured(lambda _, states: halves.head(states), head or halves.head)
+    numbers = torch.arange(len(windows)).split(batch_size)
+    with bar(label, len(numbers), "batch") as shown:
+        for part in numbers:
+            expected = None if reference is None else reference.batch(part, device)[1]
+            batch = windows[part].to(device)
+            measured.add(batch, halves.body(batch), expected)
+            shown.advance()
+    return measured.result()
 
 
 @torch.no_grad()
@@ -67,57 +77,73 @@ def evaluate_by_blocks(
     label: str = "evaluate",
 ) -> Evaluation:
     """As `evaluate`, a decoder block at a time: for a streamed model, which reads each block's weights once."""
+    device = device_of(model)
     try:
         blocks = DecoderBlocks(model)
-        blocks.first(windows[:batch_size].to(device_of(model)))
+        blocks.first(windows[:batch_size].to(device))
     except BlocksError as error:
         logger.warning("%s; the model is run whole", error)
-        return evaluate(model, windows, None, batch_size, label)
-    batches = windows.split(batch_size)
+        return evaluate(model, windows, batch_size=batch_size, label=label)
+    batches, measured = windows.split(batch_size), Measured(blocks.head)
     with bar(label, (len(blocks.blocks) + 1) * len(batches), "batch") as shown:
-        return _measure(batches, logits_by_blocks(blocks, batches, hidden, shown.advance), repeat(None))
+        for number, states in states_by_blocks(blocks, list(enumerate(batches)), hidden, shown.advance):
+            measured.add(batches[number].to(device), states)
+            shown.advance()
+    return measured.result()
 
 
-def _measure(
-    batches: Sequence[torch.Tensor],
-    logits: Iterable[torch.Tensor],
-    expected: Iterable[torch.Tensor | None],
-    on_batch: Callable[[], object] = lambda: None,
-) -> Evaluation:
-    """expected: the reference's logits, or None."""
-    loss = kl = agreement = 0.0
-    compared = False
-    for batch, given, wanted in zip(batches, logits, expected, strict=False):
-        given, batch = given[:, :-1].float(), batch.to(given.device)
-        loss -= given.log_softmax(-1).gather(-1, batch[:, 1:, None]).double().sum().item()
-        if wanted is not None:
-            compared, wanted = True, wanted[:, :-1].float()
-            kl += kl_divergence(wanted, given).item() * batch[:, 1:].numel()
-            agreement += (wanted.argmax(-1) == given.argmax(-1)).sum().item()
-        on_batch()
-    tokens = sum(batch[:, 1:].numel() for batch in batches)
-    mean = loss / tokens
-    if math.isnan(mean):
-        raise NumericalError("the model's logits hold NaN or infinite values on this text")
-    return Evaluation(
-        math.exp(mean) if mean < math.log(sys.float_info.max) else math.inf,
-        tokens,
-        kl / tokens if compared else None,
-        agreement / tokens if compared else None,
-    )
+class Measured:
+    """Sums over tokens, of which the head is asked for a few at a time.
+
+    head: (ids, states) -> logits; reference: the reference's, states -> logits.
+    """
+
+    def __init__(
+        self, head: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], reference: Head = lambda states: states
+    ):
+        self.head, self.reference = head, reference
+        self.loss = self.kl = self.agreement = 0.0
+        self.tokens = self.compared = 0
+
+    def add(self, batch: torch.Tensor, states: torch.Tensor, expected: torch.Tensor | None = None) -> None:
+        """Token ids (windows, length), states behind the last block, and the reference's or none."""
+        parts = [few_tokens(each, KL_SLICE) for each in (batch[:, :-1], batch[:, 1:], states[:, :-1])]
+        others = repeat(None) if expected is None else few_tokens(expected[:, :-1], KL_SLICE)
+        for (ids, following, own), other in zip(zip(*parts, strict=True), others, strict=False):
+            given = self.head(ids, own).float()
+            self.loss -= given.log_softmax(-1).gather(-1, following[..., None]).double().sum().item()
+            self.tokens += following.numel()
+            if other is not None:
+                wanted = self.reference(other.to(own.dtype)).float()
+                self.kl += kl_divergence(wanted, given).item() * following.numel()
+                self.agreement += (wanted.argmax(-1) == given.argmax(-1)).sum().item()
+                self.compared += following.numel()
+
+    def result(self) -> Evaluation:
+        """Raises NumericalError if the logits were not finite."""
+        mean = self.loss / self.tokens
+        if math.isnan(mean):
+            raise NumericalError("the model's logits hold NaN or infinite values on this text")
+        return Evaluation(
+            math.exp(mean) if mean < math.log(sys.float_info.max) else math.inf,
+            self.tokens,
+            self.kl / self.compared if self.compared else None,
+            self.agreement / self.compared if self.compared else None,
+        )
 
 
 def evaluate_files(model: str, **given: Any) -> Evaluation:
-    """`fermisvd evaluate`: a model by folder or hub id, in float32. given: options of EvaluateOptions by name.
+    """`fermisvd evaluate`: a model by folder or hub id. given: options of EvaluateOptions by name.
 
     Raises FermiSVDError for an unreadable model or a text shorter than one window.
     """
     options = EvaluateOptions.named(**given)
     device, trust = resolve_device(options.device), options.trust_remote_code
-    loaded, folder = load_checked(model, device, trust)
-    compared = None
+    compute = compute_type(options.compute, device)
+    loaded, folder = load_checked(model, device, compute, trust)
+    compared = taught = head = None
     if options.reference is not None:
-        compared = load_checked(options.reference, device, trust)[0]
+        compared = load_checked(options.reference, device, compute, trust)[0]
         if compared.config.vocab_size != loaded.config.vocab_size:
             sizes = f"{compared.config.vocab_size} and {loaded.config.vocab_size}"
             raise SourceError(f"--reference {options.reference}: another vocabulary than {model} ({sizes} tokens)")
@@ -126,4 +152,6 @@ def evaluate_files(model: str, **given: Any) -> Evaluation:
     read = read_windows(tokenizer, options.text, length, options.windows, options.bos, options.skip_bad_rows)
     logger.warning("%s: %s", options.text, read.rows)
     check_vocabulary(read.ids, vocabulary_of(loaded), model)
-    return evaluate(loaded, read.ids, compared, options.batch_size)
+    if compared is not None:
+        taught, head = teach(compared, read.ids, options.batch_size), halves_of(compared).head
+    return evaluate(loaded, read.ids, taught, head, options.batch_size)

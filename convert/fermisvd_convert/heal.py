@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from fermisvd.errors import OutputError
 from fermisvd.files import read_headers
 from fermisvd.format import read_config, validate_checkpoint
 from fermisvd.healing import heal, rounded_factors, trained_factors
+from fermisvd.precision import compute_type
+from fermisvd.teacher import Taught, teach
 from fermisvd_convert.checks import check_place
 from fermisvd_convert.evaluate import Evaluation, evaluate
 from fermisvd_convert.loading import (
@@ -44,22 +47,24 @@ def heal_checkpoint(checkpoint: str | Path, healed: str | Path, **given: Any) ->
     validate_checkpoint(checkpoint)
     check_readable(checkpoint)
     source, device = dense_model(checkpoint, options), resolve_device(options.device)
-    student = load_dense_or_compressed(checkpoint, device, options.trust_remote_code)
+    student = load_dense_or_compressed(checkpoint, device, torch.float32, options.trust_remote_code)
     text = training_text(checkpoint, student, source, options)
-    teacher = source.load(device)
     with claimed(healed) as place:
         check_free(healed, "choose another HEALED")  # with what was put back
-        before = evaluate(student, text.held_back, teacher, options.batch_size, label="evaluate")
+        expected, taught = asked(source, device, (text.held_back, text.windows), options)
+        before = evaluate(student, text.held_back, expected, batch_size=options.batch_size)
         begin = time.perf_counter()
-        outcome = train(teacher, student, text.windows, options)
+        outcome = train(student, taught, options)
         outcome["seconds"] = round(time.perf_counter() - begin, 2)
         with unfinished(place) as partial:
             shutil.copytree(checkpoint, partial, dirs_exist_ok=True, ignore=shutil.ignore_patterns(OURS))
             stored = read_headers(checkpoint)[next(iter(trained_factors(student)))]  # all factors have one type
             replace_tensors(partial, rounded_factors(student, TORCH_TYPES[stored.dtype]))
             with complete(place):
-                final = load_dense_or_compressed(partial, device, options.trust_remote_code)
-                after = evaluate(final, text.held_back, teacher, options.batch_size, label="evaluate healed")
+                final = load_dense_or_compressed(partial, device, torch.float32, options.trust_remote_code)
+                after = evaluate(
+                    final, text.held_back, expected, batch_size=options.batch_size, label="evaluate healed"
+                )
                 record = healing_record(source, text, options, before, after) | outcome
                 write_records(partial, record)
                 move_into_place(place, overwrite=False)
@@ -105,18 +110,25 @@ def training_text(checkpoint: Path, student: PreTrainedModel, source: Source, op
     return text
 
 
-def train(teacher: PreTrainedModel, student: PreTrainedModel, windows: torch.Tensor, options: HealOptions) -> dict:
+def asked(source: Source, device: str, texts: Sequence[torch.Tensor], options: HealOptions) -> list[Taught]:
+    """What the dense model, which is then dropped, makes of each text's windows."""
+    teacher = source.load(device, compute_type(options.compute, device))
+    batches = sum(len(windows.split(options.batch_size)) for windows in texts)
+    with bar("ask the teacher", batches, "batch") as shown:
+        return [teach(teacher, windows, options.batch_size, shown.advance) for windows in texts]
+
+
+def train(student: PreTrainedModel, taught: Taught, options: HealOptions) -> dict:
     """Distil the student in place; an eighth of the windows decides whether it helped.
 
     The last decide: the first may be those that the checkpoint was calibrated on.
     """
-    held = -(-len(windows) // 8)
+    held = -(-len(taught) // 8)
     with bar("heal", options.healing.steps) as shown:
         return heal(
-            teacher,
             student,
-            windows[:-held],
-            windows[-held:],
+            taught[:-held],
+            taught[-held:],
             options.healing,
             batch_size=options.batch_size,
             seed=options.seed,

@@ -18,20 +18,24 @@ class SourceError(FermiSVDError):
     """The model cannot be read, or is not a dense safetensors model."""
 
 
-def load_dense_or_compressed(folder: Path, device: str, trust_remote_code: bool = False) -> PreTrainedModel:
-    """A causal language model in float32. Raises SourceError if transformers cannot load it, FormatError for a folder
-    that is not one model to everybody."""
+def load_dense_or_compressed(
+    folder: Path, device: str, dtype: torch.dtype, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """A causal language model, its weights in `dtype`. Raises SourceError if transformers cannot load it, FormatError
+    for a folder that is not one model to everybody."""
     with explained(SourceError, f"{folder}: transformers cannot load it"):
-        model = load_model(folder, torch.float32, trust_remote_code=trust_remote_code)
+        model = load_model(folder, dtype, trust_remote_code=trust_remote_code)
         return model.to(device)  # pyright: ignore[reportArgumentType]: transformers' decorator hides what it takes
 
 
-def open_streamed(folder: Path, device: str, trust_remote_code: bool = False, bounded: bool = False) -> PreTrainedModel:
-    """A causal language model in float32 that reads a decoder block's weights when it is called; whole, and said so,
+def open_streamed(
+    folder: Path, device: str, dtype: torch.dtype, trust_remote_code: bool = False, bounded: bool = False
+) -> PreTrainedModel:
+    """A causal language model in `dtype` that reads a decoder block's weights when it is called; whole, and said so,
     where transformers changes tensors on loading. Raises SourceError if transformers cannot load it."""
     try:
         with explained(SourceError, f"{folder}: transformers cannot load it"):
-            return stream_model(folder, device, trust_remote_code)
+            return stream_model(folder, device, dtype, trust_remote_code)
     except StreamingError as error:
         if bounded:
             raise SourceError(
@@ -39,7 +43,7 @@ def open_streamed(folder: Path, device: str, trust_remote_code: bool = False, bo
                 "--max-memory does not allow"
             ) from None
         logger.warning("%s: transformers makes it of others; the model is held whole", error)
-        return load_dense_or_compressed(folder, device, trust_remote_code)
+        return load_dense_or_compressed(folder, device, dtype, trust_remote_code)
 
 
 def load_tokenizer(folder: str | Path, trust_remote_code: bool = False):

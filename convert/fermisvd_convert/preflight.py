@@ -13,6 +13,7 @@ from fermisvd.budget import check_fraction
 from fermisvd.compress import RANK_RULES
 from fermisvd.files import INDEX_NAME, check_name
 from fermisvd.groups import LinearGroup
+from fermisvd.precision import compute_type
 from fermisvd.running import distributed
 from fermisvd_convert.checks import check_out
 from fermisvd_convert.conversion import Conversion, timed
@@ -47,7 +48,7 @@ def prepare(model: str, out: Path, options: ConvertOptions) -> Conversion:
     device = resolve_device(options.device)
     source = open_source(model, options.revision, options.trust_remote_code)
     storage = storage_type(options.dtype, source)
-    options, text = settled(options, source)
+    options, text = settled(options, source, device)
     left_files = left_out_files(source)
     say_what_is_left_out(source, left_files)
     conversion = Conversion(options, out, source, "", text, storage, workspace, left_files, device)
@@ -63,9 +64,9 @@ def with_key(conversion: Conversion) -> Conversion:
     return replace(conversion, key=conversion.source.key)
 
 
-def settled(options: ConvertOptions, source: Source) -> tuple[ConvertOptions, CalibrationText]:
-    """The calibration text, and the options with what depends on model and text settled: sequence_length, the windows
-    that there are, whether groups are refitted.
+def settled(options: ConvertOptions, source: Source, device: str) -> tuple[ConvertOptions, CalibrationText]:
+    """The calibration text, and the options with what depends on model, text and device settled: sequence_length, the
+    windows that there are, whether groups are refitted, the type of the passes.
 
     Raises TextError if the text does not do.
     """
@@ -94,6 +95,7 @@ def settled(options: ConvertOptions, source: Source) -> tuple[ConvertOptions, Ca
         "gradient_samples": min(options.gradient_samples, there),
         "refit": options.refits,
         "bos": text.bos,
+        "compute": str(compute_type(options.compute, device)).removeprefix("torch."),
     }
     return options.model_copy(update=known), text
 

@@ -122,14 +122,14 @@ class Source:
         """Number of decoder blocks, 1 where the config does not say."""
         return getattr(self.parsed.get_text_config(), "num_hidden_layers", None) or 1
 
-    def load(self, device: str) -> PreTrainedModel:
-        """The model in float32, ready for forward passes. Raises SourceError if transformers cannot load it."""
-        return load_dense_or_compressed(self.folder, device, self.trust_remote_code)
+    def load(self, device: str, dtype: torch.dtype) -> PreTrainedModel:
+        """The model in `dtype`, ready for forward passes. Raises SourceError if transformers cannot load it."""
+        return load_dense_or_compressed(self.folder, device, dtype, self.trust_remote_code)
 
-    def stream(self, device: str, bounded: bool = False) -> PreTrainedModel:
+    def stream(self, device: str, dtype: torch.dtype, bounded: bool = False) -> PreTrainedModel:
         """As `load`, with one decoder block in memory at a time where the files allow. Raises SourceError if they do
         not and the memory is `bounded`."""
-        return open_streamed(self.folder, device, self.trust_remote_code, bounded)
+        return open_streamed(self.folder, device, dtype, self.trust_remote_code, bounded)
 
     def tokenizer(self):
         """Raises SourceError if the folder has none."""
@@ -148,8 +148,10 @@ def folder_name(folder: str | Path) -> str:
     return name if name not in ("", "..") else Path(folder).resolve().name or "model"
 
 
-def load_checked(model: str, device: str, trust_remote_code: bool = False) -> tuple[PreTrainedModel, Path]:
-    """A model in float32 and its folder, dense or compressed: all of it checked, as a conversion checks its model.
+def load_checked(
+    model: str, device: str, dtype: torch.dtype, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, Path]:
+    """A model in `dtype` and its folder, dense or compressed: all of it checked, as a conversion checks its model.
 
     Raises SourceError or FormatError: transformers would fill what is missing with random numbers, and go on.
     """
@@ -157,8 +159,8 @@ def load_checked(model: str, device: str, trust_remote_code: bool = False) -> tu
     if quantization_method(folder) is None:
         source = open_source(model, trust_remote_code=trust_remote_code)
         source.check_values()
-        return source.load(device), folder
-    return load_dense_or_compressed(folder, device, trust_remote_code), folder
+        return source.load(device, dtype), folder
+    return load_dense_or_compressed(folder, device, dtype, trust_remote_code), folder
 
 
 def find_folder(model: str, revision: str | None = None) -> tuple[Path, str | None]:

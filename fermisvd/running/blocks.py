@@ -48,18 +48,19 @@ class DecoderBlocks:
         with forwards([self.blocks[0]], [_stop]):
             try:
                 self.body(input_ids=batch, use_cache=False)
-            except _Stop as stop:
+            except Stop as stop:
                 return stop.hidden
         raise BlocksError(f"{type(self.model).__name__}: block 0 of {self.prefix} is not called")
 
     def run(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states behind block `index`."""
         args, kwargs, _ = self._calls[hidden.shape[:2]][index]
-        return _hidden_of(self.blocks[index](hidden, *args, **kwargs))
+        return hidden_of(self.blocks[index](hidden, *args, **kwargs))
 
     def head(self, batch: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits from the hidden states behind the last block, (windows, length, vocabulary); differentiable."""
-        calls = iter(self._calls[batch.shape])
+        """Logits from the hidden states behind the last block, (windows, tokens, vocabulary); differentiable. Of all
+        tokens, or of any."""
+        calls = iter(next(iter(self._calls.values())))
 
         def skip(*_, **__):
             return (hidden,) if next(calls)[2] else hidden
@@ -82,7 +83,7 @@ class DecoderBlocks:
             nonlocal behind
             rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
             calls.append((self.blocks.index(block), args[1:], rest, isinstance(output, tuple | list)))
-            behind = _hidden_of(output)
+            behind = hidden_of(output)
 
         hooks = [block.register_forward_hook(see, with_kwargs=True) for block in self.blocks]
         try:
@@ -156,22 +157,19 @@ class HiddenStates:
 
 
 @torch.no_grad()
-def logits_by_blocks(
+def states_by_blocks(
     blocks: DecoderBlocks,
-    batches: Sequence[torch.Tensor],
+    batches: Sequence[tuple[int, torch.Tensor]],
     hidden: HiddenStates,
     on_batch: Callable[[], object] = lambda: None,
-) -> Iterator[torch.Tensor]:
-    """Logits of each batch in turn, every block having been run over all of them before the next; see `sweep`.
-
-    on_batch: called whenever a batch is through a block, and through the head.
-    """
-    numbered, device = list(enumerate(batches)), device_of(blocks.model)
-    sweep(blocks, numbered, hidden, on_batch=on_batch)
-    for number, batch in numbered:
-        yield blocks.head(batch.to(device), hidden.get("last", number, device))
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Number of each batch and its states behind the last block, every block having been run over all of them before
+    the next; see `sweep`, which calls on_batch."""
+    device = device_of(blocks.model)
+    sweep(blocks, batches, hidden, on_batch=on_batch)
+    for number, batch in batches:
+        yield number, hidden.get("last", number, device)
         hidden.drop("last", [(number, batch)])
-        on_batch()
 
 
 @torch.no_grad()
@@ -206,7 +204,7 @@ def device_of(model: PreTrainedModel) -> torch.device:
     return next(model.get_input_embeddings().parameters()).device
 
 
-class _Stop(Exception):
+class Stop(Exception):
     """Ends a forward pass that has shown what was wanted."""
 
     def __init__(self, hidden: torch.Tensor):
@@ -214,10 +212,11 @@ class _Stop(Exception):
 
 
 def _stop(*args, **kwargs):
-    raise _Stop(args[0] if args else kwargs["hidden_states"])
+    raise Stop(args[0] if args else kwargs["hidden_states"])
 
 
-def _hidden_of(output) -> torch.Tensor:
+def hidden_of(output) -> torch.Tensor:
+    """Hidden states of what a block gives."""
     return output[0] if isinstance(output, tuple | list) else output  # GPT's blocks give a list
 
 

@@ -4,7 +4,7 @@ It is an ordinary module: a block's weights are read from the safetensors files 
 afterwards. `present` keeps a block for as long as it is run over many batches.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,8 +29,8 @@ class StreamingError(FermiSVDError):
 class BlockWeights:
     """Fills one decoder block from the files, and empties it."""
 
-    def __init__(self, block: nn.Module, prefix: str, headers: dict[str, TensorInfo], device: str):
-        self.block, self.prefix, self.headers, self.device = block, prefix, headers, device
+    def __init__(self, block: nn.Module, prefix: str, read: Callable[[str], torch.Tensor]):
+        self.block, self.prefix, self.read = block, prefix, read
         self.names = {name: tensor for name, tensor in block.state_dict(keep_vars=True).items() if tensor.is_meta}
         self.held = self.filled_by_call = False
         self.hooks: tuple[RemovableHandle, ...] = ()
@@ -40,7 +40,7 @@ class BlockWeights:
         if self.held:
             return False
         for name in self.names:
-            _put(self.block, name, _read(self.headers[f"{self.prefix}{name}"], self.device))
+            _put(self.block, name, self.read(f"{self.prefix}{name}"))
         self.held = True
         return True
 
@@ -50,20 +50,25 @@ class BlockWeights:
         self.held = False
 
 
-def stream_model(folder: Path, device: str, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model of a folder, dense or compressed, in float32; only what is outside its decoder blocks stays in memory.
+def stream_model(
+    folder: Path, device: str, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The model of a folder, dense or compressed, its weights in `dtype`; only what is outside its decoder blocks stays
+    in memory.
 
     Raises StreamingError if a parameter is not a tensor of the files, in the same shape.
     """
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, return_dict=True)
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, trust_remote_code=trust_remote_code
-        ).eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code).eval()
     files, groups = read_headers(folder), compressed_config(model)
     found = model_tensors(model, files) if groups is None else replace_groups(model, groups, files, folder)
     model.requires_grad_(False)
     blocks, headers = decoder_blocks(model), found.whole
+
+    def read(name: str) -> torch.Tensor:
+        return _read(headers[name], device, dtype)
+
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         stored = headers.get(name)
@@ -71,13 +76,13 @@ def stream_model(folder: Path, device: str, trust_remote_code: bool = False) -> 
             raise StreamingError(f"{folder}: no tensor {name} of shape {tuple(tensor.shape)}")
     for name, tensor in model.state_dict(keep_vars=True).items():
         if tensor.is_meta and name not in tied and not name.startswith(f"{blocks}."):
-            _put(model, name, _read(headers[name], device))
+            _put(model, name, read(name))
     model.tie_weights()
     for name, buffer in model.named_buffers():
         if not buffer.is_meta:
             _put(model, name, buffer.to(device))
     for name, block in model.get_submodule(blocks).named_children():
-        vars(block)["stream"] = stream = BlockWeights(block, f"{blocks}.{name}.", headers, device)
+        vars(block)["stream"] = stream = BlockWeights(block, f"{blocks}.{name}.", read)
         stream.hooks = block.register_forward_pre_hook(_fill), block.register_forward_hook(_empty, always_call=True)
     return model
 
@@ -116,10 +121,10 @@ def _empty(block: nn.Module, *_) -> None:
         stream.empty()
 
 
-def _read(stored: TensorInfo, device: str) -> torch.Tensor:
+def _read(stored: TensorInfo, device: str, dtype: torch.dtype) -> torch.Tensor:
     with safe_open(stored.file, framework="pt") as file:
         value = file.get_tensor(stored.name)
-    return value.to(device, torch.float32 if value.is_floating_point() else value.dtype)
+    return value.to(device, dtype if value.is_floating_point() else value.dtype)
 
 
 def _put(module: nn.Module, name: str, value: torch.Tensor) -> None:

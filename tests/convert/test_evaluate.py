@@ -9,6 +9,7 @@ from fermisvd.errors import FermiSVDError, NumericalError
 from fermisvd.hf import load_model
 from fermisvd.running.blocks import HiddenStates
 from fermisvd.running.streaming import stream_model
+from fermisvd.teacher import teach
 from fermisvd_convert.evaluate import evaluate, evaluate_by_blocks, evaluate_files
 from fermisvd_convert.loading import SourceError
 from tests.support.faults import edit_config, edit_tensors
@@ -33,12 +34,12 @@ def test_perplexity_is_the_mean_over_predicted_tokens(tiny_llama):
 def test_comparison_with_itself_and_with_a_perturbed_reference(tiny_llama):
     model, other = load_model(tiny_llama), load_model(tiny_llama)
     windows = torch.randint(2048, (5, 24))
-    same = evaluate(model, windows, model)
+    same = evaluate(model, windows, teach(model, windows, 2))
     assert same.kl == pytest.approx(0, abs=1e-6) and same.top1_agreement == 1
     with torch.no_grad():
         other.model.layers[0].mlp.down_proj.weight.mul_(0.5)
         p, q = (m(input_ids=windows).logits[:, :-1].double().log_softmax(-1) for m in (other, model))
-    result = evaluate(model, windows, other, batch_size=2)
+    result = evaluate(model, windows, teach(other, windows, 2), batch_size=2)
     assert result.kl == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-4)
     assert result.top1_agreement == pytest.approx((p.argmax(-1) == q.argmax(-1)).double().mean().item())
 

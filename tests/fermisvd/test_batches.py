@@ -9,8 +9,8 @@ WINDOWS = torch.arange(22).view(11, 2)
 
 def passes(count, seed=0):
     """Lists of the batches of each pass: eleven windows by four make three batches."""
-    batches = shuffled_batches(WINDOWS, 4, seed)
-    return [list(islice(batches, 3)) for _ in range(count)]
+    batches = shuffled_batches(len(WINDOWS), 4, seed)
+    return [[WINDOWS[numbers] for numbers in islice(batches, 3)] for _ in range(count)]
 
 
 def test_every_pass_holds_each_window_once():

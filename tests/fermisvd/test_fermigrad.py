@@ -14,6 +14,8 @@ from fermisvd.gates import GatedGroup, GatedLinear, fermi_gate, install_gates, o
 from fermisvd.groups import Partition, find_groups, stacked_weight
 from fermisvd.linear import linear_layer
 from fermisvd.losses import KL_SLICE, kl_divergence
+from fermisvd.running.halves import halves_of
+from fermisvd.teacher import teach
 
 
 def test_gate_is_the_printed_formula():
@@ -118,11 +120,15 @@ def test_narrow_products_equal_the_whole_ones(tiny_llama):
     with torch.no_grad():
         teacher = model(input_ids=ids).logits
 
+    halves = halves_of(model)
+    with torch.no_grad():
+        taught = halves.body(ids)
+
     def gradient(loss, mus):
         return loss, *torch.autograd.grad(loss, mus)
 
     mus = torch.tensor([0.3 * g.full_rank for g in groups], dtype=torch.float64, requires_grad=True)
-    narrow = gradient(gated_kl(model, gated, ids, mus, 0.01), mus)
+    narrow = gradient(gated_kl(halves, gated, ids, taught, mus, 0.01), mus)
     assert all(g.open_rank < g.full_rank for g in gated)
     open_gates(gated)
     set_gates(gated, mus, 0.01, tail=1000.0)
@@ -152,9 +158,9 @@ def test_plateau_needs_enough_steps_at_the_target():
 
 def test_default_steps_can_end_on_a_plateau(tiny_llama):
     model, groups, gated = gated_model(tiny_llama, dtype=torch.float32)
-    windows = torch.randint(2048, (16, 8))
+    taught = teach(model, torch.randint(2048, (16, 8)), 8)
     settings = FermiGradSettings(plateau=1.0)  # whatever is gained, it is less
-    _, records = optimise_ranks(model, groups, gated, windows, Budget(0.8, "pivga"), settings, batch_size=8, seed=0)
+    _, records = optimise_ranks(model, groups, gated, taught, Budget(0.8, "pivga"), settings, batch_size=8, seed=0)
     assert len(records) < settings.steps
 
 
@@ -227,10 +233,10 @@ def test_optimised_ranks_hold_the_budget_and_lower_the_loss(tiny_llama, constrai
         weight.copy_(torch.randn(weight.shape[0], 4) @ torch.randn(4, weight.shape[1]) * 0.2)
     bases = {g.name: data_aware_svd(stacked_weight(model, g), torch.eye(g.columns)) for g in groups}
     gated = install_gates(model, groups, lambda g: bases[g.name].truncated(g.full_rank))
-    windows = torch.randint(2048, (8, 24))
+    taught = teach(model, torch.randint(2048, (8, 24)), 8)
     settings = FermiGradSettings(constraint=constraint, steps=60, learning_rate=0.03, penalty_growth=1.08)
     budget = Budget(0.7, form)
-    mus, records = optimise_ranks(model, groups, gated, windows, budget, settings, batch_size=4, seed=0)
+    mus, records = optimise_ranks(model, groups, gated, taught, budget, settings, batch_size=4, seed=0)
     target = budget.numbers(groups) / dense_parameters(groups)
     kept = sum(group_parameters(g, mu, form) for g, mu in zip(groups, mus, strict=True)) / dense_parameters(groups)
     assert kept == pytest.approx(target, abs=1e-6)
@@ -238,7 +244,7 @@ def test_optimised_ranks_hold_the_budget_and_lower_the_loss(tiny_llama, constrai
     assert len(records) == 60 and all(math.isfinite(r["kl"]) for r in records)
     shares = [mu / g.full_rank for g, mu in zip(groups, mus, strict=True)]
     assert shares[poor] == min(shares) and shares[poor] < 0.6 * sum(shares) / len(shares)
-    again, _ = optimise_ranks(model, groups, gated, windows, budget, settings, batch_size=4, seed=0)
+    again, _ = optimise_ranks(model, groups, gated, taught, budget, settings, batch_size=4, seed=0)
     assert again == mus  # deterministic for a seed
 
 
@@ -247,15 +253,16 @@ def test_infinite_loss_is_an_error(tiny_llama):
     with torch.no_grad():
         model.model.norm.weight.fill_(float("nan"))
     with pytest.raises(NumericalError, match="step 0"):
-        windows, settings = torch.randint(2048, (2, 8)), FermiGradSettings(steps=2)
-        optimise_ranks(model, groups, gated, windows, Budget(0.8, "pivga"), settings, batch_size=8, seed=0)
+        taught, settings = teach(model, torch.randint(2048, (2, 8)), 8), FermiGradSettings(steps=2)
+        optimise_ranks(model, groups, gated, taught, Budget(0.8, "pivga"), settings, batch_size=8, seed=0)
 
 
 @pytest.mark.parametrize("constraint", ["projection", "penalty"])
 def test_interrupted_optimisation_goes_on_to_the_same_ranks(tiny_llama, constraint):
     model, groups, gated = gated_model(tiny_llama, dtype=torch.float32)
-    windows, settings = torch.randint(2048, (5, 16)), FermiGradSettings(constraint=constraint, steps=7)
-    kept, given = [], (model, groups, gated, windows, Budget(0.7, "pivga"), settings)
+    taught = teach(model, torch.randint(2048, (5, 16)), 8)
+    settings = FermiGradSettings(constraint=constraint, steps=7)
+    kept, given = [], (model, groups, gated, taught, Budget(0.7, "pivga"), settings)
     expected = optimise_ranks(*given, batch_size=2, seed=0, on_progress=kept.append)
     for state in (kept[0], kept[3], kept[-1]):
         begun = json.loads(json.dumps(state))
@@ -264,27 +271,29 @@ def test_interrupted_optimisation_goes_on_to_the_same_ranks(tiny_llama, constrai
 
 def test_blocks_that_are_computed_again_for_the_gradient_give_the_same(tiny_llama):
     model, groups, gated = gated_model(tiny_llama)
-    ids, runs = torch.randint(2048, (2, 16)), []
+    ids, runs, halves = torch.randint(2048, (2, 16)), [], halves_of(model)
+    with torch.no_grad():
+        taught = halves.body(ids)
     mus = torch.tensor([0.5 * g.full_rank for g in groups], dtype=torch.float64, requires_grad=True)
-    (expected,) = torch.autograd.grad(gated_kl(model, gated, ids, mus, 0.01), mus)
+    (expected,) = torch.autograd.grad(gated_kl(halves, gated, ids, taught, mus, 0.01), mus)
     for block in model.model.layers:
         block.self_attn.register_forward_hook(lambda *_: runs.append(torch.is_grad_enabled()))
     with checkpointed(model, groups, ids.numel(), kept_bytes=0):
-        (found,) = torch.autograd.grad(gated_kl(model, gated, ids, mus, 0.01), mus)
+        (found,) = torch.autograd.grad(gated_kl(halves, gated, ids, taught, mus, 0.01), mus)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
-    assert len(runs) == len(model.model.layers) * 3  # teacher, student, student again
+    assert len(runs) == len(model.model.layers) * 2  # once, and again for the gradient
     assert not any("forward" in vars(block) for block in model.model.layers)
     with checkpointed(model, groups, ids.numel()):  # little enough to keep
-        gated_kl(model, gated, ids, mus, 0.01)
-    assert len(runs) == len(model.model.layers) * 5
+        gated_kl(halves, gated, ids, taught, mus, 0.01)
+    assert len(runs) == len(model.model.layers) * 3
 
 
 def test_another_form_is_counted_by_the_uniform_ranks_that_remove_the_same(tiny_llama):
     """The paper's recipe: svd parameters are counted, uncapped, and PivGa is written."""
     model, groups, gated = gated_model(tiny_llama, dtype=torch.float32)
-    windows, budget = torch.randint(2048, (4, 16)), Budget(0.7, "pivga")
+    taught, budget = teach(model, torch.randint(2048, (4, 16)), 8), Budget(0.7, "pivga")
     settings = FermiGradSettings(steps=20, count="svd")
-    mus, _ = optimise_ranks(model, groups, gated, windows, budget, settings, batch_size=4, seed=0)
+    mus, _ = optimise_ranks(model, groups, gated, taught, budget, settings, batch_size=4, seed=0)
     widths = [g.rows + g.columns for g in groups]
     uniform = [budget.uniform_rank(g) for g in groups]
     expected = sum(rank * width for rank, width in zip(uniform, widths, strict=True))

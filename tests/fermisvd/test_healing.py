@@ -8,6 +8,7 @@ from fermisvd.errors import NumericalError
 from fermisvd.groups import StructureError
 from fermisvd.healing import HealingSettings, heal, rounded_factors, trained_factors
 from fermisvd.losses import StudentLoss
+from fermisvd.teacher import teach
 from tests.support.families import compress, save
 
 
@@ -25,21 +26,19 @@ def compressed(request, dense, demo_text):
 def test_healing_lowers_the_loss_and_moves_only_factors(dense, compressed):
     teacher, student = load_model(dense), load_model(compressed)
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
-    windows = torch.randint(2048, (16, 32))
-    loss = StudentLoss(teacher, windows, 8)
-    start, settings = loss(student), HealingSettings(steps=60, learning_rate=0.3)
-    record = heal(teacher, student, windows, windows[:4], settings, batch_size=8, seed=0)
-    assert loss(student) < 0.7 * start
+    taught = teach(teacher, torch.randint(2048, (16, 32)), 8)
+    loss = StudentLoss(student, taught, 8)
+    start, settings = loss(), HealingSettings(steps=60, learning_rate=0.3)
+    record = heal(student, taught, taught[:4], settings, batch_size=8, seed=0)
+    assert loss() < 0.7 * start
     trace = record["trace"]
     assert trace[0]["kl"] > trace[-1]["kl"] and len(trace) == 60
-    assert record["kl_after"] == StudentLoss(teacher, windows[:4], 8)(student) < record["kl_before"]
+    assert record["kl_after"] == StudentLoss(student, taught[:4], 8)() < record["kl_before"]
     moved = {name for name, tensor in student.state_dict().items() if not torch.equal(tensor, before[name])}
     assert moved == set(trained_factors(student))
     assert not any(parameter.requires_grad for parameter in student.parameters())
     again = load_model(compressed)
-    assert (
-        heal(teacher, again, windows, windows[:4], settings, batch_size=8, seed=0) == record
-    )  # deterministic for a seed
+    assert heal(again, taught, taught[:4], settings, batch_size=8, seed=0) == record  # deterministic for a seed
 
 
 def test_healing_that_does_not_help_is_taken_back(dense, compressed):
@@ -47,9 +46,8 @@ def test_healing_that_does_not_help_is_taken_back(dense, compressed):
     teacher, student = load_model(dense), load_model(compressed)
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     settings = HealingSettings(steps=6, learning_rate=30.0)
-    record = heal(
-        teacher, student, torch.full((2, 16), 7), torch.randint(2048, (4, 32)), settings, batch_size=2, seed=0
-    )
+    training, aside = teach(teacher, torch.full((2, 16), 7), 2), teach(teacher, torch.randint(2048, (4, 32)), 2)
+    record = heal(student, training, aside, settings, batch_size=2, seed=0)
     assert record["kl_after"] == record["kl_before"]
     assert all(torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
 
@@ -82,8 +80,9 @@ def test_rounding_solves_the_interpolation_against_the_rounded_skeleton(dense, c
 
 def test_a_dense_model_has_nothing_to_heal(dense):
     with pytest.raises(StructureError, match="no compressed layer"):
-        model, windows = load_model(dense), torch.randint(2048, (2, 8))
-        heal(model, model, windows, windows, HealingSettings(steps=1), batch_size=8, seed=0)
+        model = load_model(dense)
+        taught = teach(model, torch.randint(2048, (2, 8)), 8)
+        heal(model, taught, taught, HealingSettings(steps=1), batch_size=8, seed=0)
 
 
 @torch.no_grad()
@@ -91,5 +90,5 @@ def test_a_loss_that_is_not_finite_is_an_error(dense, compressed):
     student = load_model(compressed)
     student.lm_head.weight.fill_(float("nan"))
     with pytest.raises(NumericalError, match="KL is nan before healing"):
-        windows = torch.randint(2048, (2, 8))
-        heal(load_model(dense), student, windows, windows, HealingSettings(steps=1), batch_size=8, seed=0)
+        taught = teach(load_model(dense), torch.randint(2048, (2, 8)), 8)
+        heal(student, taught, taught, HealingSettings(steps=1), batch_size=8, seed=0)

@@ -7,6 +7,7 @@ from fermisvd.decomposition import data_aware_svd
 from fermisvd.groups import find_groups, stacked_weight
 from fermisvd.joining import coarser_partitions, fused_layers, join_groups, joined, rank_at
 from fermisvd.losses import StudentLoss, set_weight
+from fermisvd.teacher import teach
 
 
 def test_coarser_partitions_of_three():
@@ -53,7 +54,7 @@ class Problem:
         for each in compressed(self.ranked):
             a, b = self.factors(each.group).truncated(each.rank)
             set_weight(self.student, each.group, (a @ b).float())
-        self.aside = torch.randint(2048, (4, 24))
+        self.loss = StudentLoss(self.student, teach(self.dense, torch.randint(2048, (4, 24)), 4), 4)
 
     def factors(self, group):
         return data_aware_svd(stacked_weight(self.dense, group), torch.eye(group.columns))
@@ -61,13 +62,12 @@ class Problem:
     def join(self):
         found = []
         result = join_groups(
-            self.dense,
             self.student,
             self.ranked,
             self.budget,
-            self.aside,
+            self.loss,
+            lambda group: stacked_weight(self.dense, group),
             self.factors,
-            batch_size=4,
             on_layer=found.append,
         )
         return result, found
@@ -76,13 +76,11 @@ class Problem:
 @pytest.mark.parametrize("form", ["svd", "pivga"])
 def test_layers_that_share_directions_are_joined_and_others_never_cost_loss(tiny_llama, form):
     shared = Problem(tiny_llama, share_rows=True, form=form)
-    before = StudentLoss(shared.dense, shared.aside, 8)(shared.student)
+    before = shared.loss()
     result, records = shared.join()
     assert any(len(each.group.members) == 3 for each in result)
     assert records[-1]["joined_kl"] < 0.7 * before
-    assert StudentLoss(shared.dense, shared.aside, 8)(shared.student) == pytest.approx(
-        records[-1]["joined_kl"], rel=1e-5
-    )
+    assert shared.loss() == pytest.approx(records[-1]["joined_kl"], rel=1e-5)
     assert sum(each.parameters for each in result) <= sum(each.parameters for each in shared.ranked)
     assert [m for each in result for m in each.group.members] == [g.name for g in shared.groups]
 

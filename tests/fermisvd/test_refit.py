@@ -7,6 +7,7 @@ from fermisvd.decomposition import data_aware_svd
 from fermisvd.groups import find_groups, stacked_weight
 from fermisvd.losses import StudentLoss, set_weight
 from fermisvd.refit import refit, refit_map
+from fermisvd.teacher import teach
 
 
 def test_refit_map_gives_the_least_squares_weight():
@@ -39,11 +40,11 @@ def test_refit_lowers_the_loss_it_accepts_by_and_gives_the_student_s_factors(tin
         a, b = data_aware_svd(stacked_weight(dense, group), torch.eye(group.columns)).truncated(rank)
         set_weight(student, group, (a @ b).float())
     untouched = {g.name: stacked_weight(student, g).clone() for g in groups}
-    windows, aside = torch.randint(2048, (24, 32)), torch.randint(2048, (8, 32))
-    before, records = StudentLoss(dense, aside, 8)(student), []
+    windows, aside = torch.randint(2048, (24, 32)), teach(dense, torch.randint(2048, (8, 32)), 8)
+    before, records = StudentLoss(student, aside, 8)(), []
     decompose = decomposition_of(dense)
     found = refit(dense, student, ranked, windows, aside, decompose, batch_size=8, on_group=records.append)
-    after = StudentLoss(dense, aside, 8)(student)
+    after = StudentLoss(student, aside, 8)()
     assert len(records) == len(groups) and found
     assert after < 0.9 * before
     assert after == pytest.approx(min(r["refitted_kl"] for r in records), rel=1e-4)
@@ -62,5 +63,6 @@ def test_nothing_is_refitted_where_it_cannot_help(tiny_llama):
     dense, student = load_model(tiny_llama), load_model(tiny_llama)
     ranked = [RankedGroup(group, group.full_rank, "pivga") for group in find_groups(dense)]
     windows = torch.randint(2048, (8, 32))
+    aside = teach(dense, windows[:2], 8)
     for chosen in (windows, windows[:3], windows[:0]):  # also less than a batch, and none
-        assert refit(dense, student, ranked, chosen, windows[:2], decomposition_of(dense), batch_size=8) == {}
+        assert refit(dense, student, ranked, chosen, aside, decomposition_of(dense), batch_size=8) == {}

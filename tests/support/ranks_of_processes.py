@@ -18,6 +18,7 @@ from fermisvd.groups import find_groups, stacked_weight
 from fermisvd.hf import load_model
 from fermisvd.running import distributed
 from fermisvd.running.streaming import stream_model
+from fermisvd.teacher import teach
 
 
 def main(folder: Path, result: Path, shard: bool) -> None:
@@ -34,9 +35,10 @@ def main(folder: Path, result: Path, shard: bool) -> None:
         assert all(sharded) if shard else not any(sharded)
         windows = torch.randint(2048, (7, 16), generator=torch.Generator().manual_seed(0))  # 3 and 1 a batch
         kept = 0 if shard else KEPT_ACTIVATIONS  # so that blocks are checkpointed, too
+        taught = teach(dense, windows, 3)
         budget, settings = Budget(0.7, "pivga"), FermiGradSettings(steps=8)
         mus, records = optimise_ranks(
-            model, groups, gated, windows, budget, settings, batch_size=3, seed=0, kept_bytes=kept
+            model, groups, gated, taught, budget, settings, batch_size=3, seed=0, kept_bytes=kept
         )
         if distributed.this_process() == 0:
             found = {"mus": mus, "kl": [r["kl"] for r in records], "processes": distributed.process_count()}

@@ -69,7 +69,7 @@ class Statistics:
 def statistics_of(conversion: Conversion) -> Statistics:
     """Where `calibrate` keeps them."""
     options, workspace = conversion.options, conversion.workspace
-    common = (conversion.key, conversion.windows, options.batch_size)
+    common = (conversion.key, conversion.windows, options.batch_size, options.compute)
     outputs = workspace.stage("outputs", *common, options.seed) if options.whitening == "kfac" else None
     return Statistics(workspace.stage("gram", *common), outputs)
 

@@ -15,7 +15,7 @@ logger = logging.getLogger("fermisvd")
 @timed("calibrate")
 def evaluate_dense(conversion: Conversion) -> dict:
     """Evaluation of the dense model, as a dict; a warning where it is no better than a guess."""
-    stage = conversion.workspace.stage("dense", conversion.key, conversion.text.held_back)
+    stage = conversion.workspace.stage("dense", conversion.key, conversion.options.compute, conversion.text.held_back)
     found = stage.json(lambda: evaluate_streamed(conversion, conversion.stream(), "evaluate dense"))
     if found["perplexity"] >= conversion.source.vocabulary:
         logger.warning(
@@ -31,7 +31,7 @@ def evaluate_dense(conversion: Conversion) -> dict:
 @timed("evaluate")
 def evaluate_compressed(conversion: Conversion, folder: Path) -> dict:
     """Evaluation of a written checkpoint, as a dict."""
-    student = open_streamed(folder, conversion.device, conversion.options.trust_remote_code)
+    student = open_streamed(folder, conversion.device, conversion.compute, conversion.options.trust_remote_code)
     return evaluate_streamed(conversion, student, "evaluate compressed")
 
 

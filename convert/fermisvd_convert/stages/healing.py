@@ -2,8 +2,12 @@
 
 from pathlib import Path
 
+import torch
+
+from fermisvd.compress import set_aside
 from fermisvd.format import read_config
 from fermisvd.healing import heal, rounded_factors
+from fermisvd.teacher import Taught
 from fermisvd_convert.conversion import Conversion, timed
 from fermisvd_convert.loading import load_dense_or_compressed
 from fermisvd_convert.progress import bar
@@ -12,25 +16,23 @@ from fermisvd_convert.writer import replace_tensors
 
 
 @timed("heal")
-def heal_factors(conversion: Conversion, checkpoint: Path) -> dict | None:
+def heal_factors(conversion: Conversion, checkpoint: Path, taught: Taught) -> dict | None:
     """Put factors that were distilled from the dense model in the place of a written checkpoint's, and give the record
     of it; None where nothing is to be healed, or nothing can be."""
-    options, windows, aside = conversion.options, conversion.training, conversion.aside
+    options = conversion.options
     if not (options.healing.steps and read_config(checkpoint).groups):
         return None
+    aside, training = set_aside(taught[: options.samples])
     factors = [file_hash(file) for file in sorted(checkpoint.glob("*.safetensors"))]
-    stage = conversion.workspace.stage(
-        "healed", conversion.key, factors, windows, aside, options.healing, options.batch_size, options.seed
-    )
+    settings = (options.healing, options.batch_size, options.seed, options.compute)
+    stage = conversion.workspace.stage("healed", conversion.key, factors, training.windows, aside.windows, *settings)
 
     def make() -> dict:
         with bar("heal", options.healing.steps) as shown:
-            teacher = conversion.load()
-            student = load_dense_or_compressed(checkpoint, conversion.device, options.trust_remote_code)
+            student = load_dense_or_compressed(checkpoint, conversion.device, torch.float32, options.trust_remote_code)
             record = heal(
-                teacher,
                 student,
-                windows,
+                training,
                 aside,
                 options.healing,
                 batch_size=options.batch_size,

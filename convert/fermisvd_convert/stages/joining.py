@@ -3,8 +3,10 @@
 from dataclasses import asdict
 
 from fermisvd.budget import RankedGroup, compressed
+from fermisvd.compress import set_aside
 from fermisvd.joining import fused_layers, join_groups
-from fermisvd.losses import set_products
+from fermisvd.losses import StudentLoss, set_products
+from fermisvd.teacher import Taught
 from fermisvd_convert.conversion import Conversion, timed
 from fermisvd_convert.progress import bar
 from fermisvd_convert.stages.decomposition import KeptDecomposition
@@ -12,13 +14,17 @@ from fermisvd_convert.stages.structure import group_of
 
 
 @timed("groups")
-def join(conversion: Conversion, ranked: list[RankedGroup], decomposition: KeptDecomposition) -> list[RankedGroup]:
+def join(
+    conversion: Conversion, ranked: list[RankedGroup], decomposition: KeptDecomposition, taught: Taught
+) -> list[RankedGroup]:
     """Groups and ranks after joining, where the options ask for it."""
     if not conversion.options.joins:
         return ranked
-    budget, batch_size, aside = conversion.budget, conversion.options.batch_size, conversion.aside
+    options, budget = conversion.options, conversion.budget
+    aside = set_aside(taught[: options.samples])[0]
     chosen = [[each.group.members, each.rank] for each in ranked]
-    stage = conversion.workspace.stage("groups", decomposition.stage.name, chosen, budget, aside, batch_size)
+    settings = (budget, aside.windows, options.batch_size, options.compute)
+    stage = conversion.workspace.stage("groups", decomposition.stage.name, chosen, *settings)
 
     def make() -> dict:
         records: list[dict] = []
@@ -31,9 +37,10 @@ def join(conversion: Conversion, ranked: list[RankedGroup], decomposition: KeptD
 
             factors_of = decomposition.kept(ranked)
             factors = ((each.group, factors_of(each.group)) for each in compressed(ranked))
-            dense, student = conversion.load(), set_products(conversion.load(), factors)
+            student = set_products(conversion.load(), factors)
+            loss = StudentLoss(student, aside, options.batch_size)
             found = join_groups(
-                dense, student, ranked, budget, aside, decomposition.factors, batch_size=batch_size, on_layer=show
+                student, ranked, budget, loss, decomposition.weights, decomposition.factors, on_layer=show
             )
         return {"groups": [{**asdict(each.group), "rank": each.rank} for each in found], "records": records}
 

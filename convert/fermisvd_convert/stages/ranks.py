@@ -3,10 +3,12 @@
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from fermisvd.compress import set_aside
 from fermisvd.dense_choice import CANDIDATES, choose_dense
 from fermisvd.fermigrad import optimise_ranks
 from fermisvd.gates import install_gates
 from fermisvd.groups import LinearGroup
+from fermisvd.teacher import Taught
 from fermisvd_convert.conversion import Conversion, timed
 from fermisvd_convert.progress import bar
 from fermisvd_convert.stages.decomposition import KeptDecomposition
@@ -23,23 +25,28 @@ class IdealRanks:
 
 
 @timed("ranks")
-def choose_ranks(conversion: Conversion, groups: list[LinearGroup], decomposition: KeptDecomposition) -> IdealRanks:
+def choose_ranks(
+    conversion: Conversion, groups: list[LinearGroup], decomposition: KeptDecomposition, taught: Taught
+) -> IdealRanks:
     """By the rule that the options name. Raises OptionError for a file that is not what it should be."""
     options = conversion.options
     if options.ranks == "uniform":
         return IdealRanks(groups, conversion.budget.uniform_ranks(groups))
     if options.ranks != "fermigrad":
         return IdealRanks(*ranks_from_file(Path(options.ranks), groups, options.groups))
-    found = fermigrad_ranks(conversion, groups, decomposition)
-    return settle_dense(conversion, found, decomposition) if options.form == "svd" else found
+    found = fermigrad_ranks(conversion, groups, decomposition, taught[: options.gradient_samples])
+    aside = set_aside(taught[: options.samples])[0]
+    return settle_dense(conversion, found, decomposition, aside) if options.form == "svd" else found
 
 
-def fermigrad_ranks(conversion: Conversion, groups: list[LinearGroup], decomposition: KeptDecomposition) -> IdealRanks:
+def fermigrad_ranks(
+    conversion: Conversion, groups: list[LinearGroup], decomposition: KeptDecomposition, taught: Taught
+) -> IdealRanks:
     """FermiGrad's; an interrupted run goes on where it was kept last."""
-    options, windows = conversion.options, conversion.gradient_windows
+    options, windows = conversion.options, taught.windows
     members = [group.members for group in groups]
     budget = replace(conversion.budget, align=None)  # of which real ranks know nothing
-    settings = (budget, options.fermigrad, options.batch_size, options.seed)
+    settings = (budget, options.fermigrad, options.batch_size, options.seed, options.compute)
     stage = conversion.workspace.stage("ranks", decomposition.stage.name, members, windows, *settings)
 
     def make() -> dict:
@@ -52,7 +59,7 @@ def fermigrad_ranks(conversion: Conversion, groups: list[LinearGroup], decomposi
                 model,
                 groups,
                 gated,
-                windows,
+                taught,
                 conversion.budget,
                 options.fermigrad,
                 batch_size=options.batch_size,
@@ -67,11 +74,13 @@ def fermigrad_ranks(conversion: Conversion, groups: list[LinearGroup], decomposi
     return IdealRanks(groups, [found["mu"][group.name] for group in groups], found["trace"])
 
 
-def settle_dense(conversion: Conversion, found: IdealRanks, decomposition: KeptDecomposition) -> IdealRanks:
+def settle_dense(
+    conversion: Conversion, found: IdealRanks, decomposition: KeptDecomposition, aside: Taught
+) -> IdealRanks:
     """Of the svd form: real ranks once it is measured which groups stay dense."""
     options, budget, groups = conversion.options, conversion.budget, found.groups
-    members, aside = [group.members for group in groups], conversion.aside
-    settings = (budget, aside, options.batch_size, CANDIDATES)
+    members = [group.members for group in groups]
+    settings = (budget, aside.windows, options.batch_size, CANDIDATES, options.compute)
     stage = conversion.workspace.stage("dense-groups", decomposition.stage.name, members, found.ranks, *settings)
 
     def make() -> dict:

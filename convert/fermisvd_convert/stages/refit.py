@@ -3,23 +3,29 @@
 from collections.abc import Sequence
 
 from fermisvd.budget import RankedGroup
+from fermisvd.compress import set_aside
 from fermisvd.groups import LinearGroup
 from fermisvd.losses import Pair, set_products
 from fermisvd.refit import MIXTURES, REFIT_DAMPING, refit
+from fermisvd.teacher import Taught
 from fermisvd_convert.conversion import Conversion, timed
 from fermisvd_convert.progress import bar
 from fermisvd_convert.stages.decomposition import FactorsOf, KeptDecomposition
 
 
 @timed("refit")
-def refit_groups(conversion: Conversion, ranked: Sequence[RankedGroup], decomposition: KeptDecomposition) -> FactorsOf:
+def refit_groups(
+    conversion: Conversion, ranked: Sequence[RankedGroup], decomposition: KeptDecomposition, taught: Taught
+) -> FactorsOf:
     """What gives A (m x r) and B (r x n) of a compressed group; as they were decomposed where no refit is asked for."""
-    windows, aside, batch_size = conversion.training, conversion.aside, conversion.options.batch_size
+    options = conversion.options
+    aside, training = set_aside(taught[: options.samples])
     chosen, unchanged = [[each.group.members, each.rank] for each in ranked], decomposition.kept(ranked)
-    if not conversion.options.refits:
+    if not options.refits:
         return unchanged
+    settings = (options.batch_size, options.compute, MIXTURES, REFIT_DAMPING)
     stage = conversion.workspace.stage(
-        "refit", decomposition.stage.name, chosen, windows, aside, batch_size, MIXTURES, REFIT_DAMPING
+        "refit", decomposition.stage.name, chosen, training.windows, aside.windows, *settings
     )
 
     def make() -> dict:
@@ -32,13 +38,13 @@ def refit_groups(conversion: Conversion, ranked: Sequence[RankedGroup], decompos
 
             student = set_products(conversion.load(), ((each.group, unchanged(each.group)) for each in ranked))
             found = refit(
-                conversion.load(),
+                conversion.stream(),
                 student,
                 ranked,
-                windows,
+                training.windows,
                 aside,
                 decomposition.fit,
-                batch_size=batch_size,
+                batch_size=options.batch_size,
                 on_group=show,
             )
         for name, (a, b) in found.items():

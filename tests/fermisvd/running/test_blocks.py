@@ -3,7 +3,7 @@ import torch
 from transformers import PreTrainedModel
 
 from fermisvd import load_model
-from fermisvd.running.blocks import BlocksError, DecoderBlocks, HiddenStates, logits_by_blocks, sweep
+from fermisvd.running.blocks import BlocksError, DecoderBlocks, HiddenStates, states_by_blocks, sweep
 from fermisvd.running.streaming import StreamingError, stream_model
 from tests.support.families import FAMILIES, save
 
@@ -55,12 +55,14 @@ def test_block_that_is_told_of_the_tokens_is_refused(tiny_llama):
 @torch.no_grad()
 def test_states_in_files_and_in_memory_give_the_same(tiny_llama, tmp_path, room):
     model = load_model(tiny_llama)
-    batches = torch.randint(100, (5, 12)).split(2)
+    batches = list(enumerate(torch.randint(100, (5, 12)).split(2)))
     blocks, hidden, done = DecoderBlocks(model), HiddenStates(tmp_path / "hidden", room), []
-    found = logits_by_blocks(blocks, batches, hidden, lambda: done.append(None))
-    for number, (batch, logits) in enumerate(zip(batches, found, strict=True)):
-        assert len(done) == 2 * len(batches) + number  # through both blocks, and through the head
-        torch.testing.assert_close(logits, model(input_ids=batch, use_cache=False).logits)
+    found = states_by_blocks(blocks, batches, hidden, lambda: done.append(None))
+    for (expected, batch), (number, states) in zip(batches, found, strict=True):
+        assert number == expected and len(done) == 2 * len(batches)  # through both blocks
+        logits = model(input_ids=batch, use_cache=False).logits
+        torch.testing.assert_close(blocks.head(batch, states), logits)
+        torch.testing.assert_close(blocks.head(batch[:1, 3:7], states[:1, 3:7]), logits[:1, 3:7])
     assert hidden.room == room and not list(tmp_path.rglob("*.safetensors"))
 
 

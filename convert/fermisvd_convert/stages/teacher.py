@@ -1,0 +1,63 @@
+"""What the dense model makes of the text that is trained on: asked once, for every step that compares a student."""
+
+import logging
+from itertools import chain
+
+import torch
+
+from fermisvd.running import distributed
+from fermisvd.running.blocks import BlocksError, DecoderBlocks, device_of, states_by_blocks
+from fermisvd.teacher import Taught, teach
+from fermisvd_convert.conversion import Conversion, timed
+from fermisvd_convert.memory import give_back
+from fermisvd_convert.progress import bar
+from fermisvd_convert.workspace import Stage
+
+logger = logging.getLogger("fermisvd")
+
+
+def teacher_stage(conversion: Conversion) -> Stage:
+    """Where the states of each batch of the text's windows are kept, by its number."""
+    options, windows = conversion.options, conversion.text.windows
+    return conversion.workspace.stage("teacher", conversion.key, windows, options.batch_size, options.compute)
+
+
+@timed("calibrate")
+def ask_teacher(conversion: Conversion) -> Taught:
+    """All of the text's windows, and the dense model's states; those that calibration did not keep on its way are
+    computed, by each process its part."""
+    stage, windows = teacher_stage(conversion), conversion.text.windows
+    batches = list(enumerate(windows.split(conversion.options.batch_size)))
+    missing = None
+    if distributed.this_process() == 0:
+        missing = [number for number, _ in batches if not stage.has(str(number))]
+    missing = distributed.from_first(missing)
+    if missing:
+        if mine := distributed.own_part(missing):
+            _ask(conversion, stage, [batches[number] for number in mine])
+        conversion.workspace.wait_for_all()
+    kept = (stage.load(str(number))["states"] for number, _ in batches)  # as far as they are read: in the page cache
+    return Taught(windows, list(chain.from_iterable(states.unbind() for states in kept)))
+
+
+@torch.no_grad()
+def _ask(conversion: Conversion, stage: Stage, batches: list[tuple[int, torch.Tensor]]) -> None:
+    model = conversion.stream()
+    try:
+        blocks = DecoderBlocks(model)
+        blocks.first(batches[0][1].to(device_of(model)))
+    except BlocksError as error:
+        logger.warning("%s; the model is run whole", error)
+        with bar("ask the teacher", len(batches), "batch") as shown:
+            for number, batch in batches:
+                states = teach(model, batch, len(batch)).states
+                stage.save(str(number), {"states": torch.stack(list(states))})
+                shown.advance()
+        return
+    with (
+        conversion.workspace.hidden_states(conversion.limits.hidden_bytes) as hidden,
+        bar("ask the teacher", len(blocks.blocks) * len(batches), "batch") as shown,
+    ):
+        for number, states in states_by_blocks(blocks, batches, hidden, shown.advance):
+            stage.save(str(number), {"states": states})
+            give_back()

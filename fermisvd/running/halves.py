@@ -1,0 +1,123 @@
+"""A causal language model in two parts: the body, up to the states behind its last decoder block, and the head.
+
+Logits are by far the widest of a model's tensors. What compares two models holds states instead, and asks the head for
+a few tokens at a time.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from fermisvd.groups import decoder_blocks
+from fermisvd.running.blocks import BlocksError, Stop, hidden_of
+
+PROBE_TOKENS = 8
+
+
+class Halves(Protocol):
+    """body: token ids (windows, length) -> states (windows, length, width), differentiable; head: states of some tokens
+    (windows, tokens, width) -> logits (windows, tokens, vocabulary), differentiable in the states."""
+
+    def body(self, batch: torch.Tensor) -> torch.Tensor: ...
+
+    def head(self, states: torch.Tensor) -> torch.Tensor: ...
+
+
+class Split:
+    """A model whose head needs the states alone. Raises BlocksError for one whose head does not give its logits."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.container = model.get_submodule(decoder_blocks(model))
+        self.last = list(self.container.children())[-1]
+        seen = []
+        hook = self.last.register_forward_hook(lambda _, inputs, output: seen.append(output))
+        with torch.no_grad():
+            expected = logits_of(
+                model, torch.arange(PROBE_TOKENS, device=next(model.parameters()).device)[None]
+            ).float()
+            hook.remove()
+            if len(seen) != 1:
+                raise BlocksError(f"{type(model).__name__}: its last block is called {len(seen)} times")
+            self.as_tuple = isinstance(seen[0], tuple | list)
+            found = self.head(hidden_of(seen[0])).float()
+        if not (found - expected).norm() <= 1e-3 * expected.norm():
+            raise BlocksError(f"{type(model).__name__}: its head needs more than the states behind the last block")
+
+    def body(self, batch: torch.Tensor) -> torch.Tensor:
+        def stop(block, inputs, output):
+            raise Stop(hidden_of(output))
+
+        hook = self.last.register_forward_hook(stop)
+        try:
+            logits_of(self.model, batch)
+        except Stop as stopped:
+            return stopped.hidden
+        finally:
+            hook.remove()
+        raise BlocksError(f"{type(self.model).__name__}: its last block is not called")
+
+    def head(self, states: torch.Tensor) -> torch.Tensor:
+        tokens = torch.zeros(states.shape[:2], dtype=torch.int64, device=states.device)
+        with _skipped(self.container, (states,) if self.as_tuple else states):
+            return logits_of(self.model, tokens)
+
+
+class Whole:
+    """A model that cannot be taken apart: its states are its logits."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def body(self, batch: torch.Tensor) -> torch.Tensor:
+        return logits_of(self.model, batch)
+
+    def head(self, states: torch.Tensor) -> torch.Tensor:
+        return states
+
+
+def halves_of(model: nn.Module) -> Halves:
+    """The model's two parts, found by running a few tokens."""
+    try:
+        return Split(model)
+    except BlocksError:
+        return Whole(model)
+
+
+def few_tokens(states: torch.Tensor, tokens: int) -> Iterator[torch.Tensor]:
+    """Views of states (windows, length, width), at most so many tokens each: whole windows where they are short."""
+    for windows in states.split(max(1, tokens // states.shape[1])):
+        yield from windows.split(tokens, dim=1)
+
+
+def logits_of(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    """Token ids (windows, length) -> logits (windows, length, vocabulary)."""
+    return model(input_ids=batch, use_cache=False).logits
+
+
+class _Skip(nn.Module):
+    """In a block's place: gives what it was made with, and has the block's other attributes. Hooks of the block
+    (streamed weights, FSDP2's gathering) are not run."""
+
+    def __init__(self, block: nn.Module, output: Any):
+        super().__init__()
+        vars(self)["block"], vars(self)["output"] = block, output  # the block is no child
+
+    def forward(self, *_, **__):
+        return self.output
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["block"], name)
+
+
+@contextmanager
+def _skipped(container: nn.Module, output: Any) -> Iterator[None]:
+    blocks = dict(container.named_children())
+    container._modules.update({name: _Skip(block, output) for name, block in blocks.items()})
+    try:
+        yield
+    finally:
+        container._modules.update(blocks)

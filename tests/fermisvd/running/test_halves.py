@@ -1,0 +1,55 @@
+"""A model in two parts. Reference: the whole model's logits."""
+
+import pytest
+import torch
+from torch import nn
+
+from fermisvd import load_model
+from fermisvd.running.halves import Split, Whole, few_tokens, halves_of
+from tests.support.families import FAMILIES, save
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_head_of_body_is_the_model(family, tmp_path):
+    """A few tokens at a time, whatever the family does to its logits (Gemma's soft cap) or before its blocks."""
+    model = load_model(save(family, tmp_path / "model"))
+    halves, ids = halves_of(model), torch.randint(100, (2, 12))
+    assert isinstance(halves, Split)
+    blocks = list(halves.container.children())
+    with torch.no_grad():
+        expected, states = model(input_ids=ids, use_cache=False).logits, halves.body(ids)
+        assert states.shape[:2] == ids.shape and states.shape[2] < expected.shape[2]
+        for wanted, part in zip(few_tokens(expected, 5), few_tokens(states, 5), strict=True):
+            torch.testing.assert_close(halves.head(part), wanted)
+    assert list(halves.container.children()) == blocks
+
+
+class Remembering(nn.Module):
+    """A model whose head adds what it saw before the blocks."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids, use_cache=False):
+        outputs = self.model(input_ids=input_ids, use_cache=use_cache)
+        outputs.logits = outputs.logits + self.model.get_input_embeddings()(input_ids).sum(-1, keepdim=True)
+        return outputs
+
+
+def test_a_head_that_needs_more_is_left_whole(tiny_llama):
+    model = Remembering(load_model(tiny_llama))
+    halves, ids = halves_of(model), torch.randint(2048, (2, 9))
+    assert isinstance(halves, Whole)
+    with torch.no_grad():
+        torch.testing.assert_close(halves.head(halves.body(ids)), model(ids).logits)
+
+
+@pytest.mark.parametrize("tokens, shapes", [(3, [3, 3, 2] * 5), (8, [8] * 5), (20, [16, 16, 8]), (100, [40])])
+def test_few_tokens_are_views_that_cover_all(tokens, shapes):
+    states = torch.zeros(5, 8, 2)
+    parts = list(few_tokens(states, tokens))
+    assert [part.shape[:2].numel() for part in parts] == shapes
+    for number, part in enumerate(parts):
+        part += number + 1
+    assert states.all() and states.unique().numel() == len(parts)

@@ -1,0 +1,68 @@
+"""KL(teacher || student) of states, a few tokens at a time. Reference: whole logits, and autograd."""
+
+import pytest
+import torch
+
+from fermisvd import load_model
+from fermisvd.losses import StudentLoss, kl_divergence, kl_of_states
+from fermisvd.running.halves import halves_of
+from fermisvd.teacher import teach
+
+
+def disturbed(folder, dtype=torch.float32, seed=0):
+    """A model whose decoder blocks are not quite what they were."""
+    model, draw = load_model(folder, dtype), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.model.layers.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=draw))
+    return model
+
+
+@pytest.mark.parametrize("tokens", [3, 4, 16, 1000])  # several slices a window, whole ones, several windows, all
+def test_value_and_gradient_in_slices_are_those_of_whole_logits(tiny_llama, tokens):
+    teacher, student = load_model(tiny_llama, torch.float64), disturbed(tiny_llama, torch.float64)
+    ids = torch.randint(2048, (3, 8))
+    trained = [block.mlp.down_proj.weight for block in student.model.layers]
+    p, q = (model(input_ids=ids).logits.log_softmax(-1) for model in (teacher, student))
+    whole = (p.exp() * (p - q)).sum(-1).mean()
+    expected = torch.autograd.grad(whole, trained)
+    halves, taught = halves_of(student), teach(teacher, ids, 2)
+    found = kl_of_states(halves.head, torch.stack(list(taught.states)), halves.body(ids), tokens)
+    torch.testing.assert_close(found.double(), whole, rtol=1e-4, atol=1e-7)
+    for ours, reference in zip(torch.autograd.grad(3 * found, trained), expected, strict=True):
+        torch.testing.assert_close(ours, 3 * reference, rtol=1e-3, atol=1e-7)
+
+
+def test_no_logits_of_a_batch_are_made(tiny_llama):
+    """Most tokens that the head is asked for together, forward and backward."""
+    model, ids, seen = load_model(tiny_llama), torch.randint(2048, (4, 16)), []
+    halves = halves_of(model)
+    model.lm_head.register_forward_hook(lambda _, x, y: seen.append(y.shape[:-1].numel()))
+    states = halves.body(ids).detach().requires_grad_()
+    kl_of_states(halves.head, states.detach() * 1.1, states, tokens=16).backward()
+    assert seen and max(seen) == 16
+
+
+def test_loss_of_a_student_is_the_mean_over_all_windows(tiny_llama):
+    teacher, student, ids = load_model(tiny_llama), disturbed(tiny_llama), torch.randint(2048, (5, 8))
+    loss = StudentLoss(student, teach(teacher, ids, 2), 2)
+    with torch.no_grad():
+        expected = kl_divergence(teacher(input_ids=ids).logits, student(input_ids=ids).logits).item()
+        assert loss() == pytest.approx(expected, rel=1e-4)
+        student.load_state_dict(teacher.state_dict())
+        assert loss() == pytest.approx(0, abs=1e-7)
+
+
+def test_a_teacher_is_asked_once_for_each_window(tiny_llama):
+    model, windows, cpu, asked = load_model(tiny_llama), torch.randint(2048, (7, 9)), torch.device("cpu"), []
+    expected = teach(model, windows, 7)
+    model.model.layers[0].register_forward_hook(lambda _, x, y: asked.append(len(x[0])))
+    taught = teach(model, windows, 3, lambda: asked.append("batch"))
+    assert asked == [1, 3, "batch", 3, "batch", 1, "batch"]  # one to see whether it can be taken apart
+    asked.clear()
+    for numbers in ([6, 0, 4], [1, 5]):
+        ids, states = taught[:].batch(torch.tensor(numbers), cpu)
+        assert torch.equal(ids, windows[numbers])
+        torch.testing.assert_close(states, torch.stack([expected.states[number] for number in numbers]))
+    assert len(taught[2:5]) == 3 and not asked
+    torch.testing.assert_close(taught[2:5].batch([0], cpu)[1], states.new_tensor(expected.states[2][None].tolist()))
