@@ -149,19 +149,21 @@ def optimise_ranks(
     on_step: Callable[[dict], None] = lambda _: None,
     begun: dict | None = None,
     on_progress: Callable[[dict], None] = lambda _: None,
+    at_once: int | None = None,
     kept_bytes: int = KEPT_ACTIVATIONS,
 ) -> tuple[list[float], list[dict]]:
     """Real ranks mu that minimise KL(teacher || student) on the budget.
 
     model: holds the gated layers of `install_gates`; taught: windows, of which a step takes batch_size, in an order
     that the seed decides. on_step sees each step's record: step, kl, kept, and `share`, the list of mu/k; on_progress
-    what `begun` takes to go on from there, to the same result. kept_bytes: of activations; beyond them blocks are
-    computed again for the gradient. Of several processes each takes its part of every batch's windows; the gradients
-    are added up.
+    what `begun` takes to go on from there, to the same result. at_once: windows of a pass, whose gradients are added up
+    to the batch's; kept_bytes: of activations; beyond them blocks are computed again for the gradient. Of several
+    processes each takes its part of every batch's windows; the gradients are added up.
     Returns one mu a group, on the budget, and the records. Raises NumericalError if the loss is not finite.
     """
     optimiser, halves = RankOptimiser(groups, budget, settings), halves_of(model)
     batches = shuffled_batches(len(taught), batch_size, seed)
+    at_once = min(at_once or batch_size, -(-batch_size // process_count()))
     records: list[dict] = []
     model.requires_grad_(False)
     if begun is not None:
@@ -172,7 +174,8 @@ def optimise_ranks(
     for number in range(len(records), settings.steps):
         if on_a_plateau(records, optimiser.kept, settings.plateau):
             break
-        kl = _backward(model, halves, taught, groups, gated, next(batches), optimiser, kept_bytes)
+        with checkpointed(model, groups, at_once * taught.windows.shape[1], kept_bytes):
+            kl = _backward(halves, taught, gated, next(batches), optimiser, at_once, device_of(model))
         if not kl.isfinite():
             raise NumericalError(
                 f"KL is {kl.item()} at FermiGrad step {number}; check the model and the calibration text"
@@ -188,28 +191,28 @@ def optimise_ranks(
 
 
 def _backward(
-    model: PreTrainedModel,
     halves: Halves,
     taught: Taught,
-    groups: Sequence[LinearGroup],
     gated: Sequence[GatedGroup],
     numbers: torch.Tensor,
     optimiser: RankOptimiser,
-    kept_bytes: int,
+    at_once: int,
+    device: torch.device,
 ) -> torch.Tensor:
     """The KL of the windows of these numbers, float64 on the CPU; its gradient is the shares' `grad`."""
-    mine = numbers[this_process() :: process_count()]
-    weight = len(mine) / len(numbers)
-    mine = mine if weight else numbers[:1]  # every process takes part in every pass
-    batch, states = taught.batch(mine, device_of(model))
     optimiser.adam.zero_grad()
-    with checkpointed(model, groups, batch.numel(), kept_bytes):
-        kl = gated_kl(halves, gated, batch, states, optimiser.mus(), optimiser.settings.temperature)
+    total = torch.zeros((), dtype=torch.float64)
+    parts = numbers[this_process() :: process_count()].split(at_once)
+    most = -(-len(numbers) // process_count())
+    for index in range(-(-most // at_once)):  # every process takes part in every pass
+        own = index < len(parts) and len(parts[index]) > 0
+        mine, weight = (parts[index], len(parts[index]) / len(numbers)) if own else (numbers[:1], 0.0)
+        kl = gated_kl(halves, gated, *taught.batch(mine, device), optimiser.mus(), optimiser.settings.temperature)
         (kl * weight).backward()
+        total += kl.detach().double().cpu() * weight
     assert optimiser.share.grad is not None
-    total = sum_over_processes(kl.detach().double().cpu() * weight)
     sum_over_processes(optimiser.share.grad)
-    return total
+    return sum_over_processes(total)
 
 
 def gated_kl(
@@ -233,7 +236,7 @@ def checkpointed(
     model: PreTrainedModel, groups: Sequence[LinearGroup], tokens: int, kept_bytes: int = KEPT_ACTIVATIONS
 ) -> Iterator[None]:
     """Blocks forget what they computed on the way and do it again for the gradient, where that would take more than
-    kept_bytes."""
+    kept_bytes for so many tokens."""
     numbers = tokens * sum(group.rows + group.columns for group in groups)
     if numbers * next(model.parameters()).element_size() <= kept_bytes:
         yield

@@ -298,3 +298,13 @@ def test_another_form_is_counted_by_the_uniform_ranks_that_remove_the_same(tiny_
     uniform = [budget.uniform_rank(g) for g in groups]
     expected = sum(rank * width for rank, width in zip(uniform, widths, strict=True))
     assert sum(mu * width for mu, width in zip(mus, widths, strict=True)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_batch_in_several_passes_gives_the_same_ranks(tiny_llama):
+    model, groups, gated = gated_model(tiny_llama)
+    taught, settings = teach(model, torch.randint(2048, (7, 16)), 8), FermiGradSettings(steps=4)
+    given = (model, groups, gated, taught, Budget(0.7, "pivga"), settings)
+    expected, records = optimise_ranks(*given, batch_size=5, seed=0)
+    found, again = optimise_ranks(*given, batch_size=5, seed=0, at_once=2)
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert [each["kl"] for each in again] == pytest.approx([each["kl"] for each in records], rel=1e-5)
