@@ -19,7 +19,19 @@ from fermisvd_convert.convert import convert
 from tests.support.artefacts import made
 
 # by the beginning of their names, in the order of the conversion
-STAGES = ["structure", "gram", "outputs", "dense", "factors", "ranks", "dense-groups", "groups", "refit", "healed"]
+STAGES = [
+    "structure",
+    "gram",
+    "outputs",
+    "dense",
+    "factors",
+    "teacher",
+    "ranks",
+    "dense-groups",
+    "groups",
+    "refit",
+    "healed",
+]
 PROFILE: dict[str, Any] = dict(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 

@@ -82,7 +82,7 @@ def test_second_removal_reuses_calibration_and_decomposition(tiny_llama, tmp_pat
     settings["groups"] = "separate"  # joining decomposes for the ranks that it is given
     convert(str(tiny_llama), tmp_path / "a", 0.2, ranks="fermigrad", **settings)
     first = made(tmp_path / "work")
-    assert first.keys() == {"structure", "gram", "outputs", "dense", "factors", "ranks", "healed"}
+    assert first.keys() == {"structure", "gram", "outputs", "dense", "factors", "teacher", "ranks", "healed"}
     convert(str(tiny_llama), tmp_path / "b", 0.4, ranks="fermigrad", **settings)
     second = made(tmp_path / "work")
     assert (second - first).keys() == {"ranks", "healed"}
