@@ -1,20 +1,27 @@
 """Work on the next pieces while one is written, so that GPU, LAPACK on the CPU and disks are at work at once."""
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
 
+from fermisvd.budget import RankedGroup
+
 T = TypeVar("T")
 R = TypeVar("R")
-GPU_WORKERS = 4  # pieces in work beside a GPU, each with its own memory; guessed, no GPU was at hand
+GPU_WORKERS = 8  # at most: cores that find pivots beside a GPU; reckoned, no GPU was at hand (docs/decisions.md)
+GAUGE_BYTES = 28  # that PivGa takes for each number of W: 24 measured (docs/results.md), and the factors
 
 
-def workers_beside(device: str) -> int:
-    """How many pieces to work on at once: one on a CPU, whose cores torch and LAPACK share out themselves."""
-    return GPU_WORKERS if device.startswith("cuda") else 1
+def workers_beside(device: str, room: int, ranked: Sequence[RankedGroup]) -> int:
+    """How many groups to work on at once: one on a CPU, whose cores torch and LAPACK share out themselves; beside a GPU
+    as many of the largest as half of its room (bytes) holds."""
+    if not device.startswith("cuda"):
+        return 1
+    largest = max((GAUGE_BYTES * each.group.dense_parameters for each in ranked), default=1)
+    return max(1, min(GPU_WORKERS, room // 2 // largest))
 
 
 def in_order(work: Callable[[T], R], items: Iterable[T], device: str, workers: int) -> Generator[R]:

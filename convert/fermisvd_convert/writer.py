@@ -4,7 +4,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from fermisvd.groups import LinearGroup
 from fermisvd.losses import Pair
 from fermisvd.running import distributed
 from fermisvd.storage import compressed_tensors, config_group, stored_bytes
-from fermisvd_convert.ahead import in_order, workers_beside
+from fermisvd_convert.ahead import in_order
 from fermisvd_convert.loading import SourceError
 from fermisvd_convert.memory import give_back
 from fermisvd_convert.progress import bar
@@ -74,12 +74,13 @@ def write_checkpoint(
     dtype: torch.dtype,
     cast_dense: bool,
     device: str = "cpu",
+    workers: int = 1,
 ) -> None:
     """Everything of the checkpoint but config.json and the model card, into `folder`, which must be there and empty:
     each process writes its part of the weights' files, the first also the files that are no weights.
 
     compressed: groups that do not stay dense; factors_of: gives A and B of a group at its rank; dtype: of the factors;
-    cast_dense: whether the other tensors take it too, or stay as they are.
+    cast_dense: whether the other tensors take it too, or stay as they are; workers: groups that are worked on at once.
     """
     pieces = planned(source, compressed, dtype, cast_dense)
     block = weight_bytes(source.headers) // source.blocks()
@@ -100,7 +101,8 @@ def write_checkpoint(
         tensors = compressed_tensors(ranked_of[piece], a, b, dtype)
         return {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
 
-    _write_shards(folder, distributed.own_run(list(shards.items())), made, device)
+    own = distributed.own_run(list(shards.items()))
+    _write_shards(folder, own, lambda pieces: in_order(made, pieces, device, workers))
 
 
 def planned(
@@ -138,17 +140,13 @@ def divided(pieces: Mapping[str, Mapping[str, int]], shard_bytes: int) -> dict[s
 def _write_shards(
     folder: Path,
     shards: Sequence[tuple[str, Mapping[str, str]]],
-    made: Callable[[str], Mapping[str, torch.Tensor]],
-    device: str,
+    made: Callable[[Iterable[str]], Generator[dict[str, torch.Tensor]]],
 ) -> None:
-    """These files, each as soon as its tensors are there. made: gives a piece's tensors."""
+    """These files, each as soon as its tensors are there. made: gives pieces' tensors, in order."""
     pieces = dict.fromkeys(piece for _, shard in shards for piece in shard.values())
     wanted = {name for _, shard in shards for name in shard}  # of a piece, others may be another process'
     held: dict[str, torch.Tensor] = {}
-    with (
-        bar("write", len(pieces), "tensor") as shown,
-        closing(in_order(made, pieces, device, workers_beside(device))) as results,
-    ):
+    with bar("write", len(pieces), "tensor") as shown, closing(made(pieces)) as results:
         for file, shard in shards:
             while not shard.keys() <= held.keys():
                 held |= {name: tensor for name, tensor in next(results).items() if name in wanted}

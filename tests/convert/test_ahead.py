@@ -5,8 +5,10 @@ from contextlib import closing
 
 import pytest
 
+from fermisvd.budget import RankedGroup
 from fermisvd.errors import NumericalError
-from fermisvd_convert.ahead import in_order
+from fermisvd.groups import LinearGroup
+from fermisvd_convert.ahead import in_order, workers_beside
 
 
 def test_results_come_in_order_whatever_is_done_first():
@@ -61,3 +63,13 @@ def test_what_ends_the_writer_ends_the_work(end):
         next(results)
         raise end
     assert len(begun) < 10 and threading.active_count() == before
+
+
+@pytest.mark.parametrize(
+    ("device", "gib", "expected"), [("cpu", 80, 1), ("cuda", 80, 8), ("cuda:1", 8, 2), ("cuda", 1, 1)]
+)
+def test_a_small_gpu_holds_fewer_groups(device, gib, expected):
+    """The gate of Llama-3.1-8B, 14,336 x 4,096, takes about 1.5 GiB."""
+    gate = RankedGroup(LinearGroup(("gate",), (14336,), 4096, "columns", "gate"), 2900, "pivga")
+    assert workers_beside(device, gib * 2**30, [gate]) == expected
+    assert workers_beside("cuda", 2**30, []) == 8
