@@ -171,6 +171,8 @@ def unfinished(place: Place) -> Iterator[Path]:
         distributed.wait_for_all()
         yield place.checkpoint
     except (OSError, SafetensorError) as error:
+        if not first and not place.checkpoint.exists():
+            raise OutputError(f"{out}: the first process has ended, see its message") from None
         said = reason(error).replace(folder, out)
         raise OutputError(
             f"{out}: cannot be written ({said}); it is left as it was, finished stages are kept"
@@ -181,7 +183,8 @@ def unfinished(place: Place) -> Iterator[Path]:
         raise type(error)(str(error).replace(folder, out)) from error
     finally:
         if first and not (place.new / KEPT).exists() and not (place.new / FINISHED).exists():
-            remove_own(place.new)
+            with suppress(OSError):  # another process may still write there: the next conversion removes it
+                remove_own(place.new)
 
 
 @contextmanager
