@@ -12,6 +12,7 @@ import numpy as np
 import scipy.linalg
 import torch
 
+from fermisvd import lapack
 from fermisvd.errors import NumericalError
 from fermisvd.groups import Side
 
@@ -28,7 +29,7 @@ class PivGa:
 
 LARGEST_INTERPOLATION = 1.01  # measured, docs/decisions.md
 MOST_EXCHANGES = 1000
-BLOCK = 64  # columns or rows between two matrix products
+BLOCK = 64  # rows of D that are rounded between two matrix products
 DEPENDENT = 1e-10  # part of the largest squared column that counts as nothing: below it squares are rounding
 
 
@@ -45,6 +46,7 @@ def choose_skeleton(a: torch.Tensor, b: torch.Tensor, largest: float = LARGEST_I
     triangle, order = pivoted_qr(reduced) if found is None else found
     diagonal = triangle.diagonal().abs()
     if rank < len(order) and diagonal.min() > 1e-9 * diagonal.max():  # else D is not unique
+        triangle = triangle.to(b.device)
         d = torch.linalg.solve_triangular(triangle[:, :rank], triangle[:, rank:], upper=True)
         for _ in range(MOST_EXCHANGES):
             i, j = divmod(int(d.abs().argmax()), d.shape[1])
@@ -52,40 +54,26 @@ def choose_skeleton(a: torch.Tensor, b: torch.Tensor, largest: float = LARGEST_I
                 break
             exchange(d, i, j)
             order[[i, rank + j]] = order[[rank + j, i]]
-    return torch.cat([order[:rank].sort().values, order[rank:].sort().values]).to(torch.int32)
+    return torch.cat([order[:rank].sort().values, order[rank:].sort().values]).to(b.device, torch.int32)
 
 
 def pivoted_cholesky(gram: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """R (rank x n) and the order (n,) of M's columns in which M = Q R, from M^T M (n x n), which is overwritten.
+    """R (rank x n) and the order (n,) of M's columns in which M = Q R, from M^T M (n x n), which may be overwritten.
 
     They are those of pivoted QR: the next column is the one with most left outside the span of those before. QR reads
-    all columns left at every step; this reads one, does the rest by matrix products, and runs on any device. But
-    squares have half of the digits: None where a column has less than DEPENDENT of the largest left.
+    all columns left at every step; LAPACK's dpstrf reads one, and does the rest by matrix products. It runs on the CPU
+    whatever the device, as does `pivoted_qr`: on a GPU each column would be a few launches. But squares have half of
+    the digits: None where a column has less than DEPENDENT of the largest left.
     """
-    factor, left = gram.new_zeros(rank, len(gram)), gram.diagonal().clone()
-    enough, pivots = DEPENDENT * left.max().item(), []
-    for start in range(0, rank, BLOCK):
-        for row in range(start, min(start + BLOCK, rank)):
-            pivot = int(left.argmax())
-            most = left[pivot].item()
-            if not most > enough:
-                return None
-            factor[row] = (gram[pivot] - factor[start:row, pivot] @ factor[start:row]) / most**0.5
-            left -= factor[row].square()
-            left[pivot] = -torch.inf
-            pivots.append(pivot)
-        block = factor[start : start + BLOCK]
-        gram.addmm_(block.T, block, alpha=-1)
-    order = torch.tensor(pivots, device=gram.device)
-    order = torch.cat([order, torch.isfinite(left).nonzero().flatten()])
-    return factor[:, order], order
+    host = gram.cpu().numpy()
+    order, found = lapack.pivoted_cholesky(host, DEPENDENT * host.diagonal().max())
+    return None if found < rank else (torch.from_numpy(host[:rank]).triu(), torch.from_numpy(order))
 
 
 def pivoted_qr(columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """R (r x n) and the order (n,) of M's columns in which M (r x n) = Q R, by LAPACK's geqp3 on the CPU."""
     found = scipy.linalg.qr(columns.cpu().numpy(), mode="r", pivoting=True)
-    triangle, order = torch.from_numpy(found[0]), torch.from_numpy(found[-1].astype(np.int64))
-    return triangle.to(columns.device), order.to(columns.device)
+    return torch.from_numpy(found[0]), torch.from_numpy(found[-1].astype(np.int64))
 
 
 def exchange(d: torch.Tensor, i: int, j: int) -> None:
@@ -96,27 +84,26 @@ def exchange(d: torch.Tensor, i: int, j: int) -> None:
     d[i, j] = 1.0 / pivot
 
 
-def round_with_error_feedback(d: torch.Tensor, skeleton: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """D rounded to `dtype` row by row, each row's error carried into the rows not yet rounded.
+def round_with_error_feedback(d: torch.Tensor, triangle: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """D in `dtype`, rounded row by row, each row's error carried into the rows not yet rounded.
 
-    d: (r x q) float64; skeleton: C (m x r), or any matrix with the same C^T C. Greedily minimises
-    |C (D_rounded - D)|_F: with C^T C = R^T R the error is |R (D_rounded - D)|_F, and rounding rows from the last up,
-    row i can still absorb what rows below it left behind. What a block of rows absorbs from those below it is one
-    product.
+    d: (r x q) float64; triangle: R (r x r), upper triangular, R^T R = C^T C of the skeleton C. Greedily minimises
+    |C (D_rounded - D)|_F = |R (D_rounded - D)|_F: rounding rows from the last up, row i can still absorb what rows
+    below it left behind. What a block of rows absorbs from those below it is one product; within it a row is three
+    operations, which on a GPU are three launches that nobody waits for.
     """
-    r_factor = torch.linalg.qr(skeleton.double(), mode="r")[1]
-    diagonal = r_factor.diagonal()
+    diagonal = triangle.diagonal()
     # a skeleton column that the others span can absorb nothing
     scale = torch.where(diagonal.abs() > 1e-12 * diagonal.abs().max(), 1 / diagonal, 0.0)
-    r_factor = r_factor * scale[:, None]
-    rounded, error = torch.empty_like(d), torch.zeros_like(d)
+    carries = triangle * scale[:, None]
+    rounded, error = torch.empty_like(d, dtype=dtype), torch.zeros_like(d)
     for stop in range(len(d), 0, -BLOCK):
         start = max(stop - BLOCK, 0)
-        carried = r_factor[start:stop, stop:] @ error[stop:]
+        wanted = d[start:stop] - carries[start:stop, stop:] @ error[stop:]
         for i in range(stop - 1, start - 1, -1):
-            wanted = d[i] - carried[i - start] - r_factor[i, i + 1 : stop] @ error[i + 1 : stop]
-            rounded[i] = wanted.to(dtype).double()
-            error[i] = rounded[i] - d[i]
+            rounded[i] = wanted[i - start]
+            torch.sub(rounded[i], d[i], out=error[i])
+            wanted[: i - start].addr_(carries[start:i, i], error[i], alpha=-1)
     return rounded
 
 
@@ -153,8 +140,8 @@ def fix_gauge(
 
 def round_interpolation(skeleton: torch.Tensor, rest: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """D (r x q) in `dtype`, with C D near `rest`. skeleton: C (m x r), as stored; rest: (m x q) float64."""
-    solution, metric = least_squares(skeleton.double(), rest)
-    return solution if dtype == torch.float64 else round_with_error_feedback(solution, metric, dtype).to(dtype)
+    solution, triangle = least_squares(skeleton.double(), rest)
+    return solution if dtype == torch.float64 else round_with_error_feedback(solution, triangle, dtype)
 
 
 def refuse_overflow(tensor: torch.Tensor, dtype: torch.dtype) -> None:

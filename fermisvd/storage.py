@@ -1,13 +1,16 @@
 """From factors to what a checkpoint stores: a group's entry in the config, and its tensors."""
 
+import math
 from collections.abc import Callable
 
 import torch
 
 from fermisvd.budget import Form, RankedGroup
-from fermisvd.format import INTERPOLATION, LOWRANK_A, LOWRANK_B, PERMUTATION, SKELETON, Group
+from fermisvd.format import INTERPOLATION, LOWRANK_A, LOWRANK_B, PERMUTATION, SKELETON, Group, expected_tensors
 from fermisvd.groups import LinearGroup
 from fermisvd.pivga import fix_gauge
+
+ORDER = (LOWRANK_A, LOWRANK_B, INTERPOLATION, PERMUTATION, SKELETON)  # in which a group's tensors are written
 
 
 def config_group(ranked: RankedGroup) -> Group:
@@ -21,6 +24,16 @@ def compressed_tensors(
 ) -> dict[str, torch.Tensor]:
     """Tensors of one group as stored, by name. a: A (m x r); b: B (r x n)."""
     return STORED[ranked.form](ranked.group, a, b, dtype)
+
+
+def stored_bytes(ranked: RankedGroup, dtype: torch.dtype) -> dict[str, int]:
+    """Bytes of each tensor of a group, by name in the order of writing: known before any value is."""
+    shapes = expected_tensors(config_group(ranked), ranked.group.member_rows, ranked.group.columns)
+    kind = {name: name.rpartition(".")[2] for name in shapes}
+    return {
+        name: math.prod(shapes[name]) * (torch.int32 if kind[name] == PERMUTATION else dtype).itemsize
+        for name in sorted(shapes, key=lambda name: ORDER.index(kind[name]))
+    }
 
 
 def svd_tensors(group: LinearGroup, a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:

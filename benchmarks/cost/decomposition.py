@@ -51,9 +51,11 @@ from fermisvd.gates import install_gates
 from fermisvd.groups import LinearGroup, Side, find_groups
 from fermisvd.pivga import fix_gauge, least_squares, pivoted_cholesky, round_with_error_feedback
 from fermisvd.running.halves import halves_of
+from fermisvd_convert.ahead import GPU_WORKERS, in_order
 from fermisvd_convert.memory import give_back
 
 REMOVE, TOKENS, VOCABULARY = 0.2, 2048, 2048
+GROUPS_AHEAD = 8
 BUDGET = Budget.removing(REMOVE, "pivga")
 Piece = tuple[float, Callable[[], object]]  # FLOPs, and a call that does them
 
@@ -106,8 +108,8 @@ def pieces(size: int, device: str) -> dict[str, Piece]:
     half, square = size // 2, normal(size, size)
     positive = square @ square.T / size + torch.eye(size, dtype=torch.float64, device=device)
     tall, right, narrow = normal(2 * size, half), normal(2 * size, half), square.float()
-    d, triangle = normal(half, half), torch.linalg.qr(tall, mode="r")[1]
-    inputs, total = torch.randn(TOKENS, size, device=device), torch.zeros_like(square)
+    d, triangle, wide = normal(half, half), torch.linalg.qr(tall, mode="r")[1], normal(half, size)
+    inputs, total, singular = torch.randn(TOKENS, size, device=device), torch.zeros_like(square), wide.T @ wide
 
     def root() -> None:
         torch.linalg.solve_triangular(torch.linalg.cholesky_ex(positive)[0], square, upper=False)
@@ -121,7 +123,7 @@ def pieces(size: int, device: str) -> dict[str, Piece]:
         NARROW_PRODUCT: (2 * size**3, lambda: narrow @ narrow),
         ROOT: (4 / 3 * size**3, root),
         EIGH: (EIGH_FLOPS * size**3, lambda: torch.linalg.eigh(positive)),
-        PIVOTS: (2 * size * size * half, lambda: pivoted_cholesky(positive.clone(), half)),
+        PIVOTS: (2 * size * size * half, lambda: pivoted_cholesky(singular.clone(), half)),  # on the CPU
         LEAST_SQUARES: (least_squares_flops(2 * size, half, half), lambda: least_squares(tall, right)),
         FEEDBACK: (feedback_flops(half, half), lambda: round_with_error_feedback(d, triangle, torch.bfloat16)),
         GRAM: (2 * TOKENS * size * size, gram),
@@ -276,6 +278,26 @@ def measure_whole(widths: list[int], device: str, rates: dict[str, dict[int, flo
     return found
 
 
+def measure_ahead(width: int, device: str) -> dict[str, float]:
+    """Seconds a group of fix_gauge, one group after the other and with GPU_WORKERS at once, as the writer does it
+    beside a GPU: its results on the CPU, in the shape of a Llama's q projection."""
+    rank = int(BUDGET.uniform_rank(LinearGroup(("q",), (width,), width, "columns", "q")))
+    a, b = torch.randn(width, rank) * torch.logspace(0, -2, rank), torch.randn(rank, width)
+
+    def made(_: int) -> torch.Tensor:
+        return fix_gauge(a.to(device), b.to(device), "columns", torch.bfloat16).interpolation.cpu()
+
+    def all_groups(workers: int) -> None:
+        for _ in in_order(made, range(GROUPS_AHEAD), device, workers):
+            pass
+
+    found = {}
+    for workers in (1, GPU_WORKERS):
+        found[str(workers)] = seconds(partial(all_groups, workers), device, 1) / GROUPS_AHEAD
+        print(f"fix_gauge q {width}, {workers} at once: {found[str(workers)]:.3g} s a group", flush=True)
+    return found
+
+
 def project(shape: dict, rates: dict[str, dict[int, float]]) -> dict[str, dict[str, float]]:
     """stage -> kind -> seconds."""
     return {stage: time_of(work, rates) for stage, work in conversion_work(shape, REMOVE).items()}
@@ -302,6 +324,7 @@ def main() -> None:
     record["pieces"] = measure_pieces(sorted(arguments.sizes), arguments.device)
     rates = {kind: {size: row["rate"] for size, row in rows.items()} for kind, rows in record["pieces"].items()}
     record["calls"] = measure_whole(arguments.widths, arguments.device, rates)
+    record["seconds_by_groups_at_once"] = measure_ahead(max(arguments.widths), arguments.device)
     record["projection"], record["work"] = {}, {}
     for name in ("llama-3.1-8b", "llama-3.1-70b"):
         record["work"][name] = {

@@ -11,9 +11,11 @@ from typing import Any
 from fermisvd.budget import RankedGroup, compressed
 from fermisvd.files import read_headers
 from fermisvd.running import distributed
+from fermisvd_convert.ahead import workers_beside
 from fermisvd_convert.card import write_card
 from fermisvd_convert.checks import check_out
 from fermisvd_convert.conversion import Conversion, timed
+from fermisvd_convert.memory import memory_of
 from fermisvd_convert.options import ConvertOptions
 from fermisvd_convert.output import Place, claimed, complete, list_files, move_into_place, unfinished
 from fermisvd_convert.places import real_path
@@ -29,7 +31,7 @@ from fermisvd_convert.stages.refit import refit_groups
 from fermisvd_convert.stages.structure import Structure, find_structure
 from fermisvd_convert.stages.teacher import ask_teacher
 from fermisvd_convert.text import recorded_names
-from fermisvd_convert.writer import weight_bytes, write_checkpoint
+from fermisvd_convert.writer import weight_bytes, write_checkpoint, write_config
 
 logger = logging.getLogger("fermisvd")
 
@@ -54,16 +56,19 @@ def convert(model: str | Path, out: str | Path, remove: float, **options: Any) -
         ranked = conversion.budget.ranked(ideal.groups, ideal.ranks)
         ranked = join(conversion, ranked, decomposition, taught)
         factors_of = refit_groups(conversion, compressed(ranked), decomposition, taught)
-        if distributed.this_process():
-            return distributed.received()  # the first process writes
-        rows = group_rows(ranked, decomposition.sigma)
-        with distributed.alone(), unfinished(place) as folder:
-            write(conversion, folder, compressed(ranked), factors_of, provenance(conversion, rows))
-            healing = heal_factors(conversion, folder, taught)
-            with complete(place):
-                after = evaluate_compressed(conversion, folder)
-                record = record_of(conversion, folder, structure, ideal, rows, before, after, healing)
-                publish(conversion, place, folder, record)
+        with unfinished(place) as folder:
+            write(conversion, folder, compressed(ranked), factors_of)
+            if distributed.this_process():
+                return distributed.received()  # the first process heals and measures
+            with distributed.alone():
+                rows = group_rows(ranked, decomposition.sigma)
+                said = provenance(conversion, rows)
+                write_config(conversion.source, folder, compressed(ranked), conversion.storage, said)
+                healing = heal_factors(conversion, folder, taught)
+                with complete(place):
+                    after = evaluate_compressed(conversion, folder)
+                    record = record_of(conversion, folder, structure, ideal, rows, before, after, healing)
+                    publish(conversion, place, folder, record)
         return distributed.from_first(record)
 
 
@@ -77,7 +82,7 @@ def at_work(conversion: Conversion) -> Iterator[tuple[Conversion, Place]]:
     ):
         source, folder = conversion.source.name, conversion.workspace.folder
         check_out(conversion.out, source, folder, conversion.options.overwrite)  # with what was put back
-        yield replace(conversion, device=device), place
+        yield replace(conversion, device=device), distributed.from_first(place)
 
 
 def provenance(conversion: Conversion, rows: Sequence[GroupRow]) -> dict[str, Any]:
@@ -123,16 +128,13 @@ def record_of(
 
 
 @timed("write")
-def write(
-    conversion: Conversion,
-    folder: Path,
-    ranked: Sequence[RankedGroup],
-    factors_of: FactorsOf,
-    said: dict[str, Any],
-) -> None:
-    """All weights and the config, into a new folder. ranked: groups that do not stay dense; said: its provenance."""
+def write(conversion: Conversion, folder: Path, ranked: Sequence[RankedGroup], factors_of: FactorsOf) -> None:
+    """All weights into a new folder, each process its part of the files. ranked: groups that do not stay dense."""
     cast, device = conversion.options.dtype != "auto", conversion.device
-    write_checkpoint(conversion.source, folder, ranked, factors_of, conversion.storage, cast, said, device)
+    workers = workers_beside(device, memory_of(device, conversion.options.max_memory), ranked)
+    conversion.workspace.wait_for_all()  # factors of joined groups are the first's
+    write_checkpoint(conversion.source, folder, ranked, factors_of, conversion.storage, cast, device, workers)
+    distributed.wait_for_all()
 
 
 def publish(conversion: Conversion, place: Place, folder: Path, record: Record) -> None:

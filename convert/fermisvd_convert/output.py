@@ -160,14 +160,19 @@ def _settle(place: Place) -> None:
 def unfinished(place: Place) -> Iterator[Path]:
     """An empty folder, to be moved to a claimed OUT by `move_into_place`; gone afterwards, unless it is to be kept.
 
-    What goes wrong in it is told of OUT. Raises OutputError if there is no space or no permission.
+    All processes may write into it; the first makes, moves and removes it. What goes wrong in it is told of OUT. Raises
+    OutputError if there is no space or no permission.
     """
-    out, folder = str(place.out), str(place.checkpoint)
+    out, folder, first = str(place.out), str(place.checkpoint), distributed.this_process() == 0
     try:
-        make_own(place.new)
-        place.checkpoint.mkdir()
+        if first:
+            make_own(place.new)
+            place.checkpoint.mkdir()
+        distributed.wait_for_all()
         yield place.checkpoint
     except (OSError, SafetensorError) as error:
+        if not first and not place.checkpoint.exists():
+            raise OutputError(f"{out}: the first process has ended, see its message") from None
         said = reason(error).replace(folder, out)
         raise OutputError(
             f"{out}: cannot be written ({said}); it is left as it was, finished stages are kept"
@@ -177,8 +182,9 @@ def unfinished(place: Place) -> Iterator[Path]:
             raise
         raise type(error)(str(error).replace(folder, out)) from error
     finally:
-        if not (place.new / KEPT).exists() and not (place.new / FINISHED).exists():
-            remove_own(place.new)
+        if first and not (place.new / KEPT).exists() and not (place.new / FINISHED).exists():
+            with suppress(OSError):  # another process may still write there: the next conversion removes it
+                remove_own(place.new)
 
 
 @contextmanager

@@ -4,7 +4,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -16,7 +17,9 @@ from fermisvd.files import ADAPTER_NAME, INDEX_NAME, WEIGHTS_NAME, TensorInfo, i
 from fermisvd.format import CheckpointConfig
 from fermisvd.groups import LinearGroup
 from fermisvd.losses import Pair
-from fermisvd.storage import compressed_tensors, config_group
+from fermisvd.running import distributed
+from fermisvd.storage import compressed_tensors, config_group, stored_bytes
+from fermisvd_convert.ahead import in_order
 from fermisvd_convert.loading import SourceError
 from fermisvd_convert.memory import give_back
 from fermisvd_convert.progress import bar
@@ -70,38 +73,98 @@ def write_checkpoint(
     factors_of: Callable[[LinearGroup], Pair],
     dtype: torch.dtype,
     cast_dense: bool,
-    provenance: dict,
     device: str = "cpu",
+    workers: int = 1,
 ) -> None:
-    """Everything of the checkpoint but the model card, into `folder`, which must be empty.
+    """Everything of the checkpoint but config.json and the model card, into `folder`, which must be there and empty:
+    each process writes its part of the weights' files, the first also the files that are no weights.
 
     compressed: groups that do not stay dense; factors_of: gives A and B of a group at its rank; dtype: of the factors;
-    cast_dense: whether the other tensors take it too, or stay as they are.
+    cast_dense: whether the other tensors take it too, or stay as they are; workers: groups that are worked on at once.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in copied_files(source.folder)[0]:
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source.folder / path, folder / path)
-    _write_config(source, folder, compressed, dtype, provenance)
-    ranked_of = {f"{name}.weight": ranked for ranked in compressed for name in ranked.group.members}
-
-    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
-        with bar("write", len(source.headers), "tensor") as shown:
-            for name in source.headers:
-                if name not in ranked_of:
-                    tensor = source.tensor(name)
-                    yield name, tensor.to(dtype) if cast_dense and tensor.is_floating_point() else tensor
-                elif name == f"{(ranked := ranked_of[name]).group.name}.weight":
-                    a, b = (factor.to(device) for factor in factors_of(ranked.group))
-                    yield from compressed_tensors(ranked, a, b, dtype).items()
-                    give_back()
-                shown.advance()
-
+    pieces = planned(source, compressed, dtype, cast_dense)
     block = weight_bytes(source.headers) // source.blocks()
-    _write_shards(folder, tensors(), min(SHARD_BYTES, max(SMALL_SHARD, block)))
+    shards = divided(pieces, min(SHARD_BYTES, max(SMALL_SHARD, block)))
+    if distributed.this_process() == 0:
+        for path in copied_files(source.folder)[0]:
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source.folder / path, folder / path)
+        if len(shards) > 1:
+            _write_index(folder, shards, sum(sum(sizes.values()) for sizes in pieces.values()))
+    ranked_of = {f"{each.group.name}.weight": each for each in compressed}
+
+    def made(piece: str) -> dict[str, torch.Tensor]:
+        if piece not in ranked_of:
+            tensor = source.tensor(piece)
+            return {piece: tensor.to(dtype) if cast_dense and tensor.is_floating_point() else tensor}
+        a, b = (factor.to(device) for factor in factors_of(ranked_of[piece].group))
+        tensors = compressed_tensors(ranked_of[piece], a, b, dtype)
+        return {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+
+    own = distributed.own_run(list(shards.items()))
+    _write_shards(folder, own, lambda pieces: in_order(made, pieces, device, workers))
 
 
-def _write_config(
+def planned(
+    source: Source, compressed: Sequence[RankedGroup], dtype: torch.dtype, cast_dense: bool
+) -> dict[str, dict[str, int]]:
+    """What will be written, in order: a piece for each dense tensor and each group, named by the source's tensor (of a
+    group's, its first), with the bytes of each of its tensors. All processes plan the same, before there are values."""
+    ranked_of, found = {f"{name}.weight": each for each in compressed for name in each.group.members}, {}
+    for name, info in source.headers.items():
+        if name not in ranked_of:
+            cast = cast_dense and info.dtype in TORCH_TYPES
+            found[name] = {name: info.numel * dtype.itemsize if cast else info.bytes}
+        elif name == f"{ranked_of[name].group.name}.weight":
+            found[name] = stored_bytes(ranked_of[name], dtype)
+    return found
+
+
+def divided(pieces: Mapping[str, Mapping[str, int]], shard_bytes: int) -> dict[str, dict[str, str]]:
+    """File -> tensor -> the piece that it is of: model.safetensors, or numbered shards where it would grow past
+    shard_bytes."""
+    shards: list[dict[str, str]] = [{}]
+    filled = 0
+    for piece, tensors in pieces.items():
+        for name, size in tensors.items():
+            if shards[-1] and filled + size > shard_bytes:
+                shards.append({})
+                filled = 0
+            shards[-1][name] = piece
+            filled += size
+    if len(shards) == 1:
+        return {WEIGHTS_NAME: shards[0]}
+    return {f"model-{number:05d}-of-{len(shards):05d}.safetensors": shard for number, shard in enumerate(shards, 1)}
+
+
+def _write_shards(
+    folder: Path,
+    shards: Sequence[tuple[str, Mapping[str, str]]],
+    made: Callable[[Iterable[str]], Generator[dict[str, torch.Tensor]]],
+) -> None:
+    """These files, each as soon as its tensors are there. made: gives pieces' tensors, in order."""
+    pieces = dict.fromkeys(piece for _, shard in shards for piece in shard.values())
+    wanted = {name for _, shard in shards for name in shard}  # of a piece, others may be another process'
+    held: dict[str, torch.Tensor] = {}
+    with bar("write", len(pieces), "tensor") as shown, closing(made(pieces)) as results:
+        for file, shard in shards:
+            while not shard.keys() <= held.keys():
+                held |= {name: tensor for name, tensor in next(results).items() if name in wanted}
+                give_back()
+                shown.advance()
+            save_file({name: held.pop(name) for name in shard}, folder / file, metadata={"format": "pt"})
+            # safetensors makes files that only their owner can read; a server is often another user
+            (folder / file).chmod(usual_mode())
+
+
+def _write_index(folder: Path, shards: Mapping[str, Mapping[str, str]], total: int) -> None:
+    """total: bytes of all tensors."""
+    weight_map = {name: file for file, shard in shards.items() for name in shard}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX_NAME).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+
+
+def write_config(
     source: Source, folder: Path, compressed: Sequence[RankedGroup], dtype: torch.dtype, provenance: dict
 ) -> None:
     """config.json: the source's, and the quantization_config that describes the groups."""
@@ -112,41 +175,6 @@ def _write_config(
     config = {key: value for key, value in source.config.items() if key != "torch_dtype"}
     config |= {"dtype": str(dtype).removeprefix("torch."), "quantization_config": entry}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def _write_shards(folder: Path, tensors: Iterator[tuple[str, torch.Tensor]], shard_bytes: int) -> None:
-    """One model.safetensors, or numbered shards with an index where it would grow past shard_bytes."""
-    shards: list[list[str]] = []
-    pending: dict[str, torch.Tensor] = {}
-    pending_bytes = total = 0
-
-    def flush() -> None:
-        shards.append(list(pending))
-        shard = folder / f"shard-{len(shards)}.safetensors"
-        save_file(pending, shard, metadata={"format": "pt"})
-        # safetensors makes files that only their owner can read; a server is often another user
-        shard.chmod(usual_mode())
-        pending.clear()
-
-    for name, tensor in tensors:
-        size = tensor.numel() * tensor.element_size()
-        if pending and pending_bytes + size > shard_bytes:
-            flush()
-            pending_bytes = 0
-        pending[name] = tensor.contiguous().cpu()
-        pending_bytes += size
-        total += size
-    flush()
-    if len(shards) == 1:
-        (folder / "shard-1.safetensors").rename(folder / WEIGHTS_NAME)
-        return
-    weight_map = {}
-    for number, names in enumerate(shards, 1):
-        file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        (folder / f"shard-{number}.safetensors").rename(folder / file_name)
-        weight_map |= dict.fromkeys(names, file_name)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / INDEX_NAME).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
 
 def replace_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> None:

@@ -79,6 +79,12 @@ def own_part(items: Sequence[T]) -> list[T]:
     return list(items[this_process() :: process_count()])
 
 
+def own_run(items: Sequence[T]) -> list[T]:
+    """This process' part of the items, as many as any other's to one, that stand beside each other."""
+    start, stop = (number * len(items) // process_count() for number in (this_process(), this_process() + 1))
+    return list(items[start:stop])
+
+
 def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor, added up in place. Raises FermiSVDError if another process has ended."""
     if process_count() > 1:

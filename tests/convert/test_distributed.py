@@ -5,6 +5,7 @@ import sys
 import pytest
 
 from fermisvd.format import validate_checkpoint
+from tests.support import ROOT
 
 
 def convert(processes: int, model, out, text, work) -> dict:
@@ -35,3 +36,33 @@ def test_two_processes_convert_as_one(tiny_llama, tmp_path):
         for n in (1, 2)
     ]
     assert artefacts[0] == artefacts[1]
+
+
+def written(processes: int, model, text, out, work, *failing: str) -> tuple[dict[str, bytes], dict[str, set], str]:
+    """The files of OUT but timing.json; which process wrote which files of weights; what was said."""
+    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
+    said_by = out.parent / f"written by {processes}"
+    said_by.mkdir(exist_ok=True)
+    run = [sys.executable, "-m", *(launch if processes > 1 else []), "tests.support.written_in_processes"]
+    run += [str(part) for part in (model, text, out, work, said_by, *failing)]
+    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode == 0) != bool(failing), done.stderr[-3000:]
+    files = {path.name: path.read_bytes() for path in out.iterdir()} if out.exists() else {}
+    files.pop("timing.json", None)
+    return files, {path.name: set(path.read_text().split()) for path in said_by.iterdir()}, done.stderr
+
+
+@pytest.mark.long
+def test_two_processes_write_the_files_of_one(tiny_llama, tmp_path):
+    """Bit for bit, from the same artefacts. If one of them fails, there is no OUT, and the next conversion makes it."""
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"def f{i}(x):\n    return x * {i * i}\n\n" for i in range(600)))
+    one, by_one, _ = written(1, tiny_llama, text, tmp_path / "1", tmp_path / "work")
+    for failing in ("0", "1"):
+        nothing, _, said = written(2, tiny_llama, text, tmp_path / "2", tmp_path / "work", failing)
+        told = [line for line in said.splitlines() if f"process {failing}: " in line]
+        assert not nothing and "2: cannot be written (No space left on device)" in told[0]
+    two, by_two, _ = written(2, tiny_llama, text, tmp_path / "2", tmp_path / "work")
+    assert two == one and not (tmp_path / ".fermisvd" / "2.new").exists()
+    assert by_two.keys() == {"0", "1"} and len(by_two["0"]) > 1 and len(by_two["1"]) > 1
+    assert by_one["0"] == by_two["0"] | by_two["1"] and not by_two["0"] & by_two["1"]

@@ -7,9 +7,11 @@ import shutil
 import pytest
 import torch
 
+from fermisvd.errors import NumericalError
 from fermisvd.files import is_pickle
 from fermisvd.format import validate_before_serving
 from fermisvd_convert.convert import convert
+from fermisvd_convert.output import place_of
 from fermisvd_convert.writer import copied_files
 
 COPIED = {
@@ -87,6 +89,36 @@ def test_pickles_are_known_by_name_and_by_content(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     assert not is_pickle(tmp_path / "vocab.bin")
     assert is_pickle(tmp_path / "model.pt") and is_pickle(tmp_path / "pytorch_model.bin")
+
+
+@pytest.fixture
+def smallest(smallest_llama, tmp_path):
+    """Options of a quick conversion, the first one's files of weights in `one`."""
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"def f{i}(x):\n    return x * {i * i}\n\n" for i in range(400)))
+    options = dict(ranks="uniform", groups="joint", heal_steps=0, refit=False, samples=8, sequence_length=32)
+    options |= {"calibration": [str(text)], "work": tmp_path / "work"}
+    convert(str(smallest_llama), tmp_path / "one", 0.3, **options)
+    return options
+
+
+def test_several_at_work_write_what_one_does(smallest_llama, tmp_path, smallest, monkeypatch):
+    """As beside a GPU, here on a CPU."""
+    monkeypatch.setattr("fermisvd_convert.convert.workers_beside", lambda *_: 3)
+    convert(str(smallest_llama), tmp_path / "three", 0.3, **smallest)
+    one, three = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "three"))
+    assert one == three
+
+
+def test_an_error_of_one_at_work_is_the_conversions(smallest_llama, tmp_path, smallest, monkeypatch):
+    def overflow(ranked, *_):
+        raise NumericalError(f"{ranked.group.name}: the factors overflow")
+
+    monkeypatch.setattr("fermisvd_convert.convert.workers_beside", lambda *_: 3)
+    monkeypatch.setattr("fermisvd_convert.writer.compressed_tensors", overflow)
+    with pytest.raises(NumericalError, match=r"layers\.0.*: the factors overflow"):
+        convert(str(smallest_llama), tmp_path / "three", 0.3, **smallest)
+    assert not (tmp_path / "three").exists() and not place_of(tmp_path / "three").new.exists()
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077])

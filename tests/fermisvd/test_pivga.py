@@ -176,14 +176,9 @@ def test_error_feedback_beats_rounding_to_nearest():
     skeleton = skeleton @ torch.randn(40, 40, dtype=torch.float64, generator=generator)
     d = torch.randn(40, 30, dtype=torch.float64, generator=generator)
     plain = (skeleton @ (d.bfloat16().double() - d)).norm()
-    feedback = (skeleton @ (round_with_error_feedback(d, skeleton, torch.bfloat16) - d)).norm()
+    triangle = torch.linalg.qr(skeleton, mode="r")[1]
+    feedback = (skeleton @ (round_with_error_feedback(d, triangle, torch.bfloat16).double() - d)).norm()
     assert feedback < 0.8 * plain
-
-
-def test_error_feedback_lands_on_the_types_grid():
-    d = torch.randn(6, 5, dtype=torch.float64)
-    rounded = round_with_error_feedback(d, torch.randn(9, 6, dtype=torch.float64), torch.bfloat16)
-    assert torch.equal(rounded, rounded.bfloat16().double())
 
 
 def test_error_feedback_row_by_row():
@@ -196,9 +191,9 @@ def test_error_feedback_row_by_row():
     for i in reversed(range(150)):
         carried = sum(r_factor[i, j] * (expected[j] - d[j]) for j in range(i + 1, 150)) / r_factor[i, i]
         expected[i] = (d[i] - carried).bfloat16().double()
-    found = round_with_error_feedback(d, skeleton, torch.bfloat16)
+    found = round_with_error_feedback(d, r_factor, torch.bfloat16)
+    assert found.dtype == torch.bfloat16
     assert (found != expected).double().mean() < 1e-3  # sums in another order: a tie may fall the other way
-    assert torch.equal(found, round_with_error_feedback(d, r_factor, torch.bfloat16))
 
 
 @pytest.mark.parametrize("case", ["independent", "a zero column", "repeated columns"])

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from fermisvd.running import distributed
 from tests.support import ROOT
 
 SCRIPT = "tests.support.ranks_of_processes"
@@ -30,3 +31,17 @@ def test_two_processes_give_the_ranks_of_one(tiny_llama, tmp_path, of_one, optio
     assert found["processes"] == 2 and of_one["processes"] == 1
     assert found["kl"] == pytest.approx(of_one["kl"], rel=1e-3)
     assert found["mus"] == pytest.approx(of_one["mus"], abs=1e-2)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 8])
+@pytest.mark.parametrize("part", [distributed.own_part, distributed.own_run])
+def test_each_item_is_one_process(monkeypatch, processes, part):
+    """All items are somebody's; runs are in order, and differ by one in length at most."""
+    parts = []
+    for number in range(processes):
+        monkeypatch.setattr(distributed, "this_process", lambda number=number: number)
+        monkeypatch.setattr(distributed, "process_count", lambda: processes)
+        parts.append(part(range(7)))
+    joined = [item for own in parts for item in own]
+    assert sorted(joined) == list(range(7)) and max(map(len, parts)) - min(map(len, parts)) <= 1
+    assert part is distributed.own_part or joined == list(range(7))
