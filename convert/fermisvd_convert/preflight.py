@@ -59,8 +59,7 @@ def prepare(model: str, out: Path, options: ConvertOptions) -> Conversion:
 def with_key(conversion: Conversion) -> Conversion:
     """All weights are read once: they are finite, and this is their hash."""
     cast = None if conversion.options.dtype == "auto" else conversion.storage
-    conversion.source.check_values(cast)
-    return replace(conversion, key=conversion.source.key)
+    return replace(conversion, key=conversion.source.check_values(cast))
 
 
 def settled(options: ConvertOptions, source: Source) -> tuple[ConvertOptions, CalibrationText]:
