@@ -111,7 +111,7 @@ def check_room(conversion: Conversion, groups: Sequence[LinearGroup]) -> Convers
     shard = distributed.from_first(distributed.process_count() > 1 and gated_bytes(size) > room)
     if options.max_memory is not None or conversion.device.startswith("cuda"):
         check_memory(needs(size, options, distributed.process_count() if shard else 1), room)
-    conversion = replace(conversion, limits=limits(size, options.max_memory), shard=shard)
+    conversion = replace(conversion, limits=limits(size, options.max_memory, conversion.device), shard=shard)
     decomposition = decomposition_of(conversion, statistics_of(conversion))
     needed = {
         conversion.out: out_bytes(conversion, groups),
