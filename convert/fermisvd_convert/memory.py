@@ -18,6 +18,7 @@ from fermisvd.running import distributed
 from fermisvd_convert.options import ConvertOptions
 
 HIDDEN_BYTES = 2**26  # hidden states held in memory with --max-memory, or a block's bytes, if they are left
+HIDDEN_PART = 0.5  # of the memory that there is, for hidden states without --max-memory
 CONTAINER = Path("/sys/fs/cgroup/memory.max")  # cgroup v2's limit, seen from inside
 FLOAT = 4
 
@@ -78,7 +79,8 @@ def limits(size: Sizes, max_memory: int | None, device: str = "cpu") -> Limits:
     hidden states half of the host's memory, and half of what calibration leaves of a GPU's."""
     if max_memory is None:
         left = memory_of(device, None) - calibration_bytes(size) if device.startswith("cuda") else 0
-        return Limits(size.block + size.gram, memory_of("cpu", None) // 2, device_hidden_bytes=max(0, left) // 2)
+        hidden, on_device = (int(HIDDEN_PART * room) for room in (memory_of("cpu", None), max(0, left)))
+        return Limits(size.block + size.gram, hidden, device_hidden_bytes=on_device)
     rest = max_memory - size.outside - size.block - 2 * size.activations
     hidden = max(0, min(max(HIDDEN_BYTES, size.block), rest // 4))
     return Limits(max(size.gram, min(size.block + size.gram, rest - hidden)), hidden, bounded=True)

@@ -75,6 +75,21 @@ def test_states_in_files_and_in_memory_give_the_same(tiny_llama, tmp_path, room)
     assert hidden.room == room and not list(tmp_path.rglob("*.safetensors"))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_states_beyond_the_devices_room_are_in_the_hosts_memory_and_then_in_files(tmp_path):
+    device, states = torch.device("cuda"), torch.randn(3, 2, 5, 8)
+    hidden = HiddenStates(tmp_path, states[0].nbytes, states[0].nbytes)
+    for number in range(3):
+        hidden.put("last", number, states[number].to(device))
+    assert [tensor.device.type for tensor in hidden._memory.values()] == ["cuda", "cpu"]
+    assert len(list(tmp_path.iterdir())) == 1
+    for number in range(3):
+        found = hidden.get("last", number, device)
+        assert found.is_cuda and torch.equal(found.cpu(), states[number])
+    hidden.drop("last", list(enumerate(states)))
+    assert hidden.room == hidden.device_room == states[0].nbytes and not list(tmp_path.iterdir())
+
+
 @pytest.fixture
 def deep(tiny_llama):
     config = AutoConfig.from_pretrained(tiny_llama, num_hidden_layers=7)
