@@ -8,23 +8,25 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from fermisvd.decomposition import OutputGram
+from fermisvd.decomposition import OutputGram, float32_is_whole
 from fermisvd.errors import NumericalError
 from fermisvd.linear import linear_layer, weight_of
-from fermisvd.running.blocks import DecoderBlocks, HiddenStates, device_of, sweep
+from fermisvd.running.blocks import DecoderBlocks, HiddenStates, device_of, run_again, segments, sweep
 from fermisvd.running.distributed import own_part, sum_over_processes
 from fermisvd.settings import SEED
 
 Grams = dict[str, torch.Tensor]
 OutputGrams = dict[str, OutputGram]
 Part = tuple[list[str], list[str]]  # names of sources, names of members
+TOKENS = 4096  # added up in float32 at most, before they go into a sum in float64
+PANEL = 256  # columns of a Gram matrix that are computed together, at least; else an eighth of them
 
 
 class GramSums:
     """Running sums of C for the inputs of `sources` and of G for the outputs of `members`, names of linear layers.
 
-    Sums are taken in float64: a Gram matrix squares the condition number, and the tail of the spectrum is what rank
-    selection compares.
+    Sums are float64, since a Gram matrix squares the condition number, and the tail of the spectrum is what rank
+    selection compares; products of narrower numbers are float32 (`add_gram`).
     """
 
     def __init__(self, model: PreTrainedModel, sources: Sequence[str], members: Sequence[str]):
@@ -52,30 +54,63 @@ class GramSums:
                 hook.remove()
 
     def _see_input(self, name: str, _: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        x = inputs[0].detach().flatten(0, -2).double()  # (tokens, n)
-        self.grams[name].addmm_(x.T, x)
+        add_gram(self.grams[name], inputs[0].detach().flatten(0, -2))
 
     def _await_gradient(self, name: str, _: nn.Module, inputs: object, outputs: torch.Tensor) -> None:
         outputs.register_hook(partial(self._see_gradient, name))
 
     def _see_gradient(self, name: str, gradient: torch.Tensor) -> None:
-        weight, g = weight_of(self.layers[name]), gradient.flatten(0, -2).double()  # (tokens, m)
-        self.totals[name] += g.square().sum()
-        g = g @ weight.detach().double() if weight.shape[0] > weight.shape[1] else g
-        self.outputs[name].addmm_(g.T, g)
+        weight, gradients = weight_of(self.layers[name]).detach(), gradient.flatten(0, -2)  # (m, n), (tokens, m)
+        self.totals[name] += torch.linalg.vector_norm(gradients, dtype=torch.float64).square()
+        for g in gradients.split(TOKENS):
+            add_gram(self.outputs[name], _product(g, weight) if weight.shape[0] > weight.shape[1] else g)
 
     def result(self) -> tuple[Grams, OutputGrams]:
         """The sums over all processes. Raises NumericalError naming a layer where they are NaN or infinite."""
         for name, gram in self.grams.items():
-            if not sum_over_processes(gram).isfinite().all():
+            if not _mirror(sum_over_processes(gram)).isfinite().all():
                 raise NumericalError(f"the input of {name} holds NaN or infinite values during calibration")
         found = {}
         for name, matrix in self.outputs.items():
-            if not sum_over_processes(matrix).isfinite().all():
+            if not _mirror(sum_over_processes(matrix)).isfinite().all():
                 raise NumericalError(f"the gradient at the output of {name} is NaN or infinite during calibration")
             mean = sum_over_processes(self.totals[name]).item() / len(weight_of(self.layers[name]))
             found[name] = OutputGram(matrix, mean)
         return self.grams, found
+
+
+def add_gram(total: torch.Tensor, x: torch.Tensor) -> None:
+    """Add x^T x to the lower triangle of `total` (n x n), float64, in panels of columns; what is above it is not
+    meaningful before `_mirror`. x: (tokens, n); what it adds up in float32 are TOKENS at most (docs/results.md,
+    Where float32 suffices)."""
+    width = panel_width(len(total))
+    for part in x.split(TOKENS):
+        part = part if part.is_cuda or part.dtype == torch.float64 else part.float()  # widened once, not a panel
+        for first in range(0, len(total), width):
+            total[first:, first : first + width] += _product(part[:, first:].T, part[:, first : first + width])
+
+
+def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """left right, float32 of narrower numbers and never rounded to less: torch's own product of two bfloat16 matrices
+    would be bfloat16, and one of float32 may be TF32."""
+    if left.is_cuda and left.dtype == right.dtype == torch.bfloat16:
+        return torch.mm(left, right, out_dtype=torch.float32)  # tensor cores; products of bfloat16 are exact in float32
+    wide = torch.float64 in (left.dtype, right.dtype) or not float32_is_whole()
+    kind = torch.float64 if wide else torch.float32
+    return left.to(kind) @ right.to(kind)
+
+
+def panel_width(n: int) -> int:
+    """Columns of an (n x n) Gram matrix that are computed together: few panels, for large products."""
+    return max(PANEL, -(-n // 8))
+
+
+def _mirror(matrix: torch.Tensor) -> torch.Tensor:
+    """The lower triangle also above the diagonal, in place."""
+    width = panel_width(len(matrix))
+    for first in range(0, len(matrix), width):
+        matrix[first : first + width, first + width :] = matrix[first + width :, first : first + width].T
+    return matrix
 
 
 @torch.no_grad()
@@ -126,13 +161,16 @@ def grams_by_blocks(
     seed: int = SEED,
     limit_bytes: int | None = None,
     on_batch: Callable[[], object] = lambda: None,
+    on_last: Callable[[int, torch.Tensor], object] = lambda number, states: None,
 ) -> Iterator[tuple[Grams, OutputGrams]]:
     """As `calibration_grams`, a decoder block at a time and its results at once, blocks in the order that they are
-    done: with gradients wanted from the last to the first, which is why the states before every block are kept.
+    done: with gradients wanted from the last to the first. The states before a block are then those that were kept on
+    the way there, or computed once more from these (`segments`).
 
     limit_bytes: of the matrices gathered in one pass over a block; it is run again for the others. on_batch: called
-    whenever a batch is through a block and, with gradients, through the head and back through each block;
-    `passes_by_blocks` says how often.
+    whenever a batch is through a block and, with gradients, through the head, again through a block whose states were
+    not kept, and back through each block; `passes_by_blocks` says how often. on_last: called with each batch's number
+    and its states behind the last block, (windows, length, hidden), in the model's own type.
     """
     mine, device = _of_this_process(batches), device_of(blocks.model)
     wanted, reached = _by_block(blocks, sources, members)
@@ -140,32 +178,35 @@ def grams_by_blocks(
         if not members:
             with torch.no_grad():
                 for number, batch in mine:
-                    hidden.put("before", number, blocks.first(batch.to(device)))
-            for index in range(reached[-1] + 1):
+                    hidden.put("last", number, blocks.first(batch.to(device)))
+            for index, names in enumerate(wanted):
                 with blocks.present(index):
-                    for part in _parts(blocks.model, *wanted[index], limit_bytes):
-                        yield _there(blocks, index, part, mine, hidden, on_batch)
-                for number, _ in mine:
-                    hidden.move("behind", "before", number)
-            hidden.drop("before", mine)
+                    parts = _parts(blocks.model, *names, limit_bytes)
+                    for part in parts:
+                        yield _there(blocks, index, part, part is parts[-1], mine, hidden, on_batch)
+            for number, _ in mine:
+                on_last(number, hidden.get("last", number, device))
+            hidden.drop("last", mine)
             return
-        sweep(blocks, mine, hidden, True, on_batch)
+        back = segments(range(reached[0], len(blocks.blocks)))
+        sweep(blocks, mine, hidden, [segment.start for segment in back], on_batch)
         for number, batch in mine:
+            on_last(number, hidden.get("last", number, device))
             states = hidden.get("last", number, device).detach().requires_grad_()
+            hidden.drop("last", [(number, batch)])
             logits = blocks.head(batch.to(device), states)
             logits.backward(drawn_gradient(logits, seed, number))
-            hidden.put("gradient behind", number, _gradient_of(states))
+            hidden.put("gradient", number, _gradient_of(states))
             on_batch()
-        hidden.drop("last", mine)
-        for index in reversed(range(len(blocks.blocks))):
-            if index >= reached[0]:
+        for segment in reversed(back):
+            run_again(blocks, segment, mine, hidden, on_batch)
+            for index in reversed(segment):
                 with blocks.present(index):
-                    for part in _parts(blocks.model, *wanted[index], limit_bytes):
-                        yield _there_and_back(blocks, index, part, mine, hidden, on_batch)
-                for number, _ in mine:
-                    hidden.move("gradient before", "gradient behind", number)
-            hidden.drop(f"before {index}", mine)
-        hidden.drop("gradient behind", mine)
+                    parts = _parts(blocks.model, *wanted[index], limit_bytes)
+                    for part in parts:
+                        yield _back(blocks, index, part, part is parts[-1], mine, hidden, on_batch)
+                hidden.drop(f"before {index}", mine)
+        hidden.drop("gradient", mine)
 
 
 def passes_by_blocks(
@@ -177,10 +218,11 @@ def passes_by_blocks(
 ) -> int:
     """How often `grams_by_blocks` calls on_batch in this process."""
     wanted, reached = _by_block(blocks, sources, members)
-    visited = range(reached[0], len(wanted)) if members else range(reached[-1] + 1)
+    visited = range(reached[0] if members else 0, len(wanted))
     passes = sum(len(_parts(blocks.model, *wanted[index], limit_bytes)) for index in visited)
-    ahead = len(wanted) + 1 if members else 0  # the way there, and the head
-    return (passes + ahead) * len(_of_this_process(batches))
+    if members:  # the way there, the head, and blocks whose states were not kept
+        passes += len(wanted) + 1 + len(visited) - len(segments(visited))
+    return passes * len(_of_this_process(batches))
 
 
 @torch.no_grad()
@@ -188,32 +230,39 @@ def _there(
     blocks: DecoderBlocks,
     index: int,
     part: Part,
+    final: bool,
     mine: Sequence[tuple[int, torch.Tensor]],
     hidden: HiddenStates,
     on_batch: Callable[[], object],
 ) -> tuple[Grams, OutputGrams]:
-    sums = GramSums(blocks.model, *part)
+    """final: the block's states are not needed again."""
+    sums, device = GramSums(blocks.model, *part), device_of(blocks.model)
     with sums.watching():
         for number, _ in mine:
-            hidden.put("behind", number, blocks.run(index, hidden.get("before", number, device_of(blocks.model))))
+            states = blocks.run(index, hidden.get("last", number, device))
+            if final:
+                hidden.put("last", number, states)
             on_batch()
     return sums.result()
 
 
-def _there_and_back(
+def _back(
     blocks: DecoderBlocks,
     index: int,
     part: Part,
+    final: bool,
     mine: Sequence[tuple[int, torch.Tensor]],
     hidden: HiddenStates,
     on_batch: Callable[[], object],
 ) -> tuple[Grams, OutputGrams]:
+    """final: the gradient behind the block is not needed again, and that before it takes its place."""
     sums, device = GramSums(blocks.model, *part), device_of(blocks.model)
     with sums.watching():
         for number, _ in mine:
             states = hidden.get(f"before {index}", number, device).detach().requires_grad_()
-            blocks.run(index, states).backward(hidden.get("gradient behind", number, device))
-            hidden.put("gradient before", number, _gradient_of(states))
+            blocks.run(index, states).backward(hidden.get("gradient", number, device))
+            if final:
+                hidden.put("gradient", number, _gradient_of(states))
             on_batch()
     return sums.result()
 

@@ -4,13 +4,14 @@
 by what the loss makes of it, svd(L^T W S) with G = L L^T, the covariance of the loss gradient at the layer's output
 (docs/method.md, Whitening).
 
-What is summed, factorised and decomposed is float64; only the factors' products may be narrower (`_product_type`). Of
-C, which may be by far the largest matrix, no second one is made where it is not the side that is decomposed.
+What is factorised and decomposed is float64, also of a C that was rounded to float32; only the factors' products may
+be narrower (`_product_type`). Of C, which may be by far the largest matrix, no second one is made where it is not the
+side that is decomposed.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -28,11 +29,13 @@ class Factors:
     """W = a b, ordered: a[:, :r] b[:r] is the best rank-r fit, with squared error sum_{j>=r} sigma_j^2.
 
     a: (m x k); b: (k x n); float64, or float32 if W was no wider. sigma: (k,) descending, float64. k = min(m, n).
+    orthonormal: whether a's columns are, so that b = a^T W.
     """
 
     a: torch.Tensor
     b: torch.Tensor
     sigma: torch.Tensor
+    orthonormal: bool = False
 
     def truncated(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
         """A (m x r) and B (r x n)."""
@@ -63,10 +66,10 @@ def data_aware_svd(weight: torch.Tensor, gram: torch.Tensor, damping: float = 0.
     if weight.shape[0] <= weight.shape[1]:
         sigma, u = _descending_eigenbasis(_input_response(weight, gram, ridge))
         u = u.to(product)
-        return Factors(u, u.T @ weight.to(product), sigma)
+        return Factors(u, u.T @ weight.to(product), sigma, orthonormal=True)
     q, r = torch.linalg.qr(weight.double())
     sigma, u = _descending_eigenbasis(_input_response(r, gram, ridge))
-    return Factors(q.to(product) @ u.to(product), (u.T @ r).to(product), sigma)
+    return Factors(q.to(product) @ u.to(product), (u.T @ r).to(product), sigma, orthonormal=True)
 
 
 def kfac_svd(
@@ -131,6 +134,34 @@ def group_factors(
     return kfac_svd(weight, gram, output, DAMPING, OUTPUT_DAMPING)
 
 
+def one_factor(factors: Factors) -> dict[str, torch.Tensor]:
+    """What `both_factors` makes Factors of again, with W: sigma and one factor, the smaller one where it may be.
+
+    That is the square one, a Cholesky root of a damped matrix times an orthogonal matrix: it has an inverse whatever W
+    is, and the other factor is W times that. An orthonormal `a` (`input` whitening) is kept instead of b = a^T W, which
+    is as singular as W.
+    """
+    name = "basis" if factors.orthonormal else "a" if len(factors.a) <= factors.b.shape[1] else "b"
+    return {name: factors.b if name == "b" else factors.a, "sigma": factors.sigma}
+
+
+def both_factors(weight: torch.Tensor, kept: Mapping[str, torch.Tensor]) -> Factors:
+    """Factors of W (m x n) from what `one_factor` gave, a and b in its type.
+
+    The inverse is of the factor as it was rounded, in float64, so that a b = W but for the rounding of the factor that
+    is made here. Besides the result, a few k x k matrices and a slice of W are held in float64.
+    """
+    sigma = kept["sigma"]
+    if "b" in kept:
+        b, inverse = kept["b"], torch.linalg.inv(kept["b"].double())
+        return Factors(torch.cat([(part.double() @ inverse).to(b) for part in weight.split(SLICE)]), b, sigma)
+    orthonormal = "basis" in kept
+    a = kept["basis" if orthonormal else "a"]
+    inverse = a.double().T if orthonormal else torch.linalg.inv(a.double())
+    b = torch.cat([(inverse @ part.double()).to(a) for part in weight.split(SLICE, dim=1)], dim=1)
+    return Factors(a, b, sigma, orthonormal)
+
+
 class Decomposition(ABC):
     """The groups' factors, each made once: those found, and those that they are joined to. Where weights, matrices and
     factors are kept is a subclass's."""
@@ -159,7 +190,7 @@ class Decomposition(ABC):
     def made(self, group: LinearGroup) -> Factors:
         """Factors of W, a and b rounded to float32."""
         exact = self.fit(group, None, self.gram(group.source))
-        return Factors(exact.a.float(), exact.b.float(), exact.sigma)
+        return replace(exact, a=exact.a.float(), b=exact.b.float())
 
     def whole(self, group: LinearGroup) -> tuple[torch.Tensor, torch.Tensor]:
         """A (m x k) and B (k x n), W = A B."""
@@ -174,8 +205,12 @@ class Decomposition(ABC):
 def _product_type(weight: torch.Tensor) -> torch.dtype:
     """float32 does for the factors of a W that is no wider (docs/scale.md), but not where torch is allowed to round
     what it multiplies in float32 (TF32)."""
-    narrow = weight.dtype != torch.float64 and torch.get_float32_matmul_precision() == "highest"
-    return torch.float32 if narrow else torch.float64
+    return torch.float32 if weight.dtype != torch.float64 and float32_is_whole() else torch.float64
+
+
+def float32_is_whole() -> bool:
+    """Whether torch may not round what it multiplies in float32 further."""
+    return torch.get_float32_matmul_precision() == "highest"
 
 
 def _input_response(weight: torch.Tensor, gram: torch.Tensor, ridge: float) -> torch.Tensor:
@@ -210,7 +245,8 @@ def _root(matrix: torch.Tensor, ridge: float) -> torch.Tensor:
     """Lower triangular L with L L^T = M + ridge I, float64: Cholesky's.
 
     Any square root gives the same factors, and this one costs a thirtieth of an eigendecomposition. A matrix that is
-    singular all the same (no ridge) has its eigenvalues lifted to what is not rounding, and its root made triangular.
+    singular all the same (no ridge, or M indefinite by its own rounding to float32) has its eigenvalues lifted to the
+    ridge, or to what is not rounding, and its root made triangular.
     """
     damped = matrix.to(torch.float64, copy=True)
     damped.diagonal().add_(ridge)
@@ -219,5 +255,5 @@ def _root(matrix: torch.Tensor, ridge: float) -> torch.Tensor:
     if not failed and pivots.min() > NEGLIGIBLE * pivots.max():
         return root
     eigenvalues, vectors = torch.linalg.eigh(damped)
-    vectors *= eigenvalues.clamp(min=NEGLIGIBLE * eigenvalues[-1].item()).sqrt()
+    vectors *= eigenvalues.clamp(min=max(ridge, NEGLIGIBLE * eigenvalues[-1].item())).sqrt()
     return torch.linalg.qr(vectors.T, mode="r")[1].T

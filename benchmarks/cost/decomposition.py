@@ -39,12 +39,14 @@ from benchmarks.cost.work import (
     feedback_flops,
     fermigrad_flops,
     gauge_work,
+    gram_flops,
     least_squares_flops,
     work_bytes,
 )
 from benchmarks.records import command_line, new_record, write_record
 from benchmarks.shapes import SHAPES
 from fermisvd.budget import Budget
+from fermisvd.calibration import add_gram
 from fermisvd.decomposition import OutputGram, kfac_svd
 from fermisvd.fermigrad import gated_kl
 from fermisvd.gates import install_gates
@@ -114,10 +116,6 @@ def pieces(size: int, device: str) -> dict[str, Piece]:
     def root() -> None:
         torch.linalg.solve_triangular(torch.linalg.cholesky_ex(positive)[0], square, upper=False)
 
-    def gram() -> None:
-        x = inputs.double()
-        total.addmm_(x.T, x)
-
     return {
         PRODUCT: (2 * size**3, lambda: square @ square),
         NARROW_PRODUCT: (2 * size**3, lambda: narrow @ narrow),
@@ -126,8 +124,7 @@ def pieces(size: int, device: str) -> dict[str, Piece]:
         PIVOTS: (2 * size * size * half, lambda: pivoted_cholesky(singular.clone(), half)),  # on the CPU
         LEAST_SQUARES: (least_squares_flops(2 * size, half, half), lambda: least_squares(tall, right)),
         FEEDBACK: (feedback_flops(half, half), lambda: round_with_error_feedback(d, triangle, torch.bfloat16)),
-        GRAM: (2 * TOKENS * size * size, gram),
-        "Gram sum, products in float32": (2 * TOKENS * size * size, lambda: total.add_(inputs.T @ inputs)),
+        GRAM: (TOKENS * gram_flops(size), lambda: add_gram(total, inputs)),
         MODEL: fermigrad_step(size, device),
     }
 

@@ -9,10 +9,13 @@ from collections.abc import Iterator
 
 from benchmarks.shapes import groups_of
 from fermisvd.budget import Budget
+from fermisvd.calibration import panel_width
 from fermisvd.compress import ASIDE_WINDOWS
 from fermisvd.groups import LinearGroup
 from fermisvd.joining import coarser_partitions
+from fermisvd.running.blocks import segments
 from fermisvd_convert.options import ConvertOptions
+from fermisvd_convert.space import factors_bytes, gram_bytes
 from fermisvd_convert.text import HELD_BACK_WINDOWS
 
 Work = list[tuple[str, int, float]]
@@ -48,6 +51,12 @@ def decomposition_work(m: int, n: int) -> Work:
         (EIGH, k, EIGH_FLOPS * k**3),
         (NARROW_PRODUCT, k, 2 * m * n * k),
     ]
+
+
+def gram_flops(n: int) -> int:
+    """fermisvd.calibration.add_gram of one token: panels of the lower triangle."""
+    width = panel_width(n)
+    return sum(2 * (n - first) * min(width, n - first) for first in range(0, n, width))
 
 
 def gauge_work(m: int, n: int, r: float, side: str) -> Work:
@@ -87,8 +96,8 @@ def fermigrad_flops(linear: float, opened: float, head: float, attention: float)
 
 
 def conversion_work(shape: dict, remove: float = 0.2) -> dict[str, Work]:
-    """FLOPs of every stage but reading and writing files. Calibration and FermiGrad compute each block twice forward
-    (docs/scale.md)."""
+    """FLOPs of every stage but reading and writing files. FermiGrad computes each block twice forward, and
+    calibration most blocks three times (docs/scale.md)."""
     groups, hidden = separate_groups(shape), shape["hidden_size"]
     ranks = Budget.removing(remove, "pivga").uniform_ranks(groups)
     dense = sum(g.dense_parameters for g in groups)
@@ -97,10 +106,11 @@ def conversion_work(shape: dict, remove: float = 0.2) -> dict[str, Work]:
     tokens = default("samples") * LENGTH
     batch = default("batch_size") * LENGTH
 
+    again = 1 - len(segments(range(shape["num_hidden_layers"]))) / shape["num_hidden_layers"]
     inputs = {g.source: g.columns for g in groups}
-    grams = 2 * sum(n * n for n in inputs.values())
+    grams = sum(map(gram_flops, inputs.values()))
     for g in groups:
-        grams += 2 * min(g.rows, g.columns) ** 2 + (2 * g.rows * g.columns if g.rows > g.columns else 0)
+        grams += gram_flops(g.full_rank) + (2 * g.rows * g.columns if g.rows > g.columns else 0)
     whole = sum(g.full_rank * (g.rows + g.columns) for g in groups)
     opened = sum(
         min(g.full_rank, r + 0.08 * g.full_rank) * (g.rows + g.columns) for g, r in zip(groups, ranks, strict=True)
@@ -111,7 +121,7 @@ def conversion_work(shape: dict, remove: float = 0.2) -> dict[str, Work]:
     kept = (1 - remove) * dense
     healing = forward + 6 * kept + 4 * head + 3 * attention
     return {
-        "calibrate: passes": [(MODEL, hidden, tokens * (3 * forward + attention))],
+        "calibrate: passes": [(MODEL, hidden, tokens * ((3 + again) * forward + attention - 2 * again * head))],
         "calibrate: Gram matrices": [(GRAM, hidden, tokens * grams)],
         "decompose": [piece for g in groups for piece in decomposition_work(g.rows, g.columns)],
         "FermiGrad": [(MODEL, hidden, default("steps") * batch * step)],
@@ -130,12 +140,9 @@ def _alternatives(shape: dict) -> Iterator[int]:
         yield len(list(coarser_partitions(len(joint.members))))
 
 
-def work_bytes(shape: dict) -> dict[str, int]:
-    """Bytes of the work directory: Gram matrices in float64, factors in float32."""
+def work_bytes(shape: dict, remove: float = 0.2) -> dict[str, int]:
+    """Bytes of the work directory, as the converter counts them: symmetric matrices in float32, one factor of each pair
+    for all groups and all that they may be joined to, and healed factors in bfloat16."""
     groups = separate_groups(shape)
-    inputs = {g.source: g.columns for g in groups}
-    return {
-        "inputs' Gram matrices": 8 * sum(n * n for n in inputs.values()),
-        "outputs' Gram matrices": 8 * sum(min(g.rows, g.columns) ** 2 for g in groups),
-        "factors": 4 * sum(g.full_rank * (g.rows + g.columns) for g in groups),
-    }
+    healed = 2 * Budget.removing(remove, "pivga").numbers(groups)
+    return gram_bytes(groups, "kfac") | {"factors": factors_bytes(groups, "kfac", joins=True), "healed factors": healed}

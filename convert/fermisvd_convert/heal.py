@@ -89,7 +89,7 @@ def dense_model(checkpoint: Path, options: HealOptions) -> Source:
         # a checkpoint does not choose whose code is run
         raise SourceError(f"{checkpoint}: its base model is {base!r}; give the dense model by --teacher")
     source = open_source(teacher or base, revision if teacher in (None, base) else None, options.trust_remote_code)
-    if provenance.get("model_sha256") not in (None, source.key):
+    if provenance.get("model_sha256") not in (None, source.check_values()):
         raise SourceError(f"--teacher {source.name}: not the model that {checkpoint} was made of (hashes differ)")
     return source
 

@@ -7,6 +7,7 @@ allocator keeps. Steps that hold whole models are refused beforehand where they 
 import ctypes
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -16,18 +17,22 @@ from fermisvd.groups import LinearGroup, block_of, parent_of
 from fermisvd.running import distributed
 from fermisvd_convert.options import ConvertOptions
 
-HIDDEN_BYTES = 2**26  # hidden states held in memory at least, unless --max-memory asks for less; or a block's bytes
+HIDDEN_BYTES = 2**26  # hidden states held in memory with --max-memory, or a block's bytes, if they are left
+HIDDEN_PART = 0.5  # of the memory that there is, for hidden states without --max-memory
+CONTAINER = Path("/sys/fs/cgroup/memory.max")  # cgroup v2's limit, seen from inside
 FLOAT = 4
 
 
 @dataclass(frozen=True)
 class Limits:
-    """gram_bytes: of the matrices that calibration gathers in one pass; hidden_bytes: of hidden states in memory;
-    bounded: whether more than is needed must not be taken, where a model is no plain row of blocks."""
+    """gram_bytes: of the matrices that calibration gathers in one pass; hidden_bytes: of hidden states in the host's
+    memory, beyond which they are in files; bounded: whether more than is needed must not be taken, where a model is no
+    plain row of blocks; device_hidden_bytes: of hidden states on a GPU, beyond which they are in the host's memory."""
 
     gram_bytes: int
     hidden_bytes: int
     bounded: bool = False
+    device_hidden_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -69,14 +74,21 @@ def model_sizes(
     )
 
 
-def limits(size: Sizes, max_memory: int | None) -> Limits:
-    """By default all of a block's matrices, as far as they are no more than a block and the largest of them; so memory
-    does not grow with the number of blocks."""
+def limits(size: Sizes, max_memory: int | None, device: str = "cpu") -> Limits:
+    """By default all of a block's matrices, as far as they are no more than a block and the largest of them; and of
+    hidden states half of the host's memory, and half of what calibration leaves of a GPU's."""
     if max_memory is None:
-        return Limits(size.block + size.gram, max(HIDDEN_BYTES, size.block))
+        left = memory_of(device, None) - calibration_bytes(size) if device.startswith("cuda") else 0
+        hidden, on_device = (int(HIDDEN_PART * room) for room in (memory_of("cpu", None), max(0, left)))
+        return Limits(size.block + size.gram, hidden, device_hidden_bytes=on_device)
     rest = max_memory - size.outside - size.block - 2 * size.activations
     hidden = max(0, min(max(HIDDEN_BYTES, size.block), rest // 4))
     return Limits(max(size.gram, min(size.block + size.gram, rest - hidden)), hidden, bounded=True)
+
+
+def calibration_bytes(size: Sizes) -> int:
+    """What calibration takes besides hidden states."""
+    return size.outside + size.block + size.gram + max(2 * size.activations, 3 * size.logits)
 
 
 def gated_bytes(size: Sizes, parts: int = 1) -> int:
@@ -91,10 +103,7 @@ def needs(size: Sizes, options: ConvertOptions, parts: int = 1) -> dict[str, tup
     """Step -> (bytes, what to do without it), of the steps that a conversion takes. parts: as `gated_bytes`."""
     model, gated = size.blocks + size.outside, gated_bytes(size)
     found = {
-        "calibration": (
-            size.outside + size.block + size.gram + max(2 * size.activations, 3 * size.logits),
-            "--batch-size or --sequence-length smaller",
-        ),
+        "calibration": (calibration_bytes(size), "--batch-size or --sequence-length smaller"),
         "decomposition": (2 * size.gram + 6 * size.layer, "--groups separate, for smaller matrices"),
     }
     if options.ranks == "fermigrad":
@@ -127,8 +136,10 @@ def memory_of(device: str, max_memory: int | None) -> int:
         return max_memory
     if device.startswith("cuda"):
         return torch.cuda.get_device_properties(device).total_memory
-    processes = distributed.launched("LOCAL_WORLD_SIZE")  # on this machine
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // processes
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if CONTAINER.is_file() and (limit := CONTAINER.read_text().strip()).isdecimal():
+        memory = min(memory, int(limit))
+    return memory // distributed.launched("LOCAL_WORLD_SIZE")  # processes of this machine
 
 
 def give_back() -> None:

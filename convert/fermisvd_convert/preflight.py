@@ -60,8 +60,7 @@ def prepare(model: str, out: Path, options: ConvertOptions) -> Conversion:
 def with_key(conversion: Conversion) -> Conversion:
     """All weights are read once: they are finite, and this is their hash."""
     cast = None if conversion.options.dtype == "auto" else conversion.storage
-    conversion.source.check_values(cast)
-    return replace(conversion, key=conversion.source.key)
+    return replace(conversion, key=conversion.source.check_values(cast))
 
 
 def settled(options: ConvertOptions, source: Source, device: str) -> tuple[ConvertOptions, CalibrationText]:
@@ -114,7 +113,7 @@ def check_room(conversion: Conversion, groups: Sequence[LinearGroup]) -> Convers
     shard = distributed.from_first(distributed.process_count() > 1 and gated_bytes(size) > room)
     if options.max_memory is not None or conversion.device.startswith("cuda"):
         check_memory(needs(size, options, distributed.process_count() if shard else 1), room)
-    conversion = replace(conversion, limits=limits(size, options.max_memory), shard=shard)
+    conversion = replace(conversion, limits=limits(size, options.max_memory, conversion.device), shard=shard)
     decomposition = decomposition_of(conversion, statistics_of(conversion))
     needed = {
         conversion.out: out_bytes(conversion, groups),

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,16 +57,6 @@ class Source:
         """A hub model's id, or the last name of a folder: where it lay says nothing elsewhere."""
         return folder_name(self.name) if Path(self.name).is_dir() else self.name
 
-    @property
-    def key(self) -> str:
-        """Hash of config, weights and, where the model brings its own, code: artefacts of another are never used."""
-        digest = hashlib.sha256((self.folder / "config.json").read_bytes())
-        code = sorted(self.folder.glob("*.py")) if self.config.get("auto_map") else []
-        for file in [*sorted({info.file for info in self.headers.values()}), *code]:
-            with file.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
-        return digest.hexdigest()
-
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor, memory-mapped. Raises SourceError if no file holds it."""
         if name not in self.headers:
@@ -95,25 +85,21 @@ class Source:
                 raise _not_dense(info)
         return TORCH_TYPES[self.headers[largest].dtype]
 
-    def check_values(self, cast: torch.dtype | None = None) -> None:
-        """Reads all weights, one tensor at a time.
+    def check_values(self, cast: torch.dtype | None = None) -> str:
+        """Reads all weights once, SLICE numbers at a time; returns a hash of config, weights and, where the model
+        brings its own, code: artefacts of another are never used.
 
         cast: type that they are to be stored in. Raises SourceError naming the tensor that holds NaN, infinity, or a
         value too large for that type.
         """
+        digest = hashlib.sha256((self.folder / "config.json").read_bytes())
         with bar("check weights", len(self.headers), "tensor") as shown:
-            for name, info in self.headers.items():
-                if info.dtype in TORCH_TYPES:
-                    self._check_value(name, info, cast)
-                shown.advance()
-
-    def _check_value(self, name: str, info: TensorInfo, cast: torch.dtype | None) -> None:
-        for part in self.tensor(name).flatten().split(SLICE):
-            if not part.isfinite().all():
-                raise SourceError(f"{info.file}: {name}: holds NaN or infinite values; {COPY}, or mend the model")
-            if cast is not None and not part.to(cast).isfinite().all():
-                kind = str(cast).removeprefix("torch.")
-                raise SourceError(f"{info.file}: {name}: holds values too large for --dtype {kind}")
+            for file in sorted({info.file for info in self.headers.values()}):
+                names = {info.name: name for name, info in self.headers.items() if info.file == file}
+                digest.update(_check_file(file, names, cast, shown.advance))
+        for file in sorted(self.folder.glob("*.py")) if self.config.get("auto_map") else []:
+            digest.update(hashlib.sha256(file.read_bytes()).digest())
+        return digest.hexdigest()
 
     def context_length(self) -> int | None:
         return context_length(self.parsed)
@@ -134,6 +120,42 @@ class Source:
     def tokenizer(self):
         """Raises SourceError if the folder has none."""
         return load_tokenizer(self.folder, self.trust_remote_code)
+
+
+def _check_file(
+    file: Path, names: Mapping[str, str], cast: torch.dtype | None, on_tensor: Callable[[], object]
+) -> bytes:
+    """SHA-256 of a safetensors file, whose tensors are checked as their bytes go by; see `Source.check_values`.
+
+    names: of the model's tensors by their names in the file; on_tensor: called behind each of these. By its format a
+    file is its header and then the tensors, without gaps, which opening it has checked.
+    """
+    digest, buffer = hashlib.sha256(), bytearray(8 * SLICE)
+    with file.open("rb") as stream:
+        size = stream.read(8)
+        header = stream.read(int.from_bytes(size, "little"))
+        digest.update(size + header)
+        tensors = [(name, entry) for name, entry in json.loads(header).items() if name != "__metadata__"]
+        for stored, entry in sorted(tensors, key=lambda tensor: tensor[1]["data_offsets"]):
+            dtype = TORCH_TYPES.get(entry["dtype"]) if stored in names else None
+            begin, end = entry["data_offsets"]
+            step = SLICE * (dtype.itemsize if dtype else 8)
+            for place in range(begin, end, step):
+                data = memoryview(buffer)[: min(step, end - place)]
+                stream.readinto(data)
+                digest.update(data)
+                if dtype:
+                    _check_numbers(torch.frombuffer(data, dtype=dtype), f"{file}: {names[stored]}", cast)
+            if stored in names:
+                on_tensor()
+    return digest.digest()
+
+
+def _check_numbers(numbers: torch.Tensor, where: str, cast: torch.dtype | None) -> None:
+    if not numbers.isfinite().all():
+        raise SourceError(f"{where}: holds NaN or infinite values; {COPY}, or mend the model")
+    if cast is not None and not numbers.to(cast).isfinite().all():
+        raise SourceError(f"{where}: holds values too large for --dtype {str(cast).removeprefix('torch.')}")
 
 
 def _not_dense(info: TensorInfo) -> SourceError:

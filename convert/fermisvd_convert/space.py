@@ -7,14 +7,16 @@ from pathlib import Path
 
 from rich.filesize import decimal
 
+from fermisvd.compress import Whitening
 from fermisvd.errors import OutputError
 from fermisvd.groups import LinearGroup, block_of
 from fermisvd.joining import fused_layers, joined
+from fermisvd.running.blocks import places_back
 from fermisvd_convert.conversion import Conversion
 from fermisvd_convert.places import disk_of, existing
 from fermisvd_convert.source import TORCH_TYPES
-from fermisvd_convert.stages.calibration import Statistics
-from fermisvd_convert.stages.decomposition import KeptDecomposition
+from fermisvd_convert.stages.calibration import strip_bytes
+from fermisvd_convert.stages.decomposition import KeptDecomposition, factor_bytes
 from fermisvd_convert.writer import copied_files
 
 SMALL_FILES = 2**20  # bytes: index, report, card, the stages' JSON
@@ -59,43 +61,44 @@ def work_bytes(
 ) -> dict[str, int]:
     """What the stages will still write, at most; Gram matrices and factors that are there are not counted.
 
-    Hidden states, float32, are gone before factors are made: the larger counts.
+    Hidden states, for which memory has no room, are gone before factors are made: the larger counts.
     """
-    grams = _gram_bytes(decomposition.statistics, groups)
+    options, statistics = conversion.options, decomposition.statistics
+    grams = gram_bytes(groups, options.whitening)
+    for name, stage in zip(grams, (statistics.inputs, statistics.outputs), strict=False):
+        grams[name] = max(0, grams[name] - (stage.bytes_written() if stage else 0))
     states = 0
     if any(grams.values()):
-        places = 2  # before and behind a block
-        if decomposition.statistics.outputs is not None:
-            places += len({block_of(group.name) for group in groups})  # gradients go back through all blocks
-        states = places * conversion.windows.numel() * groups[0].columns * 4 - conversion.limits.hidden_bytes
-    later = _factor_bytes(conversion, decomposition, groups)
+        places = 1  # behind a block
+        if options.whitening == "kfac":
+            places += places_back(len({block_of(group.name) for group in groups}))
+        states = places * conversion.windows.numel() * groups[0].columns * 4  # float32, at most
+        states -= conversion.limits.hidden_bytes + conversion.limits.device_hidden_bytes
+    later = {"factors": factors_bytes(groups, options.whitening, options.groups == "auto")}
+    later["factors"] = max(0, later["factors"] - decomposition.stage.bytes_written())
+    kept = conversion.budget.numbers(groups)
+    if options.refits:
+        later["refitted factors"] = 8 * kept  # float32; r (m + n) is at most twice what pivga counts
+    if options.healing.steps:
+        later["healed factors"] = kept * conversion.storage.itemsize
     if states > sum(later.values()):
         later = {"hidden states": states}
     return grams | later | {"other stages": SMALL_FILES}
 
 
-def _gram_bytes(statistics: Statistics, groups: Sequence[LinearGroup]) -> dict[str, int]:
-    """Gram matrices, float64."""
-    widths = {group.source: group.columns for group in groups}
-    needed = {"input Gram matrices": sum(8 * n**2 for n in widths.values()) - statistics.inputs.bytes_written()}
-    if statistics.outputs is not None:
+def gram_bytes(groups: Sequence[LinearGroup], whitening: Whitening) -> dict[str, int]:
+    """All Gram matrices in the work directory."""
+    inputs = {group.source: group.columns for group in groups}
+    needed = {"input Gram matrices": sum(map(strip_bytes, inputs.values()))}
+    if whitening == "kfac":
         members = [min(rows, group.columns) for group in groups for rows in group.member_rows]
-        needed["output Gram matrices"] = sum(8 * n**2 for n in members) - statistics.outputs.bytes_written()
-    return {name: max(0, size) for name, size in needed.items()}
+        needed["output Gram matrices"] = sum(map(strip_bytes, members))
+    return needed
 
 
-def _factor_bytes(
-    conversion: Conversion, decomposition: KeptDecomposition, groups: Sequence[LinearGroup]
-) -> dict[str, int]:
-    """Factors of all groups, and of all that they may be joined to, float32; those refitted; those healed."""
+def factors_bytes(groups: Sequence[LinearGroup], whitening: Whitening, joins: bool) -> int:
+    """What is kept of the factors of all groups; joins: and of all that they may be joined to."""
     pieces = list(groups)
-    for parts in fused_layers(groups) if conversion.options.groups == "auto" else []:
+    for parts in fused_layers(groups) if joins else []:
         pieces += [joined(parts[i:j]) for i, j in combinations(range(len(parts) + 1), 2) if j - i > 1]
-    whole = sum(4 * g.full_rank * (g.rows + g.columns) for g in pieces)
-    needed = {"factors": whole - decomposition.stage.bytes_written()}
-    kept = conversion.budget.numbers(groups)
-    if conversion.options.refits:
-        needed["refitted factors"] = 8 * kept  # float32; r (m + n) is at most twice what pivga counts
-    if conversion.options.healing.steps:
-        needed["healed factors"] = kept * conversion.storage.itemsize
-    return {name: max(0, size) for name, size in needed.items()}
+    return sum(factor_bytes(piece, whitening) for piece in pieces)

@@ -28,7 +28,7 @@ from fermisvd_convert.places import ensure_own, make_own, remove_own
 
 MANIFEST = "manifest"
 SCRATCH = ".fermisvd-scratch"  # what is half-written, and hidden states
-METHOD = 2  # raised when the same settings no longer give the same result
+METHOD = 3  # raised when the same settings no longer give the same result
 PROGRESS, PROGRESS_SECONDS = ".progress.json", 60
 
 
@@ -123,12 +123,12 @@ class Workspace:
         return self.folder / SCRATCH
 
     @contextmanager
-    def hidden_states(self, room: int) -> Iterator[HiddenStates]:
-        """A place for hidden states, `room` bytes of it in memory; empty before and after."""
+    def hidden_states(self, room: int, device_room: int = 0) -> Iterator[HiddenStates]:
+        """A place for hidden states, empty before and after; see HiddenStates."""
         folder = self.scratch / f"hidden-{distributed.this_process()}"
         make_own(folder)
         try:
-            yield HiddenStates(folder, room)
+            yield HiddenStates(folder, room, device_room)
         finally:
             remove_own(folder)
 

@@ -3,6 +3,7 @@
 So a step can run one block over all of a text before it needs the next one.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -105,22 +106,26 @@ class DecoderBlocks:
 
 
 class HiddenStates:
-    """Hidden states by (place, batch number): in memory up to `room` bytes, beyond that in files of `folder`.
+    """Hidden states by (place, batch number): on a GPU up to `device_room` bytes, beyond that in the host's memory up
+    to `room` bytes, and beyond that in files of `folder`.
 
     Raises OutputError where these cannot be written.
     """
 
-    def __init__(self, folder: Path, room: int):
-        self.folder, self.room = folder, room
+    def __init__(self, folder: Path, room: int, device_room: int = 0):
+        self.folder, self.room, self.device_room = folder, room, device_room
         self._memory: dict[tuple[str, int], torch.Tensor] = {}
 
     def put(self, place: str, batch: int, hidden: torch.Tensor) -> None:
-        """Keep (windows, length, hidden) there, in place of what was."""
+        """Keep (windows, length, hidden) there, in its own type, in place of what was."""
         hidden = hidden.detach()
         self._drop(place, batch)
-        if hidden.nbytes <= self.room:
-            self.room -= hidden.nbytes
+        if hidden.is_cuda and hidden.nbytes <= self.device_room:
+            self.device_room -= hidden.nbytes
             self._memory[place, batch] = hidden
+        elif hidden.nbytes <= self.room:
+            self.room -= hidden.nbytes
+            self._memory[place, batch] = hidden.cpu()
         else:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -129,17 +134,9 @@ class HiddenStates:
                 raise OutputError(f"{self.folder}: hidden states cannot be written ({error})") from None
 
     def get(self, place: str, batch: int, device: torch.device) -> torch.Tensor:
-        """(windows, length, hidden); those in memory are not copied."""
+        """(windows, length, hidden); those that are on the device are not copied."""
         kept = self._memory.get((place, batch))
-        return kept if kept is not None else load_file(self._file(place, batch))["hidden"].to(device)
-
-    def move(self, place: str, other: str, batch: int) -> None:
-        """From a place to another, in place of what was."""
-        self._drop(other, batch)
-        if (place, batch) in self._memory:
-            self._memory[other, batch] = self._memory.pop((place, batch))
-        else:
-            self._file(place, batch).rename(self._file(other, batch))
+        return (load_file(self._file(place, batch))["hidden"] if kept is None else kept).to(device)
 
     def drop(self, place: str, batches: Sequence[tuple[int, Any]]) -> None:
         """Forget the states of these batches, given with their numbers, at a place."""
@@ -148,7 +145,11 @@ class HiddenStates:
 
     def _drop(self, place: str, batch: int) -> None:
         if (place, batch) in self._memory:
-            self.room += self._memory.pop((place, batch)).nbytes
+            kept = self._memory.pop((place, batch))
+            if kept.is_cuda:
+                self.device_room += kept.nbytes
+            else:
+                self.room += kept.nbytes
         elif self.folder.is_dir():
             self._file(place, batch).unlink(missing_ok=True)
 
@@ -177,12 +178,12 @@ def sweep(
     blocks: DecoderBlocks,
     batches: Sequence[tuple[int, torch.Tensor]],
     hidden: HiddenStates,
-    keep: bool = False,
+    kept: Sequence[int] = (),
     on_batch: Callable[[], object] = lambda: None,
 ) -> None:
-    """Forward through all blocks, one at a time: leaves the states behind the last as "last" and, with `keep`, those
-    before block i as "before i". batches: numbered; on_batch: called whenever one is through a block. Raises
-    NumericalError naming a block whose output is not finite.
+    """Forward through all blocks, one at a time: leaves the states behind the last as "last" and, of the blocks i in
+    `kept`, those before them as "before i". batches: numbered; on_batch: called whenever one is through a block.
+    Raises NumericalError naming a block whose output is not finite.
     """
     device = device_of(blocks.model)
     for number, batch in batches:
@@ -190,12 +191,47 @@ def sweep(
     for index in range(len(blocks.blocks)):
         with blocks.present(index):
             for number, _ in batches:
-                states = blocks.run(index, hidden.get("last", number, device))
+                before = hidden.get("last", number, device)
+                states = blocks.run(index, before)
                 if not states.isfinite().all():
                     raise NumericalError(f"the output of {blocks.prefix}.{index} holds NaN or infinite values")
-                if keep:
-                    hidden.move("last", f"before {index}", number)
-                hidden.put("last", number, states)
+                hidden.put("last", number, states)  # which makes room
+                if index in kept:
+                    hidden.put(f"before {index}", number, before)
+                on_batch()
+
+
+def segments(blocks: range) -> list[range]:
+    """Blocks in runs, each a block shorter than the one before it, so that going back through all of them from the
+    states before each run takes the fewest places: j of those are still kept when run j is gone through, so a later
+    run must be shorter. `places_back` says how many there are at once, about sqrt(2 blocks)."""
+    found, length = [], places_back(len(blocks))
+    while blocks:
+        found.append(blocks[:length])
+        blocks, length = blocks[length:], length - 1
+    return found
+
+
+def places_back(blocks: int) -> int:
+    """States before so many blocks, at most, are there at once on the way back through `blocks`: the least p of which
+    p + (p - 1) + ... + 1 is no fewer."""
+    return math.ceil((math.sqrt(8 * blocks + 1) - 1) / 2)
+
+
+@torch.no_grad()
+def run_again(
+    blocks: DecoderBlocks,
+    segment: range,
+    batches: Sequence[tuple[int, torch.Tensor]],
+    hidden: HiddenStates,
+    on_batch: Callable[[], object] = lambda: None,
+) -> None:
+    """From the states before its first block those before its others, as "before i"."""
+    for index in segment[:-1]:
+        with blocks.present(index):
+            for number, _ in batches:
+                before = hidden.get(f"before {index}", number, device_of(blocks.model))
+                hidden.put(f"before {index + 1}", number, blocks.run(index, before))
                 on_batch()
 
 

@@ -166,11 +166,13 @@ def test_refit_of_a_tall_group_is_the_kfac_svd_of_the_changed_weight(tiny_llama,
     group = next(g for g in find_groups(source.load("cpu", torch.float32), "joint") if "q_proj" in g.name)
     assert group.rows > group.columns
     change = torch.eye(group.columns, dtype=torch.float64) + 0.1 * torch.randn(96, 96, dtype=torch.float64)
-    found = decomposition.fit(group, change, gram.load(group.source)["gram"])
-    covariance = torch.block_diag(*[outputs.load(name)["matrix"] for name in group.members])
+    inputs = decomposition.gram(group.source)
+    found = decomposition.fit(group, change, inputs)
+    members = [decomposition.statistics.output(name, torch.device("cpu")) for name in group.members]
+    covariance = torch.block_diag(*[member.matrix for member in members])
     weight = decomposition.weights(group).double() @ change
     output = OutputGram(weight.T @ covariance @ weight, covariance.diagonal().mean().item())
-    expected = kfac_svd(weight, gram.load(group.source)["gram"], output, DAMPING, OUTPUT_DAMPING)
+    expected = kfac_svd(weight, inputs, output, DAMPING, OUTPUT_DAMPING)
     torch.testing.assert_close(found.sigma, expected.sigma)
     for rank in (4, 20):
         (a, b), (c, d) = found.truncated(rank), expected.truncated(rank)

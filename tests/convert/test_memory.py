@@ -7,6 +7,7 @@ import pytest
 from fermisvd.errors import OptionError
 from fermisvd.files import TensorInfo
 from fermisvd.groups import LinearGroup
+from fermisvd_convert import memory
 from fermisvd_convert.convert import convert
 from fermisvd_convert.memory import (
     HIDDEN_BYTES,
@@ -14,6 +15,7 @@ from fermisvd_convert.memory import (
     check_memory,
     gated_bytes,
     limits,
+    memory_of,
     model_sizes,
     needs,
 )
@@ -40,13 +42,33 @@ def test_other_sizes_are_refused(text):
 def test_by_default_the_limits_do_not_know_the_number_of_blocks():
     deeper = replace(LLAMA_8B, blocks=10 * LLAMA_8B.blocks)
     assert limits(LLAMA_8B, None) == limits(deeper, None)
-    assert limits(LLAMA_8B, None).hidden_bytes == max(HIDDEN_BYTES, LLAMA_8B.block)
+
+
+def test_hidden_states_take_half_of_what_there_is(monkeypatch):
+    """Of the host's memory, or of a container's, and of what calibration leaves of a GPU's."""
+    monkeypatch.setattr(memory, "memory_of", lambda device, _: {"cpu": 200 * GIB, "cuda:1": 80 * GIB}[device])
+    assert limits(LLAMA_8B, None).hidden_bytes == limits(LLAMA_8B, None, "cuda:1").hidden_bytes == 100 * GIB
+    assert limits(LLAMA_8B, None).device_hidden_bytes == 0
+    left = 80 * GIB - needs(LLAMA_8B, ConvertOptions.named(remove=0.3))["calibration"][0]
+    assert 0 < limits(LLAMA_8B, None, "cuda:1").device_hidden_bytes == left // 2
+    assert limits(LLAMA_8B, 24 * GIB, "cuda:1").device_hidden_bytes == 0
+    monkeypatch.setattr(memory, "memory_of", lambda device, _: GIB)
+    assert limits(LLAMA_8B, None, "cuda:1").device_hidden_bytes == 0
+
+
+@pytest.mark.parametrize("content", ["max\n", "1073741824\n"])
+def test_a_containers_limit_is_the_memory(tmp_path, monkeypatch, content):
+    whole = memory_of("cpu", None)
+    monkeypatch.setattr(memory, "CONTAINER", tmp_path / "memory.max")
+    (tmp_path / "memory.max").write_text(content)
+    assert memory_of("cpu", None) == (GIB if content[0] == "1" else whole) and whole > GIB
 
 
 def test_less_memory_gathers_fewer_matrices_but_one_at_least():
     sizes = [limits(LLAMA_8B, gib * GIB) for gib in (8, 9, 10, 100)]
     assert [s.gram_bytes for s in sizes] == sorted(s.gram_bytes for s in sizes)
-    assert sizes[0].gram_bytes == LLAMA_8B.gram and sizes[-1] == replace(limits(LLAMA_8B, None), bounded=True)
+    assert sizes[0].gram_bytes == LLAMA_8B.gram and sizes[-1].gram_bytes == limits(LLAMA_8B, None).gram_bytes
+    assert all(s.bounded for s in sizes) and sizes[-1].hidden_bytes == max(HIDDEN_BYTES, LLAMA_8B.block)
 
 
 def test_command_of_the_docs_converts_an_8b_model_in_24_gib():

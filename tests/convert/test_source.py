@@ -1,18 +1,22 @@
 """Where a model is, what it is called and what its config says, by whatever names."""
 
+import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
-from weakref import WeakSet
 
 import pytest
+import torch
 import transformers
 from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
 
+from fermisvd_convert import source as source_module
 from fermisvd_convert.convert import convert
 from fermisvd_convert.loading import SourceError, context_length, load_tokenizer
-from fermisvd_convert.source import OTHER_WEIGHTS, Source, folder_name, open_source
+from fermisvd_convert.source import OTHER_WEIGHTS, SLICE, folder_name, open_source
 from tests.support.folders import in_hub_cache
 
 
@@ -185,17 +189,41 @@ def test_a_file_that_may_not_be_read_is_no_truncated_one(smallest_llama, tmp_pat
         open_source(str(folder))
 
 
-def test_every_weight_is_read_one_tensor_at_a_time(tiny_llama):
-    """The check of the values never holds more than one of the model's tensors."""
-    alive, most = WeakSet(), []
+@pytest.mark.parametrize("per_slice", [64, SLICE])
+def test_one_reading_checks_every_number_and_hashes_every_byte(tiny_llama, tmp_path, monkeypatch, per_slice):
+    """Reference: the files' own SHA-256; and NaN as first, middle or last number of any tensor is found."""
+    monkeypatch.setattr(source_module, "SLICE", per_slice)
+    folder = shutil.copytree(tiny_llama, tmp_path / "model")
+    file, source = folder / "model.safetensors", open_source(str(folder))
+    config = hashlib.sha256((folder / "config.json").read_bytes())
+    config.update(hashlib.sha256(file.read_bytes()).digest())
+    assert source.check_values() == config.hexdigest()
+    tensors = load_file(file)
+    for name, tensor in list(tensors.items())[::5]:
+        for place in (0, tensor.numel() // 2, tensor.numel() - 1):
+            spoilt = tensor.clone()
+            spoilt.view(-1)[place] = float("nan")
+            save_file(tensors | {name: spoilt}, file, metadata={"format": "pt"})
+            with pytest.raises(SourceError, match=f"{re.escape(name)}: holds NaN"):
+                source.check_values()
+            spoilt.view(-1)[place] = 1e30
+            save_file(tensors | {name: spoilt}, file, metadata={"format": "pt"})
+            with pytest.raises(SourceError, match=f"{re.escape(name)}: holds values too large for --dtype float16"):
+                source.check_values(torch.float16)
+            assert source.check_values() != config.hexdigest()
 
-    class Counting(Source):
-        def tensor(self, name):
-            tensor = super().tensor(name)
-            alive.add(tensor)
-            most.append(len(alive))
-            return tensor
 
-    source = Counting(**vars(open_source(str(tiny_llama))))
+def test_a_model_is_read_once(tiny_llama, monkeypatch):
+    """Bytes that are read, by a count of them, and none but those of a slice are held."""
+    source, read, held = open_source(str(tiny_llama)), [], []
+    plain = source_module.torch.frombuffer
+    monkeypatch.setattr(source_module, "SLICE", 512)
+
+    def see(data, dtype):
+        read.append(len(data))
+        held.append(len(data.obj))
+        return plain(data, dtype=dtype)
+
+    monkeypatch.setattr(source_module.torch, "frombuffer", see)
     source.check_values()
-    assert len(most) == len(source.headers) and max(most) <= 2  # the one before is let go as the next is bound
+    assert sum(read) == sum(info.bytes for info in source.headers.values()) and max(held) == 8 * 512

@@ -1,13 +1,26 @@
+from pathlib import Path
+
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from fermisvd.calibration import calibration_grams, gram_matrices, grams_by_blocks, passes_by_blocks
+from fermisvd.calibration import (
+    GramSums,
+    _mirror,
+    add_gram,
+    calibration_grams,
+    gram_matrices,
+    grams_by_blocks,
+    passes_by_blocks,
+)
 from fermisvd.decomposition import OutputGram, group_output_gram
 from fermisvd.errors import NumericalError
 from fermisvd.groups import find_groups
 from fermisvd.running.blocks import DecoderBlocks, HiddenStates
 from fermisvd.running.streaming import stream_model
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
 @pytest.fixture
@@ -29,6 +42,70 @@ def test_gram_matrix_is_the_sum_over_all_tokens(model):
     gram = gram_matrices(model, [name], windows.split(2))[name]
     torch.testing.assert_close(gram, x.T @ x, rtol=1e-4, atol=1e-4)
     assert gram.dtype == torch.float64
+
+
+def outlying(tokens: int, channels: int) -> torch.Tensor:
+    """Numbers of one sign mostly, whose sums round more, and a channel of a million times the others' energy."""
+    x = torch.randn(tokens, channels, dtype=torch.float64) + 1
+    x[:, channels // 3] *= 1e3
+    return x
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("channels", [40, 700])  # one panel, and several of which the last is narrower
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 1e-6), (torch.bfloat16, 1e-6)]
+)
+def test_gram_matrix_is_exact_to_float32(device, channels, dtype, tolerance):
+    """Reference: float64 of the numbers as they are; sums in bfloat16 would be off by 3e-3."""
+    x = outlying(10_000, channels).to(dtype)
+    total = torch.zeros(channels, channels, dtype=torch.float64, device=device)
+    for part in x.to(device).split(6000):
+        add_gram(total, part)
+    expected = x.double().T @ x.double()
+    scale = expected.diagonal().sqrt()
+    error = (_mirror(total).cpu() - expected).abs() / (scale[:, None] * scale)
+    assert error.max() < tolerance
+
+
+def test_gram_products_are_never_tf32():
+    x = outlying(3000, 40).float()
+    total, before = torch.zeros(40, 40, dtype=torch.float64), torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        add_gram(total, x)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    torch.testing.assert_close(_mirror(total), x.double().T @ x.double(), rtol=1e-13, atol=0)
+
+
+class Alone(PreTrainedModel):
+    """A linear layer as a model."""
+
+    def __init__(self, rows: int, columns: int):
+        super().__init__(PretrainedConfig())
+        self.layer = nn.Linear(columns, rows, bias=False)
+
+    def get_input_embeddings(self):
+        return self.layer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(30, 50), (300, 50)])  # wide; tall, whose gradients are brought to the input side
+def test_gradients_are_summed_to_float32(dtype, shape):
+    """Reference: float64 of the same gradients and weights."""
+    model = Alone(*shape).to(dtype)
+    gradient, x = outlying(9000, shape[0]).to(dtype)[None], torch.randn(1, 9000, shape[1], dtype=dtype)
+    sums = GramSums(model, [], ["layer"])
+    with sums.watching():
+        model.layer(x).backward(gradient)
+    output = sums.result()[1]["layer"]
+    g, w = gradient[0].double(), model.layer.weight.detach().double()
+    covariance = g.T @ g
+    expected = covariance if shape[0] <= shape[1] else w.T @ covariance @ w
+    scale = expected.diagonal().sqrt()
+    assert ((output.matrix - expected).abs() / (scale[:, None] * scale)).max() < 2e-6
+    assert output.mean == pytest.approx(covariance.diagonal().mean().item(), rel=1e-12)
 
 
 def test_batching_does_not_matter(model):
@@ -137,8 +214,54 @@ def test_block_by_block_is_the_pass_of_the_whole_model(model, tiny_llama, tmp_pa
     assert hidden.room == 4000 and not list(tmp_path.iterdir())
     assert len(calls) == passes_by_blocks(blocks, sources, members, batches, limit)
     runs = {None: 2, 1: len(grams) + len(outputs)}  # of the two blocks, or one a matrix
-    if limit in runs:  # with gradients also through both blocks and the head on the way there
-        assert len(calls) == (runs[limit] + 3 * gradients) * len(batches)
+    if limit in runs:  # with gradients also through both blocks and the head on the way there, and again through one
+        assert len(calls) == (runs[limit] + 4 * gradients) * len(batches)
+
+
+class Watched(HiddenStates):
+    """kinds: types of what was kept."""
+
+    def __init__(self, folder: Path, room: int):
+        super().__init__(folder, room)
+        self.kinds: set[torch.dtype] = set()
+
+    def put(self, place: str, batch: int, hidden: torch.Tensor) -> None:
+        self.kinds.add(hidden.dtype)
+        super().put(place, batch, hidden)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gradients", [False, True])
+def test_deeper_model_in_its_own_type(tiny_llama, tmp_path, gradients, dtype):
+    """Reference: the whole model's pass, and transformers' own states behind the last block."""
+    config = AutoConfig.from_pretrained(tiny_llama, num_hidden_layers=7)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    groups = find_groups(model, "separate")
+    sources, members = [g.source for g in groups], [g.name for g in groups] if gradients else []
+    batches = torch.randint(2048, (5, 16)).split(2)
+    expected, expected_outputs = calibration_grams(model, sources, members, batches, 1)
+    behind: list[torch.Tensor] = []
+    hook = model.model.layers[-1].register_forward_hook(lambda _, x, y: behind.append(y))
+    with torch.no_grad():
+        for batch in batches:
+            model(input_ids=batch)
+    hook.remove()
+    hidden, last = Watched(tmp_path, 20_000), {}
+    grams, outputs = {}, {}
+    for part in grams_by_blocks(
+        DecoderBlocks(model), sources, members, batches, hidden, 1, on_last=lambda n, x: last.update({n: x})
+    ):
+        grams |= part[0]
+        outputs |= part[1]
+    assert hidden.kinds == {dtype}
+    for name, gram in expected.items():
+        assert torch.equal(grams[name], gram)
+    for name, output in expected_outputs.items():
+        torch.testing.assert_close(outputs[name].matrix, output.matrix)
+        assert outputs[name].mean == pytest.approx(output.mean)
+    assert last.keys() == set(range(len(batches)))
+    for number, states in last.items():
+        assert torch.equal(states, behind[number]) and not states.requires_grad
 
 
 @pytest.mark.parametrize("gradients", [False, True])

@@ -4,7 +4,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fermisvd import decomposition
-from fermisvd.decomposition import OutputGram, data_aware_svd, kfac_svd
+from fermisvd.decomposition import OutputGram, both_factors, data_aware_svd, kfac_svd, one_factor
 
 SHAPES = [(12, 30), (30, 12), (16, 16), (1, 9), (9, 1)]
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -263,6 +263,84 @@ def test_no_second_matrix_as_large_as_the_gram_matrix(whitening, monkeypatch):
     assert 0 < made.bytes <= w.nbytes
 
 
+def kept_and_made_again(weight, factors):
+    """As the converter keeps factors: one of them, in float32."""
+    kept = {name: tensor if name == "sigma" else tensor.float() for name, tensor in one_factor(factors).items()}
+    return kept, both_factors(weight, kept)
+
+
+def extreme_problem(m: int, n: int, dtype: torch.dtype):
+    """As `massive_problem`, but one channel has 10^6 times the median's energy."""
+    w, x, covariance, output = make_kfac_problem(m, n, spread=1.0, tokens=4 * n)
+    x = torch.logspace(0, -1.5, n, dtype=torch.float64)[:, None] * x
+    energy = x.square().sum(1)
+    x[n // 3] *= (1e6 * energy.median() / energy[n // 3]).sqrt()
+    w, gram = w.to(dtype), x @ x.T
+    matrix = covariance if m <= n else w.double().T @ covariance @ w.double()
+    return w, gram, covariance, OutputGram(matrix, output.mean)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("whitening", ["input", "kfac"])
+@pytest.mark.parametrize("shape", [(60, 90), (90, 60), (64, 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_factors_from_one_of_them_and_rounded_matrices_lose_no_more(device, whitening, shape, dtype):
+    """Reference: float64 throughout, with a channel that has a million times the others' energy."""
+    w, gram, covariance, output = extreme_problem(shape[0], shape[1], dtype)
+    ridge = decomposition.DAMPING * gram.diagonal().mean()
+    damped = gram + ridge * torch.eye(len(gram), dtype=torch.float64)
+    rounded = OutputGram(output.matrix.float().double().to(device), output.mean)
+    narrow = gram.float().to(device)
+    if whitening == "input":
+        covariance = torch.eye(shape[0], dtype=torch.float64)
+        exact = data_aware_svd(w.double(), gram, decomposition.DAMPING)
+        factors = data_aware_svd(w.to(device), narrow, decomposition.DAMPING)
+    else:
+        covariance = covariance + decomposition.OUTPUT_DAMPING * output.mean * torch.eye(shape[0], dtype=torch.float64)
+        exact = kfac_svd(w.double(), gram, output, decomposition.DAMPING)
+        factors = kfac_svd(w.to(device), narrow, rounded, decomposition.DAMPING)
+    kept, again = kept_and_made_again(w.to(device), factors)
+    assert again.a.dtype == again.b.dtype == torch.float32 and again.orthonormal == (whitening == "input")
+    k = min(shape)
+    assert sum(tensor.numel() for tensor in kept.values()) == k + k * (shape[0] if whitening == "input" else k)
+    for rank in (15, 30, 45):
+        least = whitened_loss(w, damped, covariance, *exact.truncated(rank))
+        loss = whitened_loss(w, damped, covariance, *(factor.cpu() for factor in again.truncated(rank)))
+        assert loss == pytest.approx(least, rel=1e-5)
+    a, b = again.a.cpu().double(), again.b.cpu().double()
+    error = (a @ b - w.double()).abs()
+    if whitening == "kfac":
+        assert (error <= 2**-24 * (a.abs() @ b.abs())).all()  # only the factor that was made is rounded
+    assert error.max() <= 4e-7 * w.abs().max()
+
+
+@pytest.mark.parametrize("shape", [(12, 30), (30, 12)])
+@pytest.mark.parametrize("whitening", ["input", "kfac"])
+def test_singular_weights_are_made_again(shape, whitening):
+    """Half of W's rows and columns are zero: W has no inverse, but what is kept gives both factors."""
+    w, x, _, _ = make_kfac_problem(*shape)
+    w[::2], w[:, ::2] = 0, 0
+    covariance = torch.eye(shape[0], dtype=torch.float64)
+    output = OutputGram(covariance if shape[0] <= shape[1] else w.T @ w, 1.0)
+    gram = x @ x.T
+    factors = data_aware_svd(w, gram, 1e-6) if whitening == "input" else kfac_svd(w, gram, output, 1e-6)
+    _, again = kept_and_made_again(w, factors)
+    torch.testing.assert_close(again.a @ again.b, w.float())
+    for rank in (2, 5):
+        a, b = factors.truncated(rank)
+        torch.testing.assert_close(again.a[:, :rank] @ again.b[:rank], (a @ b).float())
+
+
+@pytest.mark.parametrize("shape", [(20, 90), (90, 20)])
+def test_slices_change_nothing_in_what_is_made_again(shape, monkeypatch):
+    w, x, _, output = make_kfac_problem(*shape)
+    factors = kfac_svd(w, x @ x.T, output, 1e-3)
+    whole = kept_and_made_again(w, factors)[1]
+    monkeypatch.setattr(decomposition, "SLICE", 32)  # does not divide 90
+    sliced = kept_and_made_again(w, factors)[1]
+    torch.testing.assert_close((sliced.a, sliced.b), (whole.a, whole.b))
+
+
 @pytest.mark.parametrize("shape", [(12, 30), (30, 12)])
 def test_arguments_are_not_changed(shape):
     w, x, _, output = make_kfac_problem(*shape)
@@ -272,6 +350,18 @@ def test_arguments_are_not_changed(shape):
     kfac_svd(w, gram, output, 0.1)
     for now, then in zip((w, gram, output.matrix), before, strict=True):
         assert torch.equal(now, then)
+
+
+def test_root_of_a_matrix_that_rounding_made_indefinite_is_lifted_to_the_ridge():
+    """Reference: the matrix before it was rounded to float32, whose least eigenvalue is the ridge."""
+    shared = torch.rand(60, 1, dtype=torch.float64) + 1
+    rows = 1e3 * shared @ torch.randn(1, 20, dtype=torch.float64) + 1e-2 * torch.randn(60, 20, dtype=torch.float64)
+    matrix, ridge = rows @ rows.T, 1e-3
+    rounded = matrix.float().double()
+    assert torch.linalg.eigvalsh(rounded)[0] < -10 * ridge
+    root = decomposition._root(rounded, ridge)
+    assert torch.linalg.eigvalsh(root @ root.T)[0] == pytest.approx(ridge, rel=1e-3)
+    torch.testing.assert_close(root @ root.T, matrix, rtol=0, atol=1e-7 * matrix.abs().max().item())
 
 
 @pytest.mark.parametrize("case", ["definite", "singular", "indefinite by rounding"])

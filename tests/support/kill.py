@@ -48,7 +48,7 @@ def make_model(folder: Path) -> Path:
 # hidden states go to files, and FermiGrad keeps its state at every step: both take a minute in a large model only
 PROGRAM = """
 from fermisvd_convert import memory, workspace
-memory.HIDDEN_BYTES = workspace.PROGRESS_SECONDS = 0
+memory.HIDDEN_PART = workspace.PROGRESS_SECONDS = 0
 from fermisvd_convert.cli import app
 app()
 """

@@ -1,7 +1,7 @@
 """Calibration: Gram matrices of the inputs and, for kfac whitening, of the output gradients."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ from fermisvd_convert.progress import bar
 from fermisvd_convert.workspace import Stage
 
 logger = logging.getLogger("fermisvd")
+STRIP = 256  # rows of a Gram matrix that are kept together
 
 
 class Matrix(NamedTuple):
@@ -49,21 +50,43 @@ class Statistics:
         if distributed.this_process():
             return
         for name, gram in grams.items():
-            self.inputs.save(name, {"gram": gram})
+            self.inputs.save(name, strips(gram))
         for name, output in outputs.items():
             assert self.outputs is not None
             mean = torch.tensor(output.mean, dtype=torch.float64)
-            self.outputs.save(name, {"matrix": output.matrix, "mean": mean})
+            self.outputs.save(name, strips(output.matrix) | {"mean": mean})
 
-    def gram(self, source: str) -> torch.Tensor:
-        """C of the input of a layer, (n x n)."""
-        return self.inputs.load(source)["gram"]
+    def gram(self, source: str, device: torch.device) -> torch.Tensor:
+        """C of the input of a layer, (n x n), float32."""
+        return from_strips(self.inputs.load(source), device)
 
     def output(self, member: str, device: torch.device) -> OutputGram:
         """G of the output of a layer."""
         assert self.outputs is not None
         kept = self.outputs.load(member)
-        return OutputGram(kept["matrix"].to(device), kept["mean"].item())
+        mean = kept.pop("mean").item()
+        return OutputGram(from_strips(kept, device).double(), mean)
+
+
+def strips(matrix: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A symmetric matrix (n x n) as it is kept: STRIP rows at a time, up to the diagonal, float32, named by the first
+    row. Every entry is rounded relative to itself, so that channels of little energy lose no more than others."""
+    return {str(i): matrix[i : i + STRIP, : i + STRIP].float() for i in range(0, len(matrix), STRIP)}
+
+
+def from_strips(kept: Mapping[str, torch.Tensor], device: torch.device) -> torch.Tensor:
+    """The matrix (n x n) again, float32."""
+    width = max(strip.shape[1] for strip in kept.values())
+    matrix = torch.empty(width, width, device=device)
+    for first, strip in ((int(name), strip.to(device)) for name, strip in kept.items()):
+        matrix[first : first + STRIP, : first + STRIP] = strip
+        matrix[:first, first : first + STRIP] = strip[:, :first].T
+    return matrix
+
+
+def strip_bytes(width: int) -> int:
+    """Of a (width x width) matrix in strips."""
+    return sum(4 * min(STRIP, width - i) * min(i + STRIP, width) for i in range(0, width, STRIP))
 
 
 def statistics_of(conversion: Conversion) -> Statistics:
@@ -115,7 +138,7 @@ def _gather(conversion: Conversion, statistics: Statistics, missing: Sequence[Ma
     names = _names(missing)
     passes = passes_by_blocks(blocks, *names, batches, limits.gram_bytes)
     with (
-        conversion.workspace.hidden_states(limits.hidden_bytes) as hidden,
+        conversion.workspace.hidden_states(limits.hidden_bytes, limits.device_hidden_bytes) as hidden,
         bar("calibrate", passes, "batch") as shown,
     ):
         limit = limits.gram_bytes

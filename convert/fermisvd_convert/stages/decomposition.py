@@ -6,7 +6,16 @@ from dataclasses import dataclass
 import torch
 
 from fermisvd.budget import RankedGroup
-from fermisvd.decomposition import DAMPING, OUTPUT_DAMPING, Decomposition, Factors, OutputGram
+from fermisvd.compress import Whitening
+from fermisvd.decomposition import (
+    DAMPING,
+    OUTPUT_DAMPING,
+    Decomposition,
+    Factors,
+    OutputGram,
+    both_factors,
+    one_factor,
+)
 from fermisvd.groups import LinearGroup
 from fermisvd.losses import Pair
 from fermisvd.running import distributed
@@ -22,26 +31,34 @@ FactorsOf = Callable[[LinearGroup], Pair]  # A (m x r) and B (r x n) of a group 
 
 @dataclass(frozen=True)
 class KeptDecomposition(Decomposition):
-    """Factors of the source's weights and the calibration's matrices, kept in the workspace."""
+    """Factors of the source's weights and the calibration's matrices, one of each pair kept in the workspace; the other
+    is made when it is asked for, from the weights."""
 
     stage: Stage
     source: Source
     statistics: Statistics
     device: str
 
-    def factors(self, group: LinearGroup) -> Factors:
+    def keep(self, group: LinearGroup) -> str:
+        """Make a group's factors and keep one of them, unless it is there; returns its name."""
         name = group.name if len(group.members) == 1 else f"{group.name}+{len(group.members) - 1}"
         if not self.stage.has(name):
-            made = self.made(group)
-            self.stage.save(name, {"a": made.a, "b": made.b, "sigma": made.sigma})
-        return Factors(**self.stage.load(name))
+            self.stage.save(name, one_factor(self.made(group)))
+        return name
+
+    def factors(self, group: LinearGroup) -> Factors:
+        kept = {name: tensor.to(self.device) for name, tensor in self.stage.load(self.keep(group)).items()}
+        return both_factors(self.weights(group).to(self.device), kept)
+
+    def sigma(self, group: LinearGroup) -> torch.Tensor:
+        return self.stage.load(self.keep(group))["sigma"]
 
     def weights(self, group: LinearGroup) -> torch.Tensor:
         stored = [self.source.tensor(f"{name}.weight") for name in group.members]
         return torch.cat([weight.T if group.transposed else weight for weight in stored])
 
     def gram(self, source: str) -> torch.Tensor:
-        return self.statistics.gram(source).to(self.device)
+        return self.statistics.gram(source, torch.device(self.device))
 
     def outputs(self, group: LinearGroup, device: torch.device) -> list[OutputGram] | None:
         if self.statistics.outputs is None:
@@ -52,6 +69,12 @@ class KeptDecomposition(Decomposition):
         """What gives the factors of these groups, read when they are asked for."""
         ranks = {each.group: each.rank for each in ranked}
         return lambda group: self.factors(group).truncated(ranks[group])
+
+
+def factor_bytes(group: LinearGroup, whitening: Whitening) -> int:
+    """Of what is kept of a group's factors, but for one whose inputs or gradients vanish: see `one_factor`."""
+    k = group.full_rank
+    return 4 * k * (k if whitening == "kfac" else group.rows) + 8 * k
 
 
 def decomposition_of(conversion: Conversion, statistics: Statistics) -> KeptDecomposition:
@@ -67,7 +90,7 @@ def decompose(conversion: Conversion, statistics: Statistics, groups: Sequence[L
     own = distributed.own_part(groups)
     with bar("decompose", len(own), "group") as shown:
         for group in own:
-            decomposition.factors(group)
+            decomposition.keep(group)
             give_back()
             shown.advance()
     conversion.workspace.wait_for_all()

@@ -1,9 +1,20 @@
+from functools import cache
+
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from fermisvd import load_model
-from fermisvd.running.blocks import BlocksError, DecoderBlocks, HiddenStates, states_by_blocks, sweep
+from fermisvd.running.blocks import (
+    BlocksError,
+    DecoderBlocks,
+    HiddenStates,
+    places_back,
+    run_again,
+    segments,
+    states_by_blocks,
+    sweep,
+)
 from fermisvd.running.streaming import StreamingError, stream_model
 from tests.support.families import FAMILIES, save
 
@@ -66,18 +77,72 @@ def test_states_in_files_and_in_memory_give_the_same(tiny_llama, tmp_path, room)
     assert hidden.room == room and not list(tmp_path.rglob("*.safetensors"))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_states_beyond_the_devices_room_are_in_the_hosts_memory_and_then_in_files(tmp_path):
+    device, states = torch.device("cuda"), torch.randn(3, 2, 5, 8)
+    hidden = HiddenStates(tmp_path, states[0].nbytes, states[0].nbytes)
+    for number in range(3):
+        hidden.put("last", number, states[number].to(device))
+    assert [tensor.device.type for tensor in hidden._memory.values()] == ["cuda", "cpu"]
+    assert len(list(tmp_path.iterdir())) == 1
+    for number in range(3):
+        found = hidden.get("last", number, device)
+        assert found.is_cuda and torch.equal(found.cpu(), states[number])
+    hidden.drop("last", list(enumerate(states)))
+    assert hidden.room == hidden.device_room == states[0].nbytes and not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def deep(tiny_llama):
+    config = AutoConfig.from_pretrained(tiny_llama, num_hidden_layers=7)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
-def test_sweep_keeps_the_states_before_every_block(tiny_llama, tmp_path):
-    blocks = DecoderBlocks(load_model(tiny_llama))
+def test_states_before_every_block_are_there_on_the_way_back(deep, tmp_path, dtype):
+    """Reference: every block run in a row; and no more places than are said are taken at once."""
+    blocks, device = DecoderBlocks(deep.to(dtype)), torch.device("cpu")
     batches = list(enumerate(torch.randint(100, (4, 12)).split(2)))
-    hidden = HiddenStates(tmp_path, 0)
-    sweep(blocks, batches, hidden, keep=True)
+    expected = {}
     for number, batch in batches:
         states = blocks.first(batch)
         for index in range(len(blocks.blocks)):
-            assert torch.equal(hidden.get(f"before {index}", number, torch.device("cpu")), states)
+            expected[index, number] = states
             states = blocks.run(index, states)
-        assert torch.equal(hidden.get("last", number, torch.device("cpu")), states)
+        expected["last", number] = states
+    hidden, back, most = HiddenStates(tmp_path, 0), segments(range(7)), 0
+    sweep(blocks, batches, hidden, [segment.start for segment in back])
+    for number, _ in batches:
+        states = hidden.get("last", number, device)
+        assert torch.equal(states, expected["last", number]) and states.dtype == dtype
+    hidden.drop("last", batches)
+    for segment in reversed(back):
+        run_again(blocks, segment, batches, hidden)
+        most = max(most, len(list(tmp_path.iterdir())))
+        for index in reversed(segment):
+            for number, _ in batches:
+                assert torch.equal(hidden.get(f"before {index}", number, device), expected[index, number])
+            hidden.drop(f"before {index}", batches)
+    assert most == len(batches) * places_back(7) == len(batches) * 4 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3, 4, 6, 7, 30, 32, 80])
+def test_segments_take_the_fewest_places(blocks):
+    """Reference: the least over all rows of segments, by trying every length of the last one."""
+
+    @cache
+    def least(count: int, kept: int) -> int:
+        """Places at once for `count` blocks behind `kept` states that stay."""
+        return min(
+            max(kept + length, least(count - length, kept + 1) if count > length else 0)
+            for length in range(1, count + 1)
+        )
+
+    found = segments(range(3, 3 + blocks))
+    assert [index for segment in found for index in segment] == list(range(3, 3 + blocks))
+    places = max(kept + len(segment) for kept, segment in enumerate(found))
+    assert places == places_back(blocks) == least(blocks, 0)
 
 
 def held(model: PreTrainedModel) -> list[int]:
