@@ -13,6 +13,7 @@ from fermisvd.errors import NumericalError
 from fermisvd.linear import linear_layer, weight_of
 from fermisvd.running.blocks import DecoderBlocks, HiddenStates, device_of, run_again, segments, sweep
 from fermisvd.running.distributed import own_part, sum_over_processes
+from fermisvd.running.halves import few_tokens, logits_of
 from fermisvd.settings import SEED
 
 Grams = dict[str, torch.Tensor]
@@ -142,8 +143,9 @@ def calibration_grams(
         for number, batch in _of_this_process(batches):
             if members:
                 with frozen(model), _differentiable_embeddings(model):
-                    logits = model(input_ids=batch.to(device), use_cache=False).logits
-                    logits.backward(drawn_gradient(logits, seed, number))
+                    batch = batch.to(device)
+                    logits = logits_of(model, batch)
+                    logits.backward(drawn_gradient(batch, logits, lambda _, few: few, seed, number))
             else:
                 body = getattr(model, "base_model", model)  # without the head: its logits would outweigh the matrices
                 with torch.no_grad():
@@ -192,11 +194,9 @@ def grams_by_blocks(
         sweep(blocks, mine, hidden, [segment.start for segment in back], on_batch)
         for number, batch in mine:
             on_last(number, hidden.get("last", number, device))
-            states = hidden.get("last", number, device).detach().requires_grad_()
+            states = hidden.get("last", number, device)
             hidden.drop("last", [(number, batch)])
-            logits = blocks.head(batch.to(device), states)
-            logits.backward(drawn_gradient(logits, seed, number))
-            hidden.put("gradient", number, _gradient_of(states))
+            hidden.put("gradient", number, drawn_gradient(batch.to(device), states, blocks.head, seed, number))
             on_batch()
         for segment in reversed(back):
             run_again(blocks, segment, mine, hidden, on_batch)
@@ -300,15 +300,28 @@ def _of_this_process(batches: Iterable[torch.Tensor]) -> list[tuple[int, torch.T
     return own_part(list(enumerate(batches)))
 
 
-def drawn_gradient(logits: torch.Tensor, seed: int, number: int) -> torch.Tensor:
-    """Gradient of -log p(y) at the logits (windows, length, vocabulary), y drawn from them; the draw depends on the
-    batch's number alone, whichever process has it. Raises NumericalError if they are not finite."""
-    if not logits.isfinite().all():
-        raise NumericalError("the model's logits hold NaN or infinite values during calibration")
-    draw = torch.Generator(logits.device).manual_seed(seed * 2**20 + number)
-    gradient = logits.detach().float().softmax(-1)
-    drawn = torch.multinomial(gradient.flatten(0, -2), 1, generator=draw).view(*logits.shape[:-1], 1)
-    return gradient.scatter_add_(-1, drawn, gradient.new_full(drawn.shape, -1.0)).to(logits.dtype)
+def drawn_gradient(
+    batch: torch.Tensor,
+    states: torch.Tensor,
+    head: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    seed: int,
+    number: int,
+) -> torch.Tensor:
+    """Gradient of -log p(y) at the states (windows, length, width), y drawn from the logits that the head makes of ids
+    and states, a few tokens at a time; the draw depends on the batch's number alone, whichever process has it. Raises
+    NumericalError if the logits are not finite."""
+    draw, found = torch.Generator(states.device).manual_seed(seed * 2**20 + number), torch.empty_like(states)
+    for ids, few, gradient in zip(few_tokens(batch), few_tokens(states), few_tokens(found), strict=True):
+        few = few.detach().requires_grad_()
+        with torch.enable_grad():
+            logits = head(ids, few)
+        if not logits.isfinite().all():
+            raise NumericalError("the model's logits hold NaN or infinite values during calibration")
+        error = logits.detach().float().softmax(-1)
+        drawn = torch.multinomial(error.flatten(0, -2), 1, generator=draw).view(*logits.shape[:-1], 1)
+        error.scatter_add_(-1, drawn, error.new_full(drawn.shape, -1.0))
+        gradient.copy_(torch.autograd.grad(logits, few, error.to(logits.dtype))[0])
+    return found
 
 
 def _gradient_of(states: torch.Tensor) -> torch.Tensor:

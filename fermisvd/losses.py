@@ -9,14 +9,12 @@ from torch.nn import functional
 
 from fermisvd.groups import LinearGroup
 from fermisvd.linear import linear_layer, weight_of
-from fermisvd.running.halves import few_tokens, halves_of
+from fermisvd.running.halves import HEAD_TOKENS, few_tokens, halves_of
 from fermisvd.teacher import Taught
 
 M = TypeVar("M", bound=nn.Module)
 Head = Callable[[torch.Tensor], torch.Tensor]  # states -> logits, see running/halves.py
 Pair = tuple[torch.Tensor, torch.Tensor]  # A (m x r) and B (r x n) of a group
-
-KL_SLICE = 1024  # tokens
 
 
 class _KLOfStates(torch.autograd.Function):
@@ -47,7 +45,7 @@ class _KLOfStates(torch.autograd.Function):
         return ctx.saved_tensors[0] * scale, None, None, None
 
 
-def kl_of_states(head: Head, teacher: torch.Tensor, student: torch.Tensor, tokens: int = KL_SLICE) -> torch.Tensor:
+def kl_of_states(head: Head, teacher: torch.Tensor, student: torch.Tensor, tokens: int = HEAD_TOKENS) -> torch.Tensor:
     """Mean over tokens of KL(teacher || student), nats, float32, of states (windows, length, width) whose logits the
     head makes, so many tokens at a time. Differentiable once, in the student's states."""
     return _KLOfStates.apply(student, teacher, head, tokens)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from fermisvd.budget import Budget
 from fermisvd.precision import compute_type
-from fermisvd_convert.memory import Limits
+from fermisvd_convert.memory import Limits, Passes
 from fermisvd_convert.options import ConvertOptions
 from fermisvd_convert.source import Source
 from fermisvd_convert.text import CalibrationText, recorded_names
@@ -28,9 +28,8 @@ class Conversion:
 
     options: as given, the open ones settled (sequence_length, samples that there are, refit, compute); key: hash of the
     model; storage: type of the factors; out: the folder to be made; left_files: files of MODEL that it will not have;
-    device, limits and shard (whether FermiGrad divides the model among the processes) are known once these are there
-    and the model's size is; choices, seconds: what was decided by measurement, and how long each part took, for the
-    record.
+    device, limits and passes are known once the processes are there and the model's size is; choices, seconds: what was
+    decided by measurement, and how long each part took, for the record.
     """
 
     options: ConvertOptions
@@ -43,7 +42,7 @@ class Conversion:
     left_files: tuple[str, ...]
     device: str
     limits: Limits = field(default_factory=lambda: Limits(0, 0))
-    shard: bool = False
+    passes: Passes = field(default_factory=lambda: Passes(1, 1))
     choices: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from fermisvd.errors import NumericalError
 from fermisvd.hf import vocabulary_of
-from fermisvd.losses import KL_SLICE, Head, kl_divergence
+from fermisvd.losses import Head, kl_divergence
 from fermisvd.precision import compute_type
 from fermisvd.running.blocks import BlocksError, DecoderBlocks, HiddenStates, device_of, states_by_blocks
 from fermisvd.running.halves import few_tokens, halves_of
@@ -107,8 +107,8 @@ class Measured:
 
     def add(self, batch: torch.Tensor, states: torch.Tensor, expected: torch.Tensor | None = None) -> None:
         """Token ids (windows, length), states behind the last block, and the reference's or none."""
-        parts = [few_tokens(each, KL_SLICE) for each in (batch[:, :-1], batch[:, 1:], states[:, :-1])]
-        others = repeat(None) if expected is None else few_tokens(expected[:, :-1], KL_SLICE)
+        parts = [few_tokens(each) for each in (batch[:, :-1], batch[:, 1:], states[:, :-1])]
+        others = repeat(None) if expected is None else few_tokens(expected[:, :-1])
         for (ids, following, own), other in zip(zip(*parts, strict=True), others, strict=False):
             given = self.head(ids, own).float()
             self.loss -= given.log_softmax(-1).gather(-1, following[..., None]).double().sum().item()

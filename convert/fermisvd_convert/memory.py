@@ -1,26 +1,32 @@
-"""--max-memory: what each step of a conversion needs, in bytes, and how much of it may be held at once.
+"""What each step of a conversion needs in memory, counted beforehand, and how much of it may be held at once.
 
-Counted are weights in float32, matrices in float64 and the largest activations; not the program itself, nor what the
-allocator keeps. Steps that hold whole models are refused beforehand where they would not fit.
+Counted are weights, states and activations in the type of the passes, matrices in float64; not the program itself, nor
+what an allocator keeps. Steps that would not fit are given smaller passes, or are divided among the processes; where
+nothing fits they are refused.
 """
 
 import ctypes
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from fermisvd.errors import OptionError
+from fermisvd.fermigrad import KEPT_ACTIVATIONS
 from fermisvd.files import TensorInfo
 from fermisvd.groups import LinearGroup, block_of, parent_of
 from fermisvd.running import distributed
+from fermisvd.running.blocks import places_back
+from fermisvd.running.halves import HEAD_TOKENS
+from fermisvd_convert.ahead import GAUGE_BYTES
 from fermisvd_convert.options import ConvertOptions
 
 HIDDEN_BYTES = 2**26  # hidden states held in memory with --max-memory, or a block's bytes, if they are left
 HIDDEN_PART = 0.5  # of the memory that there is, for hidden states without --max-memory
 CONTAINER = Path("/sys/fs/cgroup/memory.max")  # cgroup v2's limit, seen from inside
-FLOAT = 4
+FLOAT, DOUBLE = 4, 8
 
 
 @dataclass(frozen=True)
@@ -37,97 +43,226 @@ class Limits:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes in float32 of a model's parts and of a batch. gram: the largest Gram matrix, float64; layer: the largest
-    group's weight; factors: full-rank A and B of all groups; activations: of one block and a batch."""
+    """Numbers that a model and its text hold.
 
+    item: bytes of each in the passes' type; depth: decoder blocks; blocks, block, outside: weights of all of them, of
+    the largest, and outside of them; dense: of all groups' W; layer: of the largest group's W; gram: of the largest
+    Gram matrix; grams: of all of a block; factors: full-rank A and B of all groups; width: a token's state; row: what
+    a block's linear layers read and give for a token; vocabulary: a token's logits; text: the tokens that are
+    calibrated on.
+    """
+
+    item: int
+    depth: int
     blocks: int
     block: int
     outside: int
-    gram: int
+    dense: int
     layer: int
+    gram: int
+    grams: int
     factors: int
-    activations: int
-    logits: int
+    width: int
+    row: int
+    vocabulary: int
+    text: int
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes that a step holds at its peak, on the device and beside it in the host's memory, which are one where the
+    device is the CPU; instead: what to do where there are not so many."""
+
+    device: int
+    host: int
+    instead: str
+
+
+@dataclass(frozen=True)
+class Passes:
+    """How the steps run. windows: of a pass; length: tokens of a window; parts: processes that FermiGrad's and
+    healing's models are divided among (FSDP2, which gathers a block at a time and the next one)."""
+
+    windows: int
+    length: int
+    parts: int = 1
+
+    @property
+    def tokens(self) -> int:
+        return self.windows * self.length
 
 
 def model_sizes(
-    headers: dict[str, TensorInfo], groups: list[LinearGroup], vocabulary: int, windows: int, length: int
+    headers: dict[str, TensorInfo], groups: list[LinearGroup], vocabulary: int, text: int, item: int
 ) -> Sizes:
-    """windows: of a batch; length: of a window."""
+    """headers: the model's tensors; the others as in Sizes."""
     blocks, outside = parent_of(block_of(groups[0].name)), 0
     by_block: dict[str, int] = {}
     for name, info in headers.items():
         if parent_of(block := block_of(name)) == blocks:
-            by_block[block] = by_block.get(block, 0) + FLOAT * info.numel
+            by_block[block] = by_block.get(block, 0) + info.numel
         else:
-            outside += FLOAT * info.numel
-    tokens = windows * length
+            outside += info.numel
+    depth, inputs = len(by_block), {group.source: group.columns for group in groups}
+    squares = sum(n**2 for n in inputs.values())
+    squares += sum(min(rows, group.columns) ** 2 for group in groups for rows in group.member_rows)
     return Sizes(
+        item=item,
+        depth=depth,
         blocks=sum(by_block.values()),
         block=max(by_block.values()),
         outside=outside,
-        gram=max(8 * group.columns**2 for group in groups),
-        layer=max(FLOAT * group.dense_parameters for group in groups),
-        factors=sum(FLOAT * group.full_rank * (group.rows + group.columns) for group in groups),
-        activations=FLOAT * tokens * sum(g.rows + g.columns for g in groups) // len(by_block),
-        logits=FLOAT * tokens * vocabulary,
+        dense=sum(group.dense_parameters for group in groups),
+        layer=max(group.dense_parameters for group in groups),
+        gram=max(group.columns**2 for group in groups),
+        grams=squares // depth,
+        factors=sum(group.full_rank * (group.rows + group.columns) for group in groups),
+        width=groups[0].columns,
+        row=sum(group.rows + group.columns for group in groups) // depth,
+        vocabulary=vocabulary,
+        text=text,
     )
 
 
-def limits(size: Sizes, max_memory: int | None, device: str = "cpu") -> Limits:
-    """By default all of a block's matrices, as far as they are no more than a block and the largest of them; and of
-    hidden states half of the host's memory, and half of what calibration leaves of a GPU's."""
+def limits(size: Sizes, passes: Passes, max_memory: int | None, device: str = "cpu") -> Limits:
+    """By default all of a block's matrices on a GPU, and on a CPU as far as they are no more than a block and the
+    largest of them; and of hidden states half of the host's memory, and half of what calibration leaves of a GPU's."""
+    usual = FLOAT * size.block + DOUBLE * size.gram
     if max_memory is None:
-        left = memory_of(device, None) - calibration_bytes(size) if device.startswith("cuda") else 0
+        on_gpu = device.startswith("cuda")
+        grams = DOUBLE * size.grams if on_gpu else usual
+        left = memory_of(device, None) - calibration_bytes(size, passes, grams) if on_gpu else 0
         hidden, on_device = (int(HIDDEN_PART * room) for room in (memory_of("cpu", None), max(0, left)))
-        return Limits(size.block + size.gram, hidden, device_hidden_bytes=on_device)
-    rest = max_memory - size.outside - size.block - 2 * size.activations
-    hidden = max(0, min(max(HIDDEN_BYTES, size.block), rest // 4))
-    return Limits(max(size.gram, min(size.block + size.gram, rest - hidden)), hidden, bounded=True)
+        return Limits(grams, hidden, device_hidden_bytes=on_device)
+    rest = max_memory - calibration_bytes(size, passes, 0)
+    hidden = max(0, min(max(HIDDEN_BYTES, FLOAT * size.block), rest // 4))
+    return Limits(max(DOUBLE * size.gram, min(usual, rest - hidden)), hidden, bounded=True)
 
 
-def calibration_bytes(size: Sizes) -> int:
+def streamed_bytes(size: Sizes) -> int:
+    """A model of which one block is in memory."""
+    return size.item * (size.outside + size.block)
+
+
+def head_bytes(size: Sizes, passes: Passes) -> int:
+    """A few tokens through the head: logits, and three times their float32."""
+    return min(HEAD_TOKENS, passes.tokens) * size.vocabulary * (size.item + 3 * FLOAT)
+
+
+def activation_bytes(size: Sizes, passes: Passes) -> int:
+    """One block's, there and back."""
+    return 2 * size.item * passes.tokens * size.row
+
+
+def calibration_bytes(size: Sizes, passes: Passes, gram_bytes: int) -> int:
     """What calibration takes besides hidden states."""
-    return size.outside + size.block + size.gram + max(2 * size.activations, 3 * size.logits)
+    return streamed_bytes(size) + gram_bytes + max(activation_bytes(size, passes), head_bytes(size, passes))
 
 
-def gated_bytes(size: Sizes, parts: int = 1) -> int:
-    """What FermiGrad takes on each device. parts: devices that the factors are divided among (FSDP2, which gathers a
-    block at a time and the next one)."""
-    block = size.factors * size.block // max(size.blocks, 1)
-    factors = size.factors if parts == 1 else size.factors // parts + 2 * block
-    return factors + size.outside + 3 * size.logits + 2 * size.activations
+def decomposition_bytes(size: Sizes) -> int:
+    """Of one group."""
+    return 2 * DOUBLE * size.gram + 6 * FLOAT * size.layer
 
 
-def needs(size: Sizes, options: ConvertOptions, parts: int = 1) -> dict[str, tuple[int, str]]:
-    """Step -> (bytes, what to do without it), of the steps that a conversion takes. parts: as `gated_bytes`."""
-    model, gated = size.blocks + size.outside, gated_bytes(size)
+def training_bytes(size: Sizes, passes: Passes) -> int:
+    """Activations of a pass there and back through all blocks, which compute them again beyond KEPT_ACTIVATIONS; and
+    the head."""
+    kept = size.item * passes.tokens * size.row * size.depth
+    if kept <= KEPT_ACTIVATIONS:
+        return 2 * kept + head_bytes(size, passes)
+    states = size.item * passes.tokens * size.width * size.depth
+    return states + activation_bytes(size, passes) + head_bytes(size, passes)
+
+
+def divided(size: Sizes, passes: Passes, total: int, weights: int) -> int:
+    """Bytes on each device of what all blocks hold together; of their weights, those of two blocks are gathered."""
+    return total if passes.parts == 1 else total // passes.parts + 2 * weights // size.depth
+
+
+def gated_bytes(size: Sizes, passes: Passes) -> int:
+    """What FermiGrad holds on each device."""
+    gated = size.item * (size.factors + size.blocks - size.dense)
+    return divided(size, passes, gated, gated) + size.item * size.outside + training_bytes(size, passes)
+
+
+def healing_bytes(size: Sizes, passes: Passes, kept: float) -> int:
+    """On each device. kept: fraction of the dense parameters. Of each factor: the copy that the passes use, its value
+    in float32, and two moments in the type of the copy."""
+    factors, rest = int(kept * size.dense), size.item * (size.blocks - size.dense)
+    weights = size.item * factors + rest
+    beside = factors * (2 * size.item + (FLOAT if size.item < FLOAT else 0))
+    return divided(size, passes, weights + beside, weights) + size.item * size.outside + training_bytes(size, passes)
+
+
+def needs(size: Sizes, options: ConvertOptions, passes: Passes, limit: Limits) -> dict[str, Need]:
+    """Of the steps that a conversion takes, by name."""
+    whole, smaller = size.item * (size.blocks + size.outside), "--sequence-length smaller"
+    state = size.item * size.width
+    forward = activation_bytes(size, passes) // 2 + head_bytes(size, passes)
+    places = 1 + (places_back(size.depth) if options.whitening == "kfac" else 0)
+    hidden = min(limit.hidden_bytes, places * size.text * state)
     found = {
-        "calibration": (calibration_bytes(size), "--batch-size or --sequence-length smaller"),
-        "decomposition": (2 * size.gram + 6 * size.layer, "--groups separate, for smaller matrices"),
+        "calibration": Need(calibration_bytes(size, passes, limit.gram_bytes), hidden, smaller),
+        "decomposition": Need(decomposition_bytes(size), 0, "--groups separate, for smaller matrices"),
     }
     if options.ranks == "fermigrad":
-        found["FermiGrad"] = (gated_bytes(size, parts), "--ranks uniform or a file of ranks, or more processes")
+        instead = "--ranks uniform or a file of ranks, or more processes"
+        found["FermiGrad"] = Need(gated_bytes(size, passes), 0, instead)
         if options.form == "svd":
-            found["the choice of dense groups"] = (gated, "--ranks uniform or a file of ranks")
+            gated = size.item * (size.factors + size.blocks - size.dense + size.outside)
+            found["the choice of dense groups"] = Need(gated + forward, 0, "--ranks uniform or a file of ranks")
     if options.joins:
-        found["--groups auto"] = (2 * model + 2 * size.logits, "--groups joint or separate")
+        found["--groups auto"] = Need(whole + max(forward, decomposition_bytes(size)), 0, "--groups joint or separate")
     if options.refits:
-        found["--refit"] = (2 * model + 2 * size.logits + 4 * size.layer, "--no-refit")
+        grams = decomposition_bytes(size) + 4 * DOUBLE * size.gram
+        taken = whole + size.item * size.block + 2 * size.text * state + max(forward, grams)
+        found["--refit"] = Need(taken, 0, "--no-refit")
+    found["writing"] = Need(GAUGE_BYTES * size.layer, size.item * size.block, "--form svd")
     if options.healing.steps:
-        kept = options.budget.kept * size.blocks
-        found["healing"] = (int(model + 4 * kept + size.outside + 3 * size.logits), "--heal-steps 0")
+        kept = options.budget.kept
+        start = int(size.item * kept * size.dense)
+        found["healing"] = Need(healing_bytes(size, passes, kept), start, "--heal-steps 0, or more processes")
     return found
 
 
-def check_memory(required: dict[str, tuple[int, str]], room: int) -> None:
-    """Raises OptionError naming the first step that takes more than `room` bytes."""
-    for step, (need, instead) in required.items():
-        if need > room:
-            raise OptionError(
-                f"{step} takes about {need / 2**30:.2f} GiB, there are {room / 2**30:.2f} (--max-memory, or what the "
-                f"device has); give more, or: {instead}"
-            )
+def passes_to_try(batch_size: int, length: int, processes: int) -> Iterator[Passes]:
+    """From the fewest restrictions on: a batch in one pass or in several, each process with a model of its own or all
+    with a part of one. length: of a window."""
+    for parts in dict.fromkeys((1, processes)):
+        windows = batch_size
+        while windows:
+            yield Passes(windows, length, parts)
+            windows //= 2
+
+
+def missing(required: dict[str, Need], room: int, host_room: int | None) -> str | None:
+    """What is said of the first step that takes more than `room` bytes, or in the host's memory beside a GPU more than
+    `host_room`; None where all fit. host_room: None where the device is the CPU."""
+    for step, need in required.items():
+        taken = need.device + (need.host if host_room is None else 0)
+        for place, bytes_needed, there in (("", taken, room), (" of the host's memory", need.host, host_room)):
+            if there is not None and bytes_needed > there:
+                return (
+                    f"{step} takes about {bytes_needed / 2**30:.2f} GiB{place}, there are {there / 2**30:.2f} "
+                    f"(--max-memory, or what the machine has); give more, or: {need.instead}"
+                )
+    return None
+
+
+def passes_that_fit(
+    size: Sizes, options: ConvertOptions, length: int, device: str, processes: int
+) -> tuple[Passes, Limits]:
+    """The first of `passes_to_try` with which no step takes more than there is, and its limits. Raises OptionError
+    naming the first step that takes more with the smallest."""
+    on_gpu, room = device.startswith("cuda"), memory_of(device, options.max_memory)
+    host_room = memory_of("cpu", None) if on_gpu else None
+    lacking = None
+    for passes in passes_to_try(options.batch_size, length, processes):
+        limit = limits(size, passes, options.max_memory, device)
+        lacking = missing(needs(size, options, passes, limit), room, host_room)
+        if lacking is None:
+            return passes, limit
+    raise OptionError(lacking or "")
 
 
 def memory_of(device: str, max_memory: int | None) -> int:

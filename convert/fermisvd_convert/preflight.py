@@ -18,7 +18,7 @@ from fermisvd.running import distributed
 from fermisvd_convert.checks import check_out
 from fermisvd_convert.conversion import Conversion, timed
 from fermisvd_convert.loading import resolve_device, window_length
-from fermisvd_convert.memory import check_memory, gated_bytes, limits, memory_of, model_sizes, needs
+from fermisvd_convert.memory import model_sizes, passes_that_fit
 from fermisvd_convert.options import ConvertOptions
 from fermisvd_convert.places import OURS, real_path
 from fermisvd_convert.source import Source, folder_name, open_source
@@ -108,12 +108,17 @@ def check_room(conversion: Conversion, groups: Sequence[LinearGroup]) -> Convers
     if options.ranks not in RANK_RULES:
         fitted = ranks_from_file(Path(options.ranks), list(groups), options.groups)[0]
     conversion.budget.check(fitted)
-    size = model_sizes(source.headers, list(groups), source.vocabulary, options.batch_size, conversion.length)
-    room = memory_of(conversion.device, options.max_memory)
-    shard = distributed.from_first(distributed.process_count() > 1 and gated_bytes(size) > room)
-    if options.max_memory is not None or conversion.device.startswith("cuda"):
-        check_memory(needs(size, options, distributed.process_count() if shard else 1), room)
-    conversion = replace(conversion, limits=limits(size, options.max_memory, conversion.device), shard=shard)
+    text, item = conversion.windows.numel(), conversion.compute.itemsize
+    size = model_sizes(source.headers, list(groups), source.vocabulary, text, item)
+    processes = distributed.process_count()
+    passes, limits = distributed.from_first(
+        passes_that_fit(size, options, conversion.length, conversion.device, processes)
+    )
+    if passes.windows < options.batch_size:
+        logger.warning("memory has room for passes of %d windows: a batch takes several", passes.windows)
+    if passes.parts > 1:
+        logger.warning("memory has no room for the whole model: its blocks are divided among %d processes", processes)
+    conversion = replace(conversion, limits=limits, passes=passes)
     decomposition = decomposition_of(conversion, statistics_of(conversion))
     needed = {
         conversion.out: out_bytes(conversion, groups),

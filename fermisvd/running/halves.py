@@ -15,6 +15,7 @@ from fermisvd.groups import decoder_blocks
 from fermisvd.running.blocks import BlocksError, Stop, hidden_of
 
 PROBE_TOKENS = 8
+HEAD_TOKENS = 1024  # that a head is asked for together
 
 
 class Halves(Protocol):
@@ -87,8 +88,9 @@ def halves_of(model: nn.Module) -> Halves:
         return Whole(model)
 
 
-def few_tokens(states: torch.Tensor, tokens: int) -> Iterator[torch.Tensor]:
-    """Views of states (windows, length, width), at most so many tokens each: whole windows where they are short."""
+def few_tokens(states: torch.Tensor, tokens: int = HEAD_TOKENS) -> Iterator[torch.Tensor]:
+    """Views of states (windows, length, width), or of ids, at most so many tokens each: whole windows where they are
+    short."""
     for windows in states.split(max(1, tokens // states.shape[1])):
         yield from windows.split(tokens, dim=1)
 

@@ -4,28 +4,58 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.shapes import SHAPES, groups_of
 from fermisvd.errors import OptionError
 from fermisvd.files import TensorInfo
 from fermisvd.groups import LinearGroup
 from fermisvd_convert import memory
 from fermisvd_convert.convert import convert
 from fermisvd_convert.memory import (
-    HIDDEN_BYTES,
+    Passes,
     Sizes,
-    check_memory,
+    calibration_bytes,
     gated_bytes,
     limits,
     memory_of,
+    missing,
     model_sizes,
     needs,
+    passes_that_fit,
 )
 from fermisvd_convert.options import ConvertOptions, parse_bytes
 
-GIB = 2**30
-LLAMA_8B = Sizes(
-    blocks=26 * GIB, block=26 * GIB // 32, outside=4 * GIB, gram=8 * 14336**2, layer=GIB, factors=38 * GIB,
-    activations=GIB, logits=GIB,
-)  # fmt: skip
+GIB, LENGTH = 2**30, 2048
+PASSES = Passes(8, LENGTH)
+
+
+def sizes_of(name: str, item: int) -> Sizes:
+    """Of a shape of benchmarks/shapes.py, separate groups, 256 windows."""
+    shape, headers = SHAPES[name], {}
+    groups = [
+        LinearGroup((member,), (rows,), joint.columns, joint.side, joint.source)
+        for joint in groups_of(shape)
+        for member, rows in zip(joint.members, joint.member_rows, strict=True)
+    ]
+    vocabulary, hidden = shape["vocab_size"], shape["hidden_size"]
+    shapes = {f"{group.name}.weight": (group.rows, group.columns) for group in groups}
+    shapes |= dict.fromkeys(("model.embed_tokens.weight", "lm_head.weight"), (vocabulary, hidden))
+    for tensor, numbers in shapes.items():
+        headers[tensor] = TensorInfo(Path("model.safetensors"), "", "BF16", numbers)
+    return model_sizes(headers, groups, vocabulary, 256 * LENGTH, item)
+
+
+LLAMA_8B, IN_FLOAT32 = sizes_of("llama-3.1-8b", 2), sizes_of("llama-3.1-8b", 4)
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Pretends so many GiB of host memory and on each GPU."""
+
+    def pretend(host, device):
+        known = {"cpu": host * GIB, "cuda": device * GIB}
+        monkeypatch.setattr(memory, "memory_of", lambda where, most: most or known[where])
+
+    return pretend
 
 
 @pytest.mark.parametrize(("text", "value"), [("24GiB", 24 * GIB), ("900 MB", 9 * 10**8), ("1000", 1000)])
@@ -39,21 +69,29 @@ def test_other_sizes_are_refused(text):
         parse_bytes(text)
 
 
+def test_sizes_are_those_of_the_shapes():
+    assert (LLAMA_8B.depth, LLAMA_8B.blocks, LLAMA_8B.outside) == (32, 32 * 218_103_808, 2 * 128256 * 4096)
+    assert LLAMA_8B.dense == LLAMA_8B.blocks and LLAMA_8B.block == 218_103_808
+    assert LLAMA_8B.gram == 14336**2 and LLAMA_8B.layer == 14336 * 4096
+    assert LLAMA_8B.grams == 3 * 4096**2 + 14336**2 + 5 * 4096**2 + 2 * 1024**2
+
+
 def test_by_default_the_limits_do_not_know_the_number_of_blocks():
-    deeper = replace(LLAMA_8B, blocks=10 * LLAMA_8B.blocks)
-    assert limits(LLAMA_8B, None) == limits(deeper, None)
+    deeper = replace(LLAMA_8B, blocks=10 * LLAMA_8B.blocks, depth=320)
+    assert limits(LLAMA_8B, PASSES, None) == limits(deeper, PASSES, None)
 
 
-def test_hidden_states_take_half_of_what_there_is(monkeypatch):
-    """Of the host's memory, or of a container's, and of what calibration leaves of a GPU's."""
-    monkeypatch.setattr(memory, "memory_of", lambda device, _: {"cpu": 200 * GIB, "cuda:1": 80 * GIB}[device])
-    assert limits(LLAMA_8B, None).hidden_bytes == limits(LLAMA_8B, None, "cuda:1").hidden_bytes == 100 * GIB
-    assert limits(LLAMA_8B, None).device_hidden_bytes == 0
-    left = 80 * GIB - needs(LLAMA_8B, ConvertOptions.named(remove=0.3))["calibration"][0]
-    assert 0 < limits(LLAMA_8B, None, "cuda:1").device_hidden_bytes == left // 2
-    assert limits(LLAMA_8B, 24 * GIB, "cuda:1").device_hidden_bytes == 0
-    monkeypatch.setattr(memory, "memory_of", lambda device, _: GIB)
-    assert limits(LLAMA_8B, None, "cuda:1").device_hidden_bytes == 0
+def test_hidden_states_take_half_of_what_there_is(machine):
+    """Of the host's memory, and of what calibration leaves of a GPU's, which gathers all matrices of a block."""
+    machine(host=200, device=80)
+    on_cpu, on_gpu = limits(LLAMA_8B, PASSES, None), limits(LLAMA_8B, PASSES, None, "cuda")
+    assert on_cpu.hidden_bytes == on_gpu.hidden_bytes == 100 * GIB
+    assert on_cpu.device_hidden_bytes == 0 and on_gpu.gram_bytes == 8 * LLAMA_8B.grams > on_cpu.gram_bytes
+    left = 80 * GIB - calibration_bytes(LLAMA_8B, PASSES, on_gpu.gram_bytes)
+    assert 0 < on_gpu.device_hidden_bytes == left // 2
+    assert limits(LLAMA_8B, PASSES, 24 * GIB, "cuda").device_hidden_bytes == 0
+    machine(host=1, device=1)
+    assert limits(LLAMA_8B, PASSES, None, "cuda").device_hidden_bytes == 0
 
 
 @pytest.mark.parametrize("content", ["max\n", "1073741824\n"])
@@ -65,45 +103,61 @@ def test_a_containers_limit_is_the_memory(tmp_path, monkeypatch, content):
 
 
 def test_less_memory_gathers_fewer_matrices_but_one_at_least():
-    sizes = [limits(LLAMA_8B, gib * GIB) for gib in (8, 9, 10, 100)]
-    assert [s.gram_bytes for s in sizes] == sorted(s.gram_bytes for s in sizes)
-    assert sizes[0].gram_bytes == LLAMA_8B.gram and sizes[-1].gram_bytes == limits(LLAMA_8B, None).gram_bytes
-    assert all(s.bounded for s in sizes) and sizes[-1].hidden_bytes == max(HIDDEN_BYTES, LLAMA_8B.block)
+    found = [limits(IN_FLOAT32, Passes(1, LENGTH), gib * GIB) for gib in (8, 9, 10, 100)]
+    assert [each.gram_bytes for each in found] == sorted(each.gram_bytes for each in found)
+    assert found[0].gram_bytes == 8 * IN_FLOAT32.gram
+    assert found[-1].gram_bytes == limits(IN_FLOAT32, Passes(1, LENGTH), None).gram_bytes
 
 
 def test_command_of_the_docs_converts_an_8b_model_in_24_gib():
-    """docs/scale.md; Llama-3.1-8B's shapes: a batch of 8 windows would not do, its logits alone are 7.8 GiB."""
-    hidden, wide, head, vocabulary = 4096, 14336, 1024, 128256
-    shapes = {"q_proj": hidden, "k_proj": head, "v_proj": head, "o_proj": hidden, "gate_proj": wide, "up_proj": wide}
-    headers, groups = {}, []
-    for block in range(32):
-        for name, rows in [*shapes.items(), ("down_proj", hidden)]:
-            columns, full = wide if name == "down_proj" else hidden, f"model.layers.{block}.{name}"
-            headers[f"{full}.weight"] = TensorInfo(Path("model.safetensors"), "", "BF16", (rows, columns))
-            groups.append(LinearGroup((full,), (rows,), columns, "columns", full))
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        headers[name] = TensorInfo(Path("model.safetensors"), "", "BF16", (vocabulary, hidden))
-    options = ConvertOptions.named(remove=0.2, ranks="uniform", groups="joint", refit=False, heal_steps=0)
-    one, eight = (model_sizes(headers, groups, vocabulary, windows, 2048) for windows in (1, 8))
-    assert one.blocks == 4 * 32 * 218_103_808 and one.outside == 4 * 2 * vocabulary * hidden
-    check_memory(needs(one, options), 24 * GIB)
-    with pytest.raises(OptionError, match="calibration"):
-        check_memory(needs(eight, options), 24 * GIB)
+    """docs/scale.md, float32 on a CPU; with less a pass takes fewer windows than the batch has."""
+    small = dict(ranks="uniform", groups="joint", refit=False, heal_steps=0)
+    for gib, windows in ((24, [8]), (12, [1, 2, 4])):
+        options = ConvertOptions.named(remove=0.2, max_memory=gib * GIB, **small)
+        passes, limit = passes_that_fit(IN_FLOAT32, options, LENGTH, "cpu", processes=1)
+        assert passes.windows in windows and limit.bounded
+    too_much = missing(needs(IN_FLOAT32, options, PASSES, limits(IN_FLOAT32, PASSES, 12 * GIB)), 12 * GIB, None)
+    assert too_much and too_much.startswith("calibration takes")
+
+
+@pytest.mark.parametrize("form", ["pivga", "svd"])
+def test_an_80_gb_gpu_takes_an_8b_model_by_the_default_command(machine, form):
+    machine(host=120, device=78)  # an H100 as torch counts it
+    options = ConvertOptions.named(remove=0.2, form=form)
+    passes, limit = passes_that_fit(LLAMA_8B, options, LENGTH, "cuda", processes=1)
+    assert passes == PASSES
+    required = needs(LLAMA_8B, options, passes, limit)
+    assert {"calibration", "FermiGrad", "--groups auto", "healing", "writing"} < required.keys()
+    assert max(each.host for each in required.values()) <= 64 * 10**9
+
+
+def test_eight_of_them_take_a_70b_model(machine):
+    """Its healing is divided among them."""
+    machine(host=1000, device=78)
+    options = ConvertOptions.named(remove=0.2, groups="joint")
+    passes, _ = passes_that_fit(sizes_of("llama-3.1-70b", 2), options, LENGTH, "cuda", processes=8)
+    assert passes.parts == 8
+    with pytest.raises(OptionError, match="more processes"):
+        passes_that_fit(sizes_of("llama-3.1-70b", 2), options, LENGTH, "cuda", processes=1)
 
 
 def test_devices_share_fermigrad():
-    assert gated_bytes(LLAMA_8B) > LLAMA_8B.factors
-    assert gated_bytes(LLAMA_8B, 8) < gated_bytes(LLAMA_8B, 4) < gated_bytes(LLAMA_8B) < 60 * GIB
-    options = ConvertOptions.named(remove=0.3, groups="joint", refit=False, heal_steps=0)
-    check_memory(needs(LLAMA_8B, options, parts=4), 24 * GIB)
-    with pytest.raises(OptionError, match="FermiGrad"):
-        check_memory(needs(LLAMA_8B, options), 24 * GIB)
+    whole = gated_bytes(LLAMA_8B, PASSES)
+    assert whole > 2 * LLAMA_8B.factors
+    assert gated_bytes(LLAMA_8B, Passes(8, LENGTH, 8)) < gated_bytes(LLAMA_8B, Passes(8, LENGTH, 4)) < whole
 
 
-def test_steps_that_hold_whole_models_are_refused_by_name():
+def test_a_device_that_is_too_small_gets_smaller_passes(machine):
+    machine(host=120, device=26)
+    options = ConvertOptions.named(remove=0.2, heal_steps=0, refit=False)
+    passes, _ = passes_that_fit(LLAMA_8B, options, LENGTH, "cuda", processes=1)
+    assert 1 <= passes.windows < 8 and passes.parts == 1
+
+
+def test_what_no_setting_makes_fit_is_refused_by_name():
     def check(gib, **changes):
-        options = ConvertOptions.named(**{"remove": 0.3, "refit": False} | changes)
-        check_memory(needs(LLAMA_8B, options), gib * GIB)
+        options = ConvertOptions.named(**{"remove": 0.3, "refit": False, "max_memory": int(gib * GIB)} | changes)
+        passes_that_fit(IN_FLOAT32, options, LENGTH, "cpu", processes=1)
 
     check(200)
     with pytest.raises(OptionError, match=r"FermiGrad takes about 4.*--ranks uniform"):

@@ -10,6 +10,7 @@ from fermisvd.calibration import (
     _mirror,
     add_gram,
     calibration_grams,
+    drawn_gradient,
     gram_matrices,
     grams_by_blocks,
     passes_by_blocks,
@@ -291,3 +292,19 @@ def test_infinite_activations_on_the_way_back_name_the_block(model, tmp_path):
         list(grams_by_blocks(blocks, [], [member], batches, HiddenStates(tmp_path, 0)))
     with pytest.raises(NumericalError, match="logits hold NaN"):
         calibration_grams(model, [], [member], batches)
+
+
+def test_drawn_gradient_is_softmax_less_a_drawn_token_a_few_tokens_at_a_time():
+    """Through a head that doubles: the gradient at the states is twice that at the logits."""
+    states, asked = torch.randn(3, 500, 11), []
+
+    def head(ids, few):
+        asked.append(ids.numel())
+        return 2 * few
+
+    found = drawn_gradient(torch.zeros(3, 500, dtype=torch.int64), states, head, seed=0, number=1) / 2
+    drawn = (2 * states).softmax(-1) - found
+    assert asked == [1000, 500]
+    torch.testing.assert_close(drawn.sort(-1).values, torch.eye(11)[-1].expand_as(drawn), rtol=0, atol=1e-6)
+    frequency = drawn.flatten(0, 1).argmax(-1).bincount(minlength=11) / 1500
+    torch.testing.assert_close(frequency, (2 * states).softmax(-1).mean((0, 1)), rtol=0, atol=0.05)

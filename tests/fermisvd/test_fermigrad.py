@@ -13,8 +13,8 @@ from fermisvd.fermigrad import PLATEAU_STEPS, FermiGradSettings, checkpointed, g
 from fermisvd.gates import GatedGroup, GatedLinear, fermi_gate, install_gates, open_gates, set_gates
 from fermisvd.groups import Partition, find_groups, stacked_weight
 from fermisvd.linear import linear_layer
-from fermisvd.losses import KL_SLICE, kl_divergence
-from fermisvd.running.halves import halves_of
+from fermisvd.losses import kl_divergence
+from fermisvd.running.halves import HEAD_TOKENS, halves_of
 from fermisvd.teacher import teach
 
 
@@ -101,7 +101,7 @@ def test_kl_is_the_definition():
 
 def test_kl_gradient_is_autograd_s_over_several_slices():
     """Reference: the definition, differentiated by autograd; more tokens than a slice holds."""
-    tokens = KL_SLICE + 37
+    tokens = HEAD_TOKENS + 37
     p = torch.randn(tokens, 1, 5)
     ours, reference = (torch.randn(tokens, 1, 5, generator=torch.Generator().manual_seed(1)) for _ in range(2))
     value = kl_divergence(p, ours.requires_grad_())

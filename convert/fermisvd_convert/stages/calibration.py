@@ -15,6 +15,7 @@ from fermisvd.running.blocks import BlocksError, DecoderBlocks, device_of
 from fermisvd_convert.conversion import Conversion, timed
 from fermisvd_convert.memory import give_back
 from fermisvd_convert.progress import bar
+from fermisvd_convert.stages.teacher import keeper
 from fermisvd_convert.workspace import Stage
 
 logger = logging.getLogger("fermisvd")
@@ -92,7 +93,7 @@ def strip_bytes(width: int) -> int:
 def statistics_of(conversion: Conversion) -> Statistics:
     """Where `calibrate` keeps them."""
     options, workspace = conversion.options, conversion.workspace
-    common = (conversion.key, conversion.windows, options.batch_size, options.compute)
+    common = (conversion.key, conversion.windows, conversion.passes.windows, options.compute)
     outputs = workspace.stage("outputs", *common, options.seed) if options.whitening == "kfac" else None
     return Statistics(workspace.stage("gram", *common), outputs)
 
@@ -120,7 +121,7 @@ def calibrate(conversion: Conversion, groups: Sequence[LinearGroup]) -> Statisti
 
 def _gather(conversion: Conversion, statistics: Statistics, missing: Sequence[Matrix]) -> None:
     model, options, limits = conversion.stream(), conversion.options, conversion.limits
-    batches = conversion.windows.split(options.batch_size)
+    batches = conversion.windows.split(conversion.passes.windows)
     try:
         with bar("take the model apart", 1, "batch"):
             blocks = DecoderBlocks(model)
@@ -142,7 +143,8 @@ def _gather(conversion: Conversion, statistics: Statistics, missing: Sequence[Ma
         bar("calibrate", passes, "batch") as shown,
     ):
         limit = limits.gram_bytes
-        for part in grams_by_blocks(blocks, *names, batches, hidden, options.seed, limit, shown.advance):
+        given = (blocks, *names, batches, hidden, options.seed, limit, shown.advance)
+        for part in grams_by_blocks(*given, on_last=keeper(conversion)):
             statistics.keep(*part)
             give_back()
 

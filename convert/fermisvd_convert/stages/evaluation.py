@@ -37,6 +37,6 @@ def evaluate_compressed(conversion: Conversion, folder: Path) -> dict:
 
 def evaluate_streamed(conversion: Conversion, model: PreTrainedModel, label: str) -> dict:
     """Evaluation of a streamed model, as a dict."""
-    text, batch_size, limits = conversion.text.held_back, conversion.options.batch_size, conversion.limits
+    text, batch_size, limits = conversion.text.held_back, conversion.passes.windows, conversion.limits
     with conversion.workspace.hidden_states(limits.hidden_bytes, limits.device_hidden_bytes) as hidden:
         return evaluate_by_blocks(model, text, hidden, batch_size, label).as_dict()

@@ -38,7 +38,7 @@ def join(
             factors_of = decomposition.kept(ranked)
             factors = ((each.group, factors_of(each.group)) for each in compressed(ranked))
             student = set_products(conversion.load(), factors)
-            loss = StudentLoss(student, aside, options.batch_size)
+            loss = StudentLoss(student, aside, conversion.passes.windows)
             found = join_groups(
                 student, ranked, budget, loss, decomposition.weights, decomposition.factors, on_layer=show
             )

@@ -54,7 +54,7 @@ def fermigrad_ranks(
         done = len(begun["records"]) if begun else 0
         with bar("FermiGrad", options.fermigrad.steps, done=done) as shown:
             model = conversion.stream()
-            gated = install_gates(model, groups, decomposition.whole, conversion.shard)
+            gated = install_gates(model, groups, decomposition.whole, conversion.passes.parts > 1)
             mus, trace = optimise_ranks(
                 model,
                 groups,
@@ -67,6 +67,7 @@ def fermigrad_ranks(
                 on_step=shown.show,
                 begun=begun,
                 on_progress=keep,
+                at_once=conversion.passes.windows,
             )
         return {"mu": {group.name: mu for group, mu in zip(groups, mus, strict=True)}, "trace": trace}
 
@@ -94,7 +95,7 @@ def settle_dense(
                 found.ranks,
                 budget,
                 aside,
-                batch_size=options.batch_size,
+                batch_size=conversion.passes.windows,
                 on_choice=shown.advance,
             )
         return {"mu": ranks, "records": records}

@@ -44,7 +44,7 @@ def refit_groups(
                 training.windows,
                 aside,
                 decomposition.fit,
-                batch_size=options.batch_size,
+                batch_size=conversion.passes.windows,
                 on_group=show,
             )
         for name, (a, b) in found.items():

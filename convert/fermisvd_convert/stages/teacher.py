@@ -1,6 +1,7 @@
 """What the dense model makes of the text that is trained on: asked once, for every step that compares a student."""
 
 import logging
+from collections.abc import Callable
 from itertools import chain
 
 import torch
@@ -18,8 +19,19 @@ logger = logging.getLogger("fermisvd")
 
 def teacher_stage(conversion: Conversion) -> Stage:
     """Where the states of each batch of the text's windows are kept, by its number."""
-    options, windows = conversion.options, conversion.text.windows
-    return conversion.workspace.stage("teacher", conversion.key, windows, options.batch_size, options.compute)
+    depends = (conversion.text.windows, conversion.passes.windows, conversion.options.compute)
+    return conversion.workspace.stage("teacher", conversion.key, *depends)
+
+
+def keeper(conversion: Conversion) -> Callable[[int, torch.Tensor], None]:
+    """Keeps a batch's states that calibration comes by, unless the batch is cut short for the text's last windows."""
+    stage, batches = teacher_stage(conversion), conversion.text.windows.split(conversion.passes.windows)
+
+    def keep(number: int, states: torch.Tensor) -> None:
+        if len(states) == len(batches[number]):
+            stage.save(str(number), {"states": states})
+
+    return keep
 
 
 @timed("calibrate")
@@ -27,7 +39,7 @@ def ask_teacher(conversion: Conversion) -> Taught:
     """All of the text's windows, and the dense model's states; those that calibration did not keep on its way are
     computed, by each process its part."""
     stage, windows = teacher_stage(conversion), conversion.text.windows
-    batches = list(enumerate(windows.split(conversion.options.batch_size)))
+    batches = list(enumerate(windows.split(conversion.passes.windows)))
     missing = None
     if distributed.this_process() == 0:
         missing = [number for number, _ in batches if not stage.has(str(number))]
