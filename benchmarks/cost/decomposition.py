@@ -202,7 +202,12 @@ def check_counts(device: str) -> dict[str, float]:
         return counter.get_total_flops()
 
     flops, step = fermigrad_step(256, device)
+    inputs, total = (
+        torch.randn(TOKENS, 1024, device=device),
+        torch.zeros(1024, 1024, dtype=torch.float64, device=device),
+    )
     found = {"FermiGrad step": counted(step) / flops}
+    found[GRAM] = counted(lambda: add_gram(total, inputs)) / (TOKENS * gram_flops(1024))
     for name, work, run in whole_calls(256, device):
         if name.startswith("kfac_svd"):
             products = sum(flops for kind, _, flops in work if kind in (PRODUCT, NARROW_PRODUCT))
