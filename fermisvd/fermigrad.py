@@ -30,6 +30,7 @@ from fermisvd.teacher import Taught
 PLATEAU_STEPS = 12
 LARGEST_PENALTY = 1e100
 KEPT_ACTIVATIONS = 2 * 2**30  # bytes
+STEP_TOKENS = 4096  # of a batch, at most: more were no better (docs/decisions.md)
 
 
 class FermiGradSettings(Settings):
@@ -154,14 +155,16 @@ def optimise_ranks(
 ) -> tuple[list[float], list[dict]]:
     """Real ranks mu that minimise KL(teacher || student) on the budget.
 
-    model: holds the gated layers of `install_gates`; taught: windows, of which a step takes batch_size, in an order
-    that the seed decides. on_step sees each step's record: step, kl, kept, and `share`, the list of mu/k; on_progress
-    what `begun` takes to go on from there, to the same result. at_once: windows of a pass, whose gradients are added up
-    to the batch's; kept_bytes: of activations; beyond them blocks are computed again for the gradient. Of several
-    processes each takes its part of every batch's windows; the gradients are added up.
+    model: holds the gated layers of `install_gates`; taught: windows, of which a step takes batch_size, but no more
+    than make STEP_TOKENS, in an order that the seed decides. on_step sees each step's record: step, kl, kept, and
+    `share`, the list of mu/k; on_progress what `begun` takes to go on from there, to the same result. at_once: windows
+    of a pass, whose gradients are added up to the batch's; kept_bytes: of activations; beyond them blocks are computed
+    again for the gradient. Of several processes each takes its part of every batch's windows; the gradients are added
+    up.
     Returns one mu a group, on the budget, and the records. Raises NumericalError if the loss is not finite.
     """
     optimiser, halves = RankOptimiser(groups, budget, settings), halves_of(model)
+    batch_size = max(1, min(batch_size, STEP_TOKENS // taught.windows.shape[1]))
     batches = shuffled_batches(len(taught), batch_size, seed)
     at_once = min(at_once or batch_size, -(-batch_size // process_count()))
     records: list[dict] = []

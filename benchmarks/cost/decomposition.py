@@ -11,11 +11,9 @@ Results: benchmarks/results/decomposition.json.
 """
 
 import argparse
-import math
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import pairwise
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -23,9 +21,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.cost.memory import ResidentPeak
 from benchmarks.cost.work import (
+    ASSUMED_H200,
     EIGH,
     EIGH_FLOPS,
     FEEDBACK,
+    FILES,
     GRAM,
     LEAST_SQUARES,
     MODEL,
@@ -41,6 +41,7 @@ from benchmarks.cost.work import (
     gauge_work,
     gram_flops,
     least_squares_flops,
+    time_of,
     work_bytes,
 )
 from benchmarks.records import command_line, new_record, write_record
@@ -61,29 +62,8 @@ GROUPS_AHEAD = 8
 BUDGET = Budget.removing(REMOVE, "pivga")
 Piece = tuple[float, Callable[[], object]]  # FLOPs, and a call that does them
 
-# FLOP/s of one H200 at sizes like these, none of it measured by us. Peaks from NVIDIA's data sheet: 67e12 for FP64 on
-# tensor cores and for FP32, 989e12 for BF16; the shares of them are guesses. EIGH, over its 9 n^3: cuSOLVER's syevd is
-# bound by memory and launches (Wang et al., "Extracting the Potential of Emerging Hardware Accelerators for Symmetric
-# Eigenvalue Decomposition": below 3 % of an H100's peak). PIVOTS and FEEDBACK: 80 microseconds of launches for each of
-# 2048 steps.
-ASSUMED_H200 = {
-    PRODUCT: 0.7 * 67e12,
-    NARROW_PRODUCT: 0.7 * 67e12,
-    GRAM: 0.7 * 67e12,
-    ROOT: 0.15 * 67e12,
-    LEAST_SQUARES: 0.08 * 67e12,
-    EIGH: 1e12,
-    PIVOTS: 4e11,
-    FEEDBACK: 1e11,
-    MODEL: 0.7 * 67e12,
-}
-# What forward and backward passes may run in; the code's are float32, with TF32 where the user allows it to torch.
-PASSES = {
-    "float32": {},
-    "TF32": {MODEL: 0.5 * 494e12},
-    "BF16": {MODEL: 0.5 * 989e12},
-    "BF16, and Gram matrices of BF16 inputs": {MODEL: 0.5 * 989e12, GRAM: 0.5 * 989e12},
-}
+# What passes may run in, and with them Gram sums.
+PASSES = {"bfloat16": {}, "float32": {MODEL: 0.7 * 67e12, GRAM: 0.7 * 67e12}}
 
 
 def seconds(run: Callable[[], object], device: str, repeats: int = 9) -> float:
@@ -152,12 +132,11 @@ def fermigrad_step(hidden: int, device: str) -> Piece:
     ranks = BUDGET.uniform_ranks(groups)
     mus = torch.tensor(ranks, dtype=torch.float64, requires_grad=True)
     batch = torch.randint(VOCABULARY, (8, TOKENS // 8), device=device)
-    whole = sum(g.full_rank * (g.rows + g.columns) for g in groups)
     opened = sum(
         min(g.full_rank, r + 0.08 * g.full_rank) * (g.rows + g.columns) for g, r in zip(groups, ranks, strict=True)
     )
     attention = TOKENS / 8 * 2 * hidden
-    flops = TOKENS * fermigrad_flops(whole, opened, VOCABULARY * hidden, attention)
+    flops = TOKENS * fermigrad_flops(opened, VOCABULARY * hidden, attention)
     halves = halves_of(model)
     taught = torch.randn(*batch.shape, hidden, device=device)
     return flops, lambda: gated_kl(halves, gated, batch, taught, mus, 0.01).backward()
@@ -212,26 +191,6 @@ def check_counts(device: str) -> dict[str, float]:
         if name.startswith("kfac_svd"):
             products = sum(flops for kind, _, flops in work if kind in (PRODUCT, NARROW_PRODUCT))
             found[name] = counted(run) / products
-    return found
-
-
-def rate(rates: dict[int, float], size: float) -> float:
-    """FLOP/s at a size: straight between measured ones in the logarithm of the size, flat outside."""
-    sizes = sorted(rates)
-    if size <= sizes[0] or len(sizes) == 1:
-        return rates[sizes[0]]
-    for low, high in pairwise(sizes):
-        if size <= high:
-            share = math.log(size / low) / math.log(high / low)
-            return rates[low] * (rates[high] / rates[low]) ** share
-    return rates[sizes[-1]]
-
-
-def time_of(work: Work, rates: dict[str, dict[int, float]]) -> dict[str, float]:
-    """Seconds by kind."""
-    found = dict.fromkeys((kind for kind, _, _ in work), 0.0)
-    for kind, size, flops in work:
-        found[kind] += flops / rate(rates[kind], size)
     return found
 
 
@@ -325,6 +284,7 @@ def main() -> None:
     print(f"FLOPs as torch counts them over ours: {record['counted_over_assumed_flops']}\n")
     record["pieces"] = measure_pieces(sorted(arguments.sizes), arguments.device)
     rates = {kind: {size: row["rate"] for size, row in rows.items()} for kind, rows in record["pieces"].items()}
+    rates[FILES] = {1: ASSUMED_H200[FILES]}
     record["calls"] = measure_whole(arguments.widths, arguments.device, rates)
     record["seconds_by_groups_at_once"] = measure_ahead(max(arguments.widths), arguments.device)
     record["projection"], record["work"] = {}, {}

@@ -1,19 +1,35 @@
-"""How many FLOPs does a conversion take, by kind of piece? A module; decomposition.py here times the kinds.
+# ruff: noqa: E402
+"""What does a conversion take: FLOPs by kind of piece, and by stage seconds on one H200 and bytes at the peak?
 
-From the shapes alone. A Work is a list of (kind, size, FLOPs): how fast a kind runs depends on how large its matrices
-are. Llama models, separate groups, kfac whitening, pivga form, uniform ranks in place of FermiGrad's: the converter's
-defaults else.
+    python -m benchmarks.cost.work llama-3.1-8b
+    python -m benchmarks.cost.work llama-3.1-8b --json
+
+From the shapes alone, with the converter's own counts of memory and disk: those that it refuses by. Llama models,
+separate groups, kfac whitening, uniform ranks in place of FermiGrad's: the converter's defaults else. A Work is a list
+of (kind, size, FLOPs): how fast a kind runs depends on how large its matrices are; decomposition.py here times kinds.
+Seconds are by ASSUMED rates, which nobody measured here.
 """
 
-from collections.abc import Iterator
+import argparse
+import json
+import math
+import sys
+from itertools import pairwise
+from pathlib import Path
 
-from benchmarks.shapes import groups_of
+if not __package__:  # run as a file
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.shapes import SHAPES, groups_of
 from fermisvd.budget import Budget
 from fermisvd.calibration import panel_width
 from fermisvd.compress import ASIDE_WINDOWS
+from fermisvd.files import TensorInfo
 from fermisvd.groups import LinearGroup
-from fermisvd.joining import coarser_partitions
+
+TRIALS = 5  # tmp
 from fermisvd.running.blocks import segments
+from fermisvd_convert.memory import Limits, Passes, Sizes, model_sizes, needs
 from fermisvd_convert.options import ConvertOptions
 from fermisvd_convert.space import factors_bytes, gram_bytes
 from fermisvd_convert.text import HELD_BACK_WINDOWS
@@ -22,14 +38,53 @@ Work = list[tuple[str, int, float]]
 PRODUCT, NARROW_PRODUCT, GRAM = "product, float64", "product, float32", "Gram sum"
 ROOT, EIGH = "Cholesky and solve", "eigh"
 PIVOTS, LEAST_SQUARES, FEEDBACK = "pivots", "least squares", "error feedback"
-MODEL = "model pass"
+MODEL, FILES = "model pass", "bytes read, hashed or written"
 EIGH_FLOPS = 9  # of n^3: a convention, what is measured and used is time over n^3
 LENGTH = 2048  # tokens a window: the converter's default for a model with such a context
+WHOLE_LOSSES = 4  # of the joined groups, on all windows
+
+# FLOP/s of one H200 at sizes like these, none of it measured by us. Peaks from NVIDIA's data sheet: 67e12 for FP64 on
+# tensor cores and for FP32, 989e12 for BF16; the shares of them are guesses. EIGH, over its 9 n^3: cuSOLVER's syevd is
+# bound by memory and launches (Wang et al., "Extracting the Potential of Emerging Hardware Accelerators for Symmetric
+# Eigenvalue Decomposition": below 3 % of an H100's peak). PIVOTS: eight cores at what one does here, beside the GPU.
+# FEEDBACK: three launches of 7 microseconds a row. FILES: bytes a second of one core's sha256, or of a disk.
+ASSUMED_H200 = {
+    PRODUCT: 0.7 * 67e12,
+    NARROW_PRODUCT: 0.7 * 67e12,
+    GRAM: 0.5 * 989e12,
+    ROOT: 0.15 * 67e12,
+    LEAST_SQUARES: 0.08 * 67e12,
+    EIGH: 1e12,
+    PIVOTS: 6e11,
+    FEEDBACK: 1.6e11,
+    MODEL: 0.5 * 989e12,
+    FILES: 2e9,
+}
 
 
 def default(option: str) -> int:
     """The converter's own."""
     return ConvertOptions.options()[option].default
+
+
+def rate(rates: dict[int, float], size: int) -> float:
+    """At this size: between measured sizes on a straight line of logarithms, flat beyond them."""
+    sizes = sorted(rates)
+    if size <= sizes[0] or len(sizes) == 1:
+        return rates[sizes[0]]
+    for low, high in pairwise(sizes):
+        if size <= high:
+            share = math.log(size / low) / math.log(high / low)
+            return rates[low] * (rates[high] / rates[low]) ** share
+    return rates[sizes[-1]]
+
+
+def time_of(work: Work, rates: dict[str, dict[int, float]]) -> dict[str, float]:
+    """Seconds by kind."""
+    found = dict.fromkeys((kind for kind, _, _ in work), 0.0)
+    for kind, size, flops in work:
+        found[kind] += flops / rate(rates[kind], size)
+    return found
 
 
 def separate_groups(shape: dict) -> list[LinearGroup]:
@@ -79,7 +134,7 @@ def least_squares_flops(m: float, r: float, q: float) -> float:
 
 
 def feedback_flops(r: float, q: float) -> float:
-    return r * r * q + 4 / 3 * r**3
+    return r * r * q
 
 
 def attention_flops(shape: dict) -> float:
@@ -87,17 +142,17 @@ def attention_flops(shape: dict) -> float:
     return 2 * LENGTH * shape["hidden_size"] * shape["num_hidden_layers"]
 
 
-def fermigrad_flops(linear: float, opened: float, head: float, attention: float) -> float:
-    """A step, for each token: teacher forward, student forward and backward in the activations.
+def fermigrad_flops(opened: float, head: float, attention: float) -> float:
+    """A step, for each token: student forward and backward in the activations, the head also for the teacher.
 
-    linear, opened: numbers of A and B of all groups, whole and as far as the gates are open; head: of the output layer.
+    opened: numbers of A and B of all groups, as far as the gates are open; head: of the output layer.
     """
-    return 2 * (linear + head) + attention + 4 * (opened + head) + 3 * attention
+    return 4 * opened + 6 * head + 3 * attention
 
 
 def conversion_work(shape: dict, remove: float = 0.2) -> dict[str, Work]:
-    """FLOPs of every stage but reading and writing files. FermiGrad computes each block twice forward, and
-    calibration most blocks three times (docs/scale.md)."""
+    """FLOPs of every stage, and the bytes of model and work directory that it reads, hashes or writes. FermiGrad and
+    healing compute each block twice forward, and calibration most blocks three times (docs/scale.md)."""
     groups, hidden = separate_groups(shape), shape["hidden_size"]
     ranks = Budget.removing(remove, "pivga").uniform_ranks(groups)
     dense = sum(g.dense_parameters for g in groups)
@@ -116,33 +171,105 @@ def conversion_work(shape: dict, remove: float = 0.2) -> dict[str, Work]:
         min(g.full_rank, r + 0.08 * g.full_rank) * (g.rows + g.columns) for g, r in zip(groups, ranks, strict=True)
     )
     opened = 0.8 * opened + 0.2 * whole  # the budget falls linearly over the first 40 % of the steps
-    step = fermigrad_flops(whole, opened, head, attention) + 2 * opened + attention
-    trials = sum(_alternatives(shape)) + 1
+    step = fermigrad_flops(opened, head, attention) + 2 * opened + attention
     kept = (1 - remove) * dense
-    healing = forward + 6 * kept + 4 * head + 3 * attention
+    healing = 8 * kept + 6 * head + 4 * attention
+    model, disk = 2 * (dense + 2 * head), work_bytes(shape, remove)
+    statistics, states = disk["Gram matrices"], disk["the teacher's states"]
+    pivga = [piece for g, r in zip(groups, ranks, strict=True) for piece in gauge_work(g.rows, g.columns, r, g.side)]
+    # the CPU finds pivots of the next groups while the GPU has its own work: the longer of the two
+    beside = [piece for piece in pivga if piece[0] == PIVOTS]
+    gpu = [piece for piece in pivga if piece[0] != PIVOTS]
+    known = {kind: {hidden: value} for kind, value in ASSUMED_H200.items()}
+    longer = max((beside, gpu), key=lambda work: sum(time_of(work, known).values()))
     return {
-        "calibrate: passes": [(MODEL, hidden, tokens * ((3 + again) * forward + attention - 2 * again * head))],
-        "calibrate: Gram matrices": [(GRAM, hidden, tokens * grams)],
-        "decompose": [piece for g in groups for piece in decomposition_work(g.rows, g.columns)],
-        "FermiGrad": [(MODEL, hidden, default("steps") * batch * step)],
-        "groups: auto": [(MODEL, hidden, trials * ASIDE_WINDOWS * LENGTH * 2 * forward)],
-        "write: PivGa": [
-            piece for g, r in zip(groups, ranks, strict=True) for piece in gauge_work(g.rows, g.columns, r, g.side)
+        "check": [(FILES, 1, 2 * model)],
+        "calibration": [
+            (MODEL, hidden, tokens * ((3 + again) * forward + attention - 2 * again * head)),
+            (GRAM, hidden, tokens * grams),
+            (FILES, 1, 3 * model + 2 * (statistics + states)),
         ],
-        "heal": [(MODEL, hidden, default("heal_steps") * batch * healing)],
-        "evaluate": [(MODEL, hidden, 2 * HELD_BACK_WINDOWS * LENGTH * forward)],
+        "decomposition": [piece for g in groups for piece in decomposition_work(g.rows, g.columns)]
+        + [(FILES, 1, model + 2 * statistics + 2 * disk["factors"])],
+        "FermiGrad": [
+            (MODEL, hidden, default("steps") * batch * step),
+            (NARROW_PRODUCT, hidden, sum(2 * g.rows * g.columns * g.full_rank for g in groups)),
+            (FILES, 1, 2 * model + disk["factors"] + 2 * states),
+        ],
+        "--groups auto": [
+            (EIGH, hidden, sum(EIGH_FLOPS / 3 * g.full_rank**3 for g in groups_of(shape))),
+            (MODEL, hidden, (TRIALS + WHOLE_LOSSES) * ASIDE_WINDOWS * LENGTH * (forward + 2 * head)),
+            (FILES, 1, 2 * model + 2 * disk["factors"]),
+        ],
+        "writing": [*longer, (FILES, 1, 2 * model + disk["factors"])],
+        "healing": [(MODEL, hidden, default("heal_steps") * batch * healing), (FILES, 1, 4 * model)],
+        "evaluation": [(MODEL, hidden, 2 * HELD_BACK_WINDOWS * LENGTH * forward), (FILES, 1, 2 * model)],
     }
-
-
-def _alternatives(shape: dict) -> Iterator[int]:
-    """Partitions that --groups auto tries, for every fused layer."""
-    for joint in groups_of(shape):
-        yield len(list(coarser_partitions(len(joint.members))))
 
 
 def work_bytes(shape: dict, remove: float = 0.2) -> dict[str, int]:
     """Bytes of the work directory, as the converter counts them: symmetric matrices in float32, one factor of each pair
-    for all groups and all that they may be joined to, and healed factors in bfloat16."""
+    for all groups and all that they may be joined to, states and healed factors in bfloat16."""
     groups = separate_groups(shape)
-    healed = 2 * Budget.removing(remove, "pivga").numbers(groups)
-    return gram_bytes(groups, "kfac") | {"factors": factors_bytes(groups, "kfac", joins=True), "healed factors": healed}
+    return {
+        "Gram matrices": sum(gram_bytes(groups, "kfac").values()),
+        "the teacher's states": 2 * default("samples") * LENGTH * shape["hidden_size"],
+        "factors": factors_bytes(groups, "kfac", joins=True),
+        "healed factors": 2 * Budget.removing(remove, "pivga").numbers(groups),
+    }
+
+
+def sizes_of(shape: dict, item: int = 2) -> Sizes:
+    """The converter's view of a model of this shape with the default windows. item: bytes of the passes' type."""
+    groups, vocabulary, hidden = separate_groups(shape), shape["vocab_size"], shape["hidden_size"]
+    shapes = {f"{group.name}.weight": (group.rows, group.columns) for group in groups}
+    shapes |= dict.fromkeys(("model.embed_tokens.weight", "lm_head.weight"), (vocabulary, hidden))
+    headers = {name: TensorInfo(Path("model.safetensors"), "", "BF16", numbers) for name, numbers in shapes.items()}
+    return model_sizes(headers, groups, vocabulary, default("samples") * LENGTH, item)
+
+
+def stages(shape: dict, remove: float = 0.2, processes: int = 1) -> dict[str, dict[str, float]]:
+    """stage -> seconds_h200 of all processes sharing the work, and the bytes that it holds at most in one process: on
+    the device, beside it on the host, and in the work directory when it is done."""
+    size, options = sizes_of(shape), ConvertOptions.named(remove=remove)
+    passes = Passes(default("batch_size") if processes == 1 else 1, LENGTH, processes)
+    required = needs(size, options, passes, Limits(8 * size.grams, 10**15))
+    rates = {kind: {shape["hidden_size"]: value} for kind, value in ASSUMED_H200.items()}
+    disk, held, found = work_bytes(shape, remove), 0, {}
+    made = {
+        "calibration": ("Gram matrices", "the teacher's states"),
+        "decomposition": ("factors",),
+        "healing": ("healed factors",),
+    }
+    for stage, work in conversion_work(shape, remove).items():
+        held += sum(disk[name] for name in made.get(stage, ()))
+        need = required.get(stage)
+        found[stage] = {
+            "seconds_h200": round(sum(time_of(work, rates).values()) / processes, 1),
+            "device_bytes": need.device if need else 0,
+            "host_bytes": need.host if need else 0,
+            "disk_bytes": held,
+        }
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("shape", choices=list(SHAPES))
+    parser.add_argument("--remove", type=float, default=0.2)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    found = stages(SHAPES[arguments.shape], arguments.remove, arguments.processes)
+    if arguments.json:
+        print(json.dumps({"stages": found}, indent=1))
+        return
+    print("| stage | seconds, H200 (assumed) | device GB | host GB | work directory GB |\n|---|---|---|---|---|")
+    for stage, row in found.items():
+        seconds, *sizes = row.values()
+        print(f"| {stage} | {seconds:,.0f} | " + " | ".join(f"{value / 1e9:.1f}" for value in sizes) + " |")
+    print(f"| all | {sum(row['seconds_h200'] for row in found.values()):,.0f} | | | |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,27 +1,23 @@
-"""Work on the next pieces while one is written, so that GPU, LAPACK on the CPU and disks are at work at once."""
+"""Work on the next pieces while one is kept or written: GPU, LAPACK on the CPU and disks are at work at once."""
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
 
-from fermisvd.budget import RankedGroup
-
 T = TypeVar("T")
 R = TypeVar("R")
-GPU_WORKERS = 8  # at most: cores that find pivots beside a GPU; reckoned, no GPU was at hand (docs/decisions.md)
-GAUGE_BYTES = 28  # that PivGa takes for each number of W: 24 measured (docs/results.md), and the factors
+GPU_WORKERS = 8  # at most: cores that find pivots beside a GPU; reckoned (docs/decisions.md)
 
 
-def workers_beside(device: str, room: int, ranked: Sequence[RankedGroup]) -> int:
-    """How many groups to work on at once: one on a CPU, whose cores torch and LAPACK share out themselves; beside a GPU
-    as many of the largest as half of its room (bytes) holds."""
+def workers_beside(device: str, room: int, each: int) -> int:
+    """How many pieces to work on at once: one on a CPU, whose cores torch and LAPACK share out themselves; beside a GPU
+    as many as half of its room holds. room, each: bytes of the device, and that a piece takes."""
     if not device.startswith("cuda"):
         return 1
-    largest = max((GAUGE_BYTES * each.group.dense_parameters for each in ranked), default=1)
-    return max(1, min(GPU_WORKERS, room // 2 // largest))
+    return max(1, min(GPU_WORKERS, room // 2 // max(1, each)))
 
 
 def in_order(work: Callable[[T], R], items: Iterable[T], device: str, workers: int) -> Generator[R]:

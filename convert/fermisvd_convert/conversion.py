@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from fermisvd.budget import Budget
 from fermisvd.precision import compute_type
-from fermisvd_convert.memory import Limits, Passes
+from fermisvd_convert.ahead import workers_beside
+from fermisvd_convert.memory import UNKNOWN, Limits, Passes, Sizes, memory_of
 from fermisvd_convert.options import ConvertOptions
 from fermisvd_convert.source import Source
 from fermisvd_convert.text import CalibrationText, recorded_names
@@ -28,8 +29,8 @@ class Conversion:
 
     options: as given, the open ones settled (sequence_length, samples that there are, refit, compute); key: hash of the
     model; storage: type of the factors; out: the folder to be made; left_files: files of MODEL that it will not have;
-    device, limits and passes are known once the processes are there and the model's size is; choices, seconds: what was
-    decided by measurement, and how long each part took, for the record.
+    device, limits, passes and size are known once the processes are there and the groups are; choices, seconds: what
+    was decided by measurement, and how long each part took, for the record.
     """
 
     options: ConvertOptions
@@ -43,6 +44,7 @@ class Conversion:
     device: str
     limits: Limits = field(default_factory=lambda: Limits(0, 0))
     passes: Passes = field(default_factory=lambda: Passes(1, 1))
+    size: Sizes = UNKNOWN
     choices: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -75,6 +77,10 @@ class Conversion:
     def compute(self) -> torch.dtype:
         """Type of the model's passes."""
         return compute_type(self.options.compute, self.device)
+
+    def workers(self, each: int) -> int:
+        """How many pieces of work that take so many bytes are in hand at once."""
+        return workers_beside(self.device, memory_of(self.device, self.options.max_memory), each)
 
     def load(self) -> PreTrainedModel:
         """The dense model."""

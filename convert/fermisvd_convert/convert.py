@@ -11,11 +11,10 @@ from typing import Any
 from fermisvd.budget import RankedGroup, compressed
 from fermisvd.files import read_headers
 from fermisvd.running import distributed
-from fermisvd_convert.ahead import workers_beside
 from fermisvd_convert.card import write_card
 from fermisvd_convert.checks import check_out
 from fermisvd_convert.conversion import Conversion, timed
-from fermisvd_convert.memory import memory_of
+from fermisvd_convert.memory import gauge_bytes
 from fermisvd_convert.options import ConvertOptions
 from fermisvd_convert.output import Place, claimed, complete, list_files, move_into_place, unfinished
 from fermisvd_convert.places import real_path
@@ -131,7 +130,7 @@ def record_of(
 def write(conversion: Conversion, folder: Path, ranked: Sequence[RankedGroup], factors_of: FactorsOf) -> None:
     """All weights into a new folder, each process its part of the files. ranked: groups that do not stay dense."""
     cast, device = conversion.options.dtype != "auto", conversion.device
-    workers = workers_beside(device, memory_of(device, conversion.options.max_memory), ranked)
+    workers = conversion.workers(gauge_bytes(conversion.size))
     conversion.workspace.wait_for_all()  # factors of joined groups are the first's
     write_checkpoint(conversion.source, folder, ranked, factors_of, conversion.storage, cast, device, workers)
     distributed.wait_for_all()

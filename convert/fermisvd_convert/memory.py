@@ -20,13 +20,13 @@ from fermisvd.groups import LinearGroup, block_of, parent_of
 from fermisvd.running import distributed
 from fermisvd.running.blocks import places_back
 from fermisvd.running.halves import HEAD_TOKENS
-from fermisvd_convert.ahead import GAUGE_BYTES
 from fermisvd_convert.options import ConvertOptions
 
 HIDDEN_BYTES = 2**26  # hidden states held in memory with --max-memory, or a block's bytes, if they are left
 HIDDEN_PART = 0.5  # of the memory that there is, for hidden states without --max-memory
 CONTAINER = Path("/sys/fs/cgroup/memory.max")  # cgroup v2's limit, seen from inside
 FLOAT, DOUBLE = 4, 8
+GAUGE_BYTES = 28  # that PivGa takes for each number of W: 24 measured (docs/results.md), and the factors
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,9 @@ class Sizes:
     row: int
     vocabulary: int
     text: int
+
+
+UNKNOWN = Sizes(*[0] * 14)
 
 
 @dataclass(frozen=True)
@@ -164,6 +167,11 @@ def decomposition_bytes(size: Sizes) -> int:
     return 2 * DOUBLE * size.gram + 6 * FLOAT * size.layer
 
 
+def gauge_bytes(size: Sizes) -> int:
+    """Of one group's PivGa form."""
+    return GAUGE_BYTES * size.layer
+
+
 def training_bytes(size: Sizes, passes: Passes) -> int:
     """Activations of a pass there and back through all blocks, which compute them again beyond KEPT_ACTIVATIONS; and
     the head."""
@@ -217,7 +225,7 @@ def needs(size: Sizes, options: ConvertOptions, passes: Passes, limit: Limits) -
         grams = decomposition_bytes(size) + 4 * DOUBLE * size.gram
         taken = whole + size.item * size.block + 2 * size.text * state + max(forward, grams)
         found["--refit"] = Need(taken, 0, "--no-refit")
-    found["writing"] = Need(GAUGE_BYTES * size.layer, size.item * size.block, "--form svd")
+    found["writing"] = Need(gauge_bytes(size), size.item * size.block, "--form svd")
     if options.healing.steps:
         kept = options.budget.kept
         start = int(size.item * kept * size.dense)

@@ -118,7 +118,7 @@ def check_room(conversion: Conversion, groups: Sequence[LinearGroup]) -> Convers
         logger.warning("memory has room for passes of %d windows: a batch takes several", passes.windows)
     if passes.parts > 1:
         logger.warning("memory has no room for the whole model: its blocks are divided among %d processes", processes)
-    conversion = replace(conversion, limits=limits, passes=passes)
+    conversion = replace(conversion, limits=limits, passes=passes, size=size)
     decomposition = decomposition_of(conversion, statistics_of(conversion))
     needed = {
         conversion.out: out_bytes(conversion, groups),

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -95,6 +96,7 @@ class Workspace:
         self.folder = folder
         self._manifest: dict[str, dict[str, int]] = {}  # artefact -> its hashes, bytes of each
         self._checked: set[str] = set()
+        self._writing = Lock()  # of the manifest, where several threads keep artefacts
         self.read_manifest()
 
     @contextmanager
@@ -224,7 +226,7 @@ class Workspace:
         }
         manifest = self.folder / f"{MANIFEST}{distributed.this_process() or ''}.jsonl"  # each process its own
         try:
-            with manifest.open("ab") as file:
+            with self._writing, manifest.open("ab") as file:
                 file.write(b"\n" + json.dumps(entry).encode() + b"\n")  # first a new line, if a kill cut off the last
         except OSError as error:
             raise OutputError(f"{manifest}: cannot be written ({reason(error)}); finished stages are kept") from None

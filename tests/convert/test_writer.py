@@ -104,7 +104,7 @@ def smallest(smallest_llama, tmp_path):
 
 def test_several_at_work_write_what_one_does(smallest_llama, tmp_path, smallest, monkeypatch):
     """As beside a GPU, here on a CPU."""
-    monkeypatch.setattr("fermisvd_convert.convert.workers_beside", lambda *_: 3)
+    monkeypatch.setattr("fermisvd_convert.conversion.workers_beside", lambda *_: 3)
     convert(str(smallest_llama), tmp_path / "three", 0.3, **smallest)
     one, three = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "three"))
     assert one == three
@@ -114,7 +114,7 @@ def test_an_error_of_one_at_work_is_the_conversions(smallest_llama, tmp_path, sm
     def overflow(ranked, *_):
         raise NumericalError(f"{ranked.group.name}: the factors overflow")
 
-    monkeypatch.setattr("fermisvd_convert.convert.workers_beside", lambda *_: 3)
+    monkeypatch.setattr("fermisvd_convert.conversion.workers_beside", lambda *_: 3)
     monkeypatch.setattr("fermisvd_convert.writer.compressed_tensors", overflow)
     with pytest.raises(NumericalError, match=r"layers\.0.*: the factors overflow"):
         convert(str(smallest_llama), tmp_path / "three", 0.3, **smallest)

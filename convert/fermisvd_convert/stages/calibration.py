@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from fermisvd.decomposition import OutputGram
 from fermisvd.groups import LinearGroup
 from fermisvd.running import distributed
 from fermisvd.running.blocks import BlocksError, DecoderBlocks, device_of
+from fermisvd_convert.ahead import in_order
 from fermisvd_convert.conversion import Conversion, timed
 from fermisvd_convert.memory import give_back
 from fermisvd_convert.progress import bar
@@ -144,9 +146,11 @@ def _gather(conversion: Conversion, statistics: Statistics, missing: Sequence[Ma
     ):
         limit = limits.gram_bytes
         given = (blocks, *names, batches, hidden, options.seed, limit, shown.advance)
-        for part in grams_by_blocks(*given, on_last=keeper(conversion)):
-            statistics.keep(*part)
-            give_back()
+        parts, device = grams_by_blocks(*given, on_last=keeper(conversion)), conversion.device
+        workers = conversion.workers(8 * limit)  # beside a GPU, of which they take little, the disk has its time
+        with closing(in_order(lambda part: statistics.keep(*part), parts, device, workers)) as kept:
+            for _ in kept:
+                give_back()
 
 
 def _names(matrices: Sequence[Matrix]) -> Part:

@@ -1,6 +1,7 @@
 """The groups' factors, each made once and kept."""
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
@@ -19,8 +20,9 @@ from fermisvd.decomposition import (
 from fermisvd.groups import LinearGroup
 from fermisvd.losses import Pair
 from fermisvd.running import distributed
+from fermisvd_convert.ahead import in_order
 from fermisvd_convert.conversion import Conversion, timed
-from fermisvd_convert.memory import give_back
+from fermisvd_convert.memory import decomposition_bytes, give_back
 from fermisvd_convert.progress import bar
 from fermisvd_convert.source import Source
 from fermisvd_convert.stages.calibration import Statistics
@@ -87,10 +89,12 @@ def decomposition_of(conversion: Conversion, statistics: Statistics) -> KeptDeco
 def decompose(conversion: Conversion, statistics: Statistics, groups: Sequence[LinearGroup]) -> KeptDecomposition:
     """All groups' factors; each process makes its part of them."""
     decomposition = decomposition_of(conversion, statistics)
-    own = distributed.own_part(groups)
-    with bar("decompose", len(own), "group") as shown:
-        for group in own:
-            decomposition.keep(group)
+    own, workers = distributed.own_part(groups), conversion.workers(decomposition_bytes(conversion.size))
+    with (
+        bar("decompose", len(own), "group") as shown,
+        closing(in_order(decomposition.keep, own, conversion.device, workers)) as kept,
+    ):
+        for _ in kept:
             give_back()
             shown.advance()
     conversion.workspace.wait_for_all()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from fermisvd.compress import set_aside
 from fermisvd.dense_choice import CANDIDATES, choose_dense
-from fermisvd.fermigrad import optimise_ranks
+from fermisvd.fermigrad import STEP_TOKENS, optimise_ranks
 from fermisvd.gates import install_gates
 from fermisvd.groups import LinearGroup
 from fermisvd.teacher import Taught
@@ -46,7 +46,7 @@ def fermigrad_ranks(
     options, windows = conversion.options, taught.windows
     members = [group.members for group in groups]
     budget = replace(conversion.budget, align=None)  # of which real ranks know nothing
-    settings = (budget, options.fermigrad, options.batch_size, options.seed, options.compute)
+    settings = (budget, options.fermigrad, options.batch_size, options.seed, options.compute, STEP_TOKENS)
     stage = conversion.workspace.stage("ranks", decomposition.stage.name, members, windows, *settings)
 
     def make() -> dict:
