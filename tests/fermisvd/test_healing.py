@@ -1,3 +1,4 @@
+import copy
 from typing import Any
 
 import pytest
@@ -5,8 +6,9 @@ import torch
 
 from fermisvd import load_model
 from fermisvd.errors import NumericalError
+from fermisvd.fermigrad import checkpointed
 from fermisvd.groups import StructureError
-from fermisvd.healing import HealingSettings, heal, rounded_factors, trained_factors
+from fermisvd.healing import HealingSettings, HealingState, heal, rounded_factors, trained_factors
 from fermisvd.losses import StudentLoss
 from tests.support.families import compress, save
 
@@ -42,9 +44,10 @@ def test_healing_lowers_the_loss_and_moves_only_factors(dense, compressed):
     )  # deterministic for a seed
 
 
-def test_healing_that_does_not_help_is_taken_back(dense, compressed):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_healing_that_does_not_help_is_taken_back(dense, compressed, dtype):
     """Trained on one text at a rate that is far too high, judged on another."""
-    teacher, student = load_model(dense), load_model(compressed)
+    teacher, student = load_model(dense), load_model(compressed, dtype)
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     settings = HealingSettings(steps=6, learning_rate=30.0)
     record = heal(
@@ -52,6 +55,56 @@ def test_healing_that_does_not_help_is_taken_back(dense, compressed):
     )
     assert record["kl_after"] == record["kl_before"]
     assert all(torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_interrupted_healing_goes_on_to_the_same_factors(dense, compressed, dtype):
+    """Reference: the undisturbed run, bit for bit."""
+    teacher, windows, states = load_model(dense), torch.randint(2048, (10, 16)), []
+    given: Any = (windows, windows[:4], HealingSettings(steps=7, learning_rate=0.3))
+
+    def keep(state: HealingState) -> None:
+        states.append(copy.deepcopy(state))
+
+    student, again = load_model(compressed, dtype), load_model(compressed, dtype)
+    expected = heal(teacher, student, *given, batch_size=4, seed=3, on_progress=keep)
+    assert [len(state.records) for state in states] == list(range(1, 8))
+    shown = []
+    record = heal(teacher, again, *given, batch_size=4, seed=3, begun=states[2], on_step=shown.append)
+    assert record == expected and [each["step"] for each in shown] == [3, 4, 5, 6]
+    assert expected["kl_after"] < expected["kl_before"]
+    found, wanted = trained_factors(again), trained_factors(student)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_blocks_computed_again_for_the_gradient_change_nothing(dense, compressed):
+    """Factors move while the backward pass runs: those of a block only when it has been computed again."""
+    teacher, windows = load_model(dense), torch.randint(2048, (8, 16))
+    given: Any = (windows, windows[:4], HealingSettings(steps=3, learning_rate=0.3))
+    students = [load_model(compressed), load_model(compressed)]
+    expected = heal(teacher, students[0], *given, batch_size=4, seed=0)
+    with checkpointed(students[1], [], tokens=64, kept_bytes=-1):
+        found = heal(teacher, students[1], *given, batch_size=4, seed=0)
+    assert found == expected
+    pairs = zip(*(trained_factors(student).values() for student in students), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+
+
+@pytest.mark.long
+def test_a_bfloat16_student_has_float32_factors_and_learns_as_much(dense, compressed):
+    teacher, windows = load_model(dense), torch.randint(2048, (16, 32))
+    settings, gains = HealingSettings(steps=24, learning_rate=0.3), []
+    for dtype in (torch.float32, torch.bfloat16):
+        student = load_model(compressed, dtype)
+        before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+        record = heal(teacher, student, windows, windows[:4], settings, batch_size=8, seed=0)
+        gains.append(record["kl_before"] - record["kl_after"])
+        factors = trained_factors(student)
+        assert all(factor.dtype == torch.float32 for factor in factors.values())
+        assert any(not torch.equal(factor, factor.bfloat16().float()) for factor in factors.values())
+        rest = {name: tensor for name, tensor in student.state_dict().items() if name not in factors}
+        assert all(torch.equal(tensor, before[name]) for name, tensor in rest.items())
+    assert gains[1] == pytest.approx(gains[0], rel=0.05)
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from fermisvd.format import read_config
-from fermisvd.healing import heal, rounded_factors
+from fermisvd.healing import HealingState, heal, rounded_factors
 from fermisvd_convert.conversion import Conversion, timed
 from fermisvd_convert.loading import load_dense_or_compressed
 from fermisvd_convert.progress import bar
@@ -14,7 +14,7 @@ from fermisvd_convert.writer import replace_tensors
 @timed("heal")
 def heal_factors(conversion: Conversion, checkpoint: Path) -> dict | None:
     """Put factors that were distilled from the dense model in the place of a written checkpoint's, and give the record
-    of it; None where nothing is to be healed, or nothing can be."""
+    of it; None where nothing is to be healed, or nothing can be. An interrupted run goes on where it was kept last."""
     options, windows, aside = conversion.options, conversion.training, conversion.aside
     if not (options.healing.steps and read_config(checkpoint).groups):
         return None
@@ -24,7 +24,10 @@ def heal_factors(conversion: Conversion, checkpoint: Path) -> dict | None:
     )
 
     def make() -> dict:
-        with bar("heal", options.healing.steps) as shown:
+        found, keep = stage.tensor_progress()
+        begun = HealingState(*found) if found else None
+        done = len(begun.records) if begun else 0
+        with bar("heal", options.healing.steps, done=done) as shown:
             teacher = conversion.load()
             student = load_dense_or_compressed(checkpoint, conversion.device, options.trust_remote_code)
             record = heal(
@@ -36,6 +39,8 @@ def heal_factors(conversion: Conversion, checkpoint: Path) -> dict | None:
                 batch_size=options.batch_size,
                 seed=options.seed,
                 on_step=shown.show,
+                begun=begun,
+                on_progress=lambda state: keep(state.records, state.factors),
             )
         stage.save("factors", rounded_factors(student, conversion.storage))
         return record
