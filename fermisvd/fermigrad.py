@@ -5,23 +5,20 @@ so that one learning rate serves layers of any width.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Annotated, Literal, Self
 
 import torch
 from pydantic import model_validator
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from fermisvd.batches import shuffled_batches
 from fermisvd.budget import Budget, Form, SoftBudget, dense_parameters, factor_parameters
 from fermisvd.errors import NumericalError
 from fermisvd.gates import GatedGroup, open_gates, set_gates
-from fermisvd.groups import LinearGroup, decoder_blocks
+from fermisvd.groups import LinearGroup
 from fermisvd.losses import kl_of_states
-from fermisvd.running.blocks import device_of, forwards
+from fermisvd.running.blocks import KEPT_ACTIVATIONS, checkpointed, device_of
 from fermisvd.running.distributed import process_count, sum_over_processes, this_process
 from fermisvd.running.halves import Halves, halves_of
 from fermisvd.settings import Count, Settings, option
@@ -29,7 +26,6 @@ from fermisvd.teacher import Taught
 
 PLATEAU_STEPS = 12
 LARGEST_PENALTY = 1e100
-KEPT_ACTIVATIONS = 2 * 2**30  # bytes
 STEP_TOKENS = 4096  # of a batch, at most: more were no better (docs/decisions.md)
 
 
@@ -166,6 +162,7 @@ def optimise_ranks(
     optimiser, halves = RankOptimiser(groups, budget, settings), halves_of(model)
     batch_size = max(1, min(batch_size, STEP_TOKENS // taught.windows.shape[1]))
     batches = shuffled_batches(len(taught), batch_size, seed)
+    activations = sum(group.rows + group.columns for group in groups)  # of a token
     at_once = min(at_once or batch_size, -(-batch_size // process_count()))
     records: list[dict] = []
     model.requires_grad_(False)
@@ -177,7 +174,7 @@ def optimise_ranks(
     for number in range(len(records), settings.steps):
         if on_a_plateau(records, optimiser.kept, settings.plateau):
             break
-        with checkpointed(model, groups, at_once * taught.windows.shape[1], kept_bytes):
+        with checkpointed(model, activations, at_once * taught.windows.shape[1], kept_bytes):
             kl = _backward(halves, taught, gated, next(batches), optimiser, at_once, device_of(model))
         if not kl.isfinite():
             raise NumericalError(
@@ -232,21 +229,6 @@ def gated_kl(
     """
     set_gates(gated, mus, temperature)
     return kl_of_states(halves.head, states, halves.body(batch))
-
-
-@contextmanager
-def checkpointed(
-    model: PreTrainedModel, groups: Sequence[LinearGroup], tokens: int, kept_bytes: int = KEPT_ACTIVATIONS
-) -> Iterator[None]:
-    """Blocks forget what they computed on the way and do it again for the gradient, where that would take more than
-    kept_bytes for so many tokens."""
-    numbers = tokens * sum(group.rows + group.columns for group in groups)
-    if numbers * next(model.parameters()).element_size() <= kept_bytes:
-        yield
-        return
-    blocks = list(model.get_submodule(decoder_blocks(model)).children())
-    with forwards(blocks, [partial(checkpoint, block.forward, use_reentrant=False) for block in blocks]):
-        yield
 
 
 def on_a_plateau(records: Sequence[dict], kept: float, plateau: float) -> bool:

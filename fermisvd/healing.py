@@ -1,12 +1,13 @@
 """Healing: the factors of a compressed model trained on for a while, towards the dense model's predictions.
 
 Ranks, skeleton and permutation stay what they are; PivGa's tensors are trained as they are stored, so the structure is
-exact at every step. Training is in float32 and the result is rounded once, at the end: in bfloat16 a step of usual size
-would be lost in rounding.
+exact at every step. What is trained is float32 and is rounded once, at the end: in bfloat16 a step of usual size would
+be lost in rounding. The model's passes may be narrower, with rounded copies.
 """
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Annotated
 
 import torch
@@ -15,15 +16,15 @@ from transformers import PreTrainedModel
 
 from fermisvd.batches import shuffled_batches
 from fermisvd.errors import NumericalError
+from fermisvd.factor_adam import stepping_backward
 from fermisvd.format import INTERPOLATION
 from fermisvd.groups import StructureError
 from fermisvd.losses import StudentLoss, kl_of_states
 from fermisvd.modules import CompressedLinear, PivGaColumnsLinear, PivGaRowsLinear
 from fermisvd.pivga import refuse_overflow, round_interpolation
+from fermisvd.running.blocks import KEPT_ACTIVATIONS, checkpointed
 from fermisvd.settings import Natural, Settings, option
 from fermisvd.teacher import Taught
-
-BETAS = (0.9, 0.95)
 
 
 class HealingSettings(Settings):
@@ -50,6 +51,15 @@ def trained_factors(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
+@dataclass(frozen=True)
+class HealingState:
+    """What a healing goes on from: the records of the steps that are done, and of each factor, by its name, the tensors
+    of FactorAdam.state."""
+
+    records: list[dict]
+    factors: Mapping[str, Mapping[str, torch.Tensor]]
+
+
 def heal(
     student: PreTrainedModel,
     taught: Taught,
@@ -59,57 +69,78 @@ def heal(
     batch_size: int,
     seed: int,
     on_step: Callable[[dict], None] = lambda _: None,
+    begun: HealingState | None = None,
+    on_progress: Callable[[HealingState], None] = lambda _: None,
+    at_once: int | None = None,
+    kept_bytes: int = KEPT_ACTIVATIONS,
 ) -> dict:
     """Train the student's factors in place, by KL(teacher || student) on windows.
 
-    student: compressed, float32; taught: windows to train on; aside: others, not trained on. Where the loss on these is
-    no lower at the end, the factors are put back. Returns {"kl_before", "kl_after" (both on `aside`), "trace": each
-    step's step and kl}. Raises StructureError if the student has no compressed layer, NumericalError if the loss is not
-    finite.
+    student: compressed, its factors in float32 or narrower; they are float32 afterwards. taught: windows to train on;
+    aside: others, not trained on. Where the loss on these is no lower at the end, the factors are put back. at_once:
+    windows of a pass, whose gradients are added up to the batch's. begun: where a healing of the same student was
+    interrupted, as on_progress saw it after a step (live tensors, which the next step changes); the result is that of
+    an undisturbed one. A factor takes 12 bytes a number beside the model's passes, a bfloat16 one 10.
+    Returns {"kl_before", "kl_after" (both on `aside`), "trace": each step's step and kl}.
+    Raises StructureError if the student has no compressed layer, NumericalError if the loss is not finite.
     """
     factors = trained_factors(student)
     if not factors:
         raise StructureError("the model has no compressed layer to heal")
     student.requires_grad_(False)
-    loss = StudentLoss(student, aside, batch_size)
-    before, start = loss(), {name: parameter.detach().clone() for name, parameter in factors.items()}
+    at_once = min(at_once or batch_size, batch_size)
+    loss = StudentLoss(student, aside, at_once)
+    before = loss()
     if not math.isfinite(before):
         raise NumericalError(f"KL is {before} before healing; check the checkpoint and its dense model")
-    optimizer = torch.optim.Adam(_scaled(factors, settings.learning_rate * min(1.0, math.sqrt(before))), betas=BETAS)
     device, halves = next(student.parameters()).device, loss.halves
+    start = {name: parameter.detach().to("cpu", copy=True) for name, parameter in factors.items()}
+    rates = {name: _rate(parameter, settings.learning_rate, before) for name, parameter in factors.items()}
     batches = shuffled_batches(len(taught), batch_size, seed)
     records: list[dict] = []
-    for step in range(settings.steps):
-        batch, states = taught.batch(next(batches), device)
-        kl = kl_of_states(halves.head, states, halves.body(batch))
-        if not kl.isfinite():
-            raise NumericalError(
-                f"KL is {kl.item()} at healing step {step}; try a smaller learning rate, or no healing"
-            )
-        optimizer.zero_grad()
-        kl.backward()
-        for group in optimizer.param_groups:
-            group["lr"] = group["scale"] * _schedule(step, settings.steps)
-        optimizer.step()
-        records.append({"step": step, "kl": kl.item()})
-        on_step(records[-1])
-    student.requires_grad_(False)
+    with (
+        stepping_backward(factors) as adams,
+        checkpointed(student, activations(student), at_once * taught.windows.shape[1], kept_bytes),
+    ):
+        if begun is not None:
+            records = list(begun.records)
+            for name, factor in adams.items():
+                factor.restore(begun.factors[name], len(records))
+            for _ in records:
+                next(batches)
+        for step in range(len(records), settings.steps):
+            numbers, kl = next(batches), 0.0
+            parts = numbers.split(at_once)
+            for number, part in enumerate(parts, 1):
+                for name, factor in adams.items():
+                    factor.rate = rates[name] * _schedule(step, settings.steps)
+                    factor.steps_now = number == len(parts)
+                batch, states = taught.batch(part, device)
+                share = kl_of_states(halves.head, states, halves.body(batch)) * (len(part) / len(numbers))
+                share.backward()
+                kl += share.item()
+            if not math.isfinite(kl):
+                raise NumericalError(f"KL is {kl} at healing step {step}; try a smaller learning rate, or no healing")
+            records.append({"step": step, "kl": kl})
+            on_step(records[-1])
+            on_progress(HealingState(list(records), {name: factor.state() for name, factor in adams.items()}))
     after = loss()
-    if not after < before:  # also where the last step made it NaN
-        for name, parameter in factors.items():
-            parameter.copy_(start[name])
-        after = before
-    return {"kl_before": before, "kl_after": after, "trace": records}
+    better = after < before  # not where the last step made it NaN
+    for name, parameter in factors.items():
+        parameter.data = adams[name].master if better else start[name].to(parameter.device, torch.float32)
+    return {"kl_before": before, "kl_after": after if better else before, "trace": records}
 
 
-def _scaled(factors: Mapping[str, nn.Parameter], rate: float) -> list[dict]:
-    """Adam's parameter groups, one a factor, with its learning rate at full height as `scale`."""
-    groups = []
-    for parameter in factors.values():
-        parameter.requires_grad_()
-        size = parameter.detach().square().mean().sqrt().item() / math.sqrt(max(parameter.shape))
-        groups.append({"params": [parameter], "scale": rate * size})
-    return groups
+def activations(student: nn.Module) -> int:
+    """What the linear layers, compressed or not, read and give for a token."""
+    layers = [m for m in student.modules() if isinstance(m, CompressedLinear | nn.Linear)]
+    return sum(layer.in_features + layer.out_features for layer in layers)
+
+
+def _rate(parameter: nn.Parameter, rate: float, loss: float) -> float:
+    """The learning rate of a factor at full height."""
+    size = parameter.detach().float().square().mean().sqrt().item() / math.sqrt(max(parameter.shape))
+    return rate * min(1.0, math.sqrt(loss)) * size
 
 
 def _schedule(step: int, steps: int) -> float:

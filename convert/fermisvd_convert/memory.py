@@ -14,11 +14,10 @@ from pathlib import Path
 import torch
 
 from fermisvd.errors import OptionError
-from fermisvd.fermigrad import KEPT_ACTIVATIONS
 from fermisvd.files import TensorInfo
 from fermisvd.groups import LinearGroup, block_of, parent_of
 from fermisvd.running import distributed
-from fermisvd.running.blocks import places_back
+from fermisvd.running.blocks import KEPT_ACTIVATIONS, places_back
 from fermisvd.running.halves import HEAD_TOKENS
 from fermisvd_convert.options import ConvertOptions
 

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,7 +30,8 @@ from fermisvd_convert.places import ensure_own, make_own, remove_own
 MANIFEST = "manifest"
 SCRATCH = ".fermisvd-scratch"  # what is half-written, and hidden states
 METHOD = 3  # raised when the same settings no longer give the same result
-PROGRESS, PROGRESS_SECONDS = ".progress.json", 60
+PROGRESS, PROGRESS_SECONDS = ".progress", 60
+STATE_SECONDS, STATE_PAUSE = 300, 10  # before a stage's tensors are kept; and times as long as that took
 
 
 def settings_key(*parts: Any) -> str:
@@ -87,6 +88,9 @@ def only_one(lock: Path, subject: Path) -> Iterator[None]:
         yield
     finally:
         held.release()
+
+
+KeepTensors = Callable[[Any, Mapping[str, Mapping[str, torch.Tensor]]], None]
 
 
 class Workspace:
@@ -168,6 +172,7 @@ class Workspace:
             value = json.loads((self.folder / artefact).read_text(encoding="utf-8"))
             found = [value] if whole(value) else None
         if found := distributed.from_first(found):
+            self._forget_progress(name)
             return found[0]
         value = make() if together else None
         if distributed.this_process() == 0:
@@ -175,13 +180,13 @@ class Workspace:
                 value = value if together else make()
             text = json.dumps(value, indent=1)
             self._keep(artefact, lambda p: p.write_text(text, encoding="utf-8"))
-            (self.folder / f"{name}{PROGRESS}").unlink(missing_ok=True)
+            self._forget_progress(name)
             value = json.loads(text)  # keys become strings: the same the first time and later
         return distributed.from_first(value)
 
     def progress(self, name: str) -> tuple[Any, Callable[[Any], None]]:
         """How far an unfinished stage has come, or None; and what keeps it, once a minute, by process 0."""
-        artefact, kept = f"{name}{PROGRESS}", time.monotonic()
+        artefact, kept = f"{name}{PROGRESS}.json", time.monotonic()
         found = None
         if distributed.this_process() == 0 and self._intact(artefact):
             found = json.loads((self.folder / artefact).read_text(encoding="utf-8"))
@@ -193,6 +198,40 @@ class Workspace:
                 kept = time.monotonic()
 
         return distributed.from_first(found), keep
+
+    def tensor_progress(self, name: str) -> tuple[tuple[Any, "KeptTensors"] | None, KeepTensors]:
+        """As `progress`, of the first process: a JSON value and sets of tensors by name, replaced as a whole.
+
+        There is one such state at a time, since of a large model two may not fit on the disk: while it is replaced
+        there is none. It is kept first after STATE_SECONDS, and so seldom that it takes no more than a part of the
+        time.
+        """
+        artefact, folder = f"{name}{PROGRESS}.json", f"{name}{PROGRESS}"
+        due, found = time.monotonic() + STATE_SECONDS, None
+        if self._intact(artefact):
+            value = json.loads((self.folder / artefact).read_text(encoding="utf-8"))
+            tensors = KeptTensors(self, folder, value["names"])
+            found = (value["value"], tensors) if all(self.has_tensors(folder, each) for each in tensors) else None
+
+        def keep(value: Any, tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+            nonlocal due
+            if (begin := time.monotonic()) < due:
+                return
+            (self.folder / artefact).unlink(missing_ok=True)
+            ensure_own(self.folder / folder)
+            for each, values in tensors.items():
+                self.save_tensors(folder, each, dict(values))
+            text = json.dumps({"value": value, "names": list(tensors)})
+            self._keep(artefact, lambda p: p.write_text(text, encoding="utf-8"))
+            due = (end := time.monotonic()) + max(STATE_SECONDS, STATE_PAUSE * (end - begin))
+
+        return found, keep
+
+    def _forget_progress(self, name: str) -> None:
+        """Of a stage that is done."""
+        if distributed.this_process() == 0:
+            (self.folder / f"{name}{PROGRESS}.json").unlink(missing_ok=True)
+            remove_own(self.folder / f"{name}{PROGRESS}")
 
     def has_tensors(self, stage: str, name: str) -> bool:
         return self._intact(self._tensors(stage, name))
@@ -249,6 +288,24 @@ class Workspace:
 
 
 @dataclass(frozen=True)
+class KeptTensors(Mapping[str, dict[str, torch.Tensor]]):
+    """Sets of tensors by name, each read when it is asked for. folder: that they lie in."""
+
+    workspace: Workspace
+    folder: str
+    names: list[str]
+
+    def __getitem__(self, name: str) -> dict[str, torch.Tensor]:
+        return self.workspace.load_tensors(self.folder, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+@dataclass(frozen=True)
 class Stage:
     """A step of a conversion whose result is kept: found in the workspace under its name, or made and kept there.
 
@@ -267,6 +324,10 @@ class Stage:
     def progress(self) -> tuple[Any, Callable[[Any], None]]:
         """How far it has come, and what keeps that; see Workspace.progress."""
         return self.workspace.progress(self.name)
+
+    def tensor_progress(self) -> tuple[tuple[Any, KeptTensors] | None, KeepTensors]:
+        """How far it has come, tensors included; see Workspace.tensor_progress."""
+        return self.workspace.tensor_progress(self.name)
 
     def has(self, tensors: str) -> bool:
         """Whether its tensors of that name are there."""

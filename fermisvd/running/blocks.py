@@ -6,6 +6,7 @@ So a step can run one block over all of a text before it needs the next one.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from fermisvd.errors import FermiSVDError, NumericalError, OutputError
 from fermisvd.groups import decoder_blocks
 from fermisvd.running.streaming import present
+
+KEPT_ACTIVATIONS = 2 * 2**30  # bytes
 
 
 class BlocksError(FermiSVDError):
@@ -254,6 +258,18 @@ def _stop(*args, **kwargs):
 def hidden_of(output) -> torch.Tensor:
     """Hidden states of what a block gives."""
     return output[0] if isinstance(output, tuple | list) else output  # GPT's blocks give a list
+
+
+@contextmanager
+def checkpointed(model: nn.Module, activations: int, tokens: int, kept_bytes: int = KEPT_ACTIVATIONS) -> Iterator[None]:
+    """Blocks forget what they computed on the way and do it again for the gradient, where that would take more than
+    kept_bytes for so many tokens. activations: numbers of a token."""
+    if activations * tokens * next(model.parameters()).element_size() <= kept_bytes:
+        yield
+        return
+    blocks = list(model.get_submodule(decoder_blocks(model)).children())
+    with forwards(blocks, [partial(checkpoint, block.forward, use_reentrant=False) for block in blocks]):
+        yield
 
 
 @contextmanager

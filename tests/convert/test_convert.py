@@ -12,13 +12,14 @@ from fermisvd.format import validate_checkpoint
 from fermisvd.groups import find_groups
 from fermisvd.hf import load_model
 from fermisvd.teacher import teach
-from fermisvd_convert import writer
+from fermisvd_convert import workspace, writer
 from fermisvd_convert.convert import convert
 from fermisvd_convert.evaluate import evaluate
 from fermisvd_convert.inspect import inspect_checkpoint
 from fermisvd_convert.loading import SourceError
 from fermisvd_convert.output import place_of
 from fermisvd_convert.source import open_source
+from fermisvd_convert.stages import healing
 from fermisvd_convert.stages.calibration import Statistics
 from fermisvd_convert.stages.decomposition import KeptDecomposition
 from fermisvd_convert.workspace import Stage, Workspace
@@ -135,6 +136,32 @@ def test_second_run_after_joining_and_refitting_is_the_same(tiny_llama, tmp_path
     convert(str(tiny_llama), tmp_path / "b", 0.4, **settings)
     assert made(tmp_path / "work") == first
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+
+
+def test_an_interrupted_healing_goes_on(tiny_llama, tmp_path, settings, monkeypatch):
+    """To the output of an undisturbed conversion, and without the steps that were done."""
+    settings |= dict(ranks="uniform", groups="joint", heal_steps=5, heal_learning_rate=0.3)
+    convert(str(tiny_llama), tmp_path / "expected", 0.3, **settings | {"work": tmp_path / "other"})
+    monkeypatch.setattr(workspace, "STATE_SECONDS", 0)
+    monkeypatch.setattr(workspace, "STATE_PAUSE", 0)
+    steps, heal = [], healing.heal
+
+    def interrupted(*given, on_step, on_progress, **named):
+        def kept(state):
+            on_progress(state)
+            if len(steps) == 3:
+                raise KeyboardInterrupt
+
+        return heal(*given, on_step=lambda record: steps.append(record["step"]), on_progress=kept, **named)
+
+    monkeypatch.setattr(healing, "heal", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        convert(str(tiny_llama), tmp_path / "out", 0.3, **settings)
+    convert(str(tiny_llama), tmp_path / "out", 0.3, **settings)
+    assert steps == [0, 1, 2, 3, 4]
+    found, expected = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "expected"))
+    assert found == expected
+    assert not list(settings["work"].glob("*.progress*"))
 
 
 @pytest.mark.parametrize("damage", ["gone", "cut off"])

@@ -158,3 +158,44 @@ def test_progress_is_kept_once_a_minute_and_found_again(tmp_path, monkeypatch):
     monkeypatch.setattr(workspace_module, "PROGRESS_SECONDS", 0)
     keep({"step": 2})
     assert Workspace(tmp_path).progress("ranks-1")[0] == {"step": 2}
+
+
+def test_tensor_progress_is_one_whole_state_until_the_stage_is_done(tmp_path, monkeypatch):
+    def kept() -> tuple | None:
+        found, _ = Workspace(tmp_path).stage("healed", 1).tensor_progress()
+        return found and (found[0], {name: tensors["t"].tolist() for name, tensors in found[1].items()})
+
+    def state(value: int) -> tuple[list, dict]:
+        return [value], {"a": {"t": torch.full((2,), value)}, "b": {"t": torch.full((1,), value)}}
+
+    stage = Workspace(tmp_path).stage("healed", 1)
+    stage.tensor_progress()[1](*state(1))
+    assert kept() is None  # too early
+    monkeypatch.setattr(workspace_module, "STATE_SECONDS", 0)
+    keep = stage.tensor_progress()[1]
+    keep(*state(2))
+    assert kept() == ([2], {"a": [2, 2], "b": [2]})
+    keep(*state(3))
+    assert kept() == ([2], {"a": [2, 2], "b": [2]})  # not again at once
+    monkeypatch.setattr(workspace_module, "STATE_PAUSE", 0)
+    keep = stage.tensor_progress()[1]
+    keep(*state(4))
+    assert kept() == ([4], {"a": [4, 4], "b": [4]})
+    save, files = Workspace.save_tensors, []
+
+    def killed(self, folder, name, tensors):
+        if files:
+            raise KeyboardInterrupt
+        files.append(name)
+        save(self, folder, name, tensors)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Workspace, "save_tensors", killed)
+        keep(*state(5))
+    assert kept() is None  # neither half
+    keep(*state(6))
+    file = tmp_path / f"{stage.name}.progress" / "a.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert kept() is None
+    stage.json(dict)
+    assert kept() is None and not list(tmp_path.glob("*.progress*"))

@@ -9,11 +9,12 @@ from transformers import AutoModelForCausalLM
 from fermisvd.budget import Budget, SoftBudget, dense_parameters, group_parameters
 from fermisvd.decomposition import data_aware_svd
 from fermisvd.errors import NumericalError
-from fermisvd.fermigrad import PLATEAU_STEPS, FermiGradSettings, checkpointed, gated_kl, on_a_plateau, optimise_ranks
+from fermisvd.fermigrad import PLATEAU_STEPS, FermiGradSettings, gated_kl, on_a_plateau, optimise_ranks
 from fermisvd.gates import GatedGroup, GatedLinear, fermi_gate, install_gates, open_gates, set_gates
 from fermisvd.groups import Partition, find_groups, stacked_weight
 from fermisvd.linear import linear_layer
 from fermisvd.losses import kl_divergence
+from fermisvd.running.blocks import checkpointed
 from fermisvd.running.halves import HEAD_TOKENS, halves_of
 from fermisvd.teacher import teach
 
@@ -278,12 +279,12 @@ def test_blocks_that_are_computed_again_for_the_gradient_give_the_same(tiny_llam
     (expected,) = torch.autograd.grad(gated_kl(halves, gated, ids, taught, mus, 0.01), mus)
     for block in model.model.layers:
         block.self_attn.register_forward_hook(lambda *_: runs.append(torch.is_grad_enabled()))
-    with checkpointed(model, groups, ids.numel(), kept_bytes=0):
+    with checkpointed(model, 1000, ids.numel(), kept_bytes=0):
         (found,) = torch.autograd.grad(gated_kl(halves, gated, ids, taught, mus, 0.01), mus)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
     assert len(runs) == len(model.model.layers) * 2  # once, and again for the gradient
     assert not any("forward" in vars(block) for block in model.model.layers)
-    with checkpointed(model, groups, ids.numel()):  # little enough to keep
+    with checkpointed(model, 1000, ids.numel()):  # little enough to keep
         gated_kl(halves, gated, ids, taught, mus, 0.01)
     assert len(runs) == len(model.model.layers) * 3
 

@@ -1,3 +1,4 @@
+import copy
 from typing import Any
 
 import pytest
@@ -6,7 +7,7 @@ import torch
 from fermisvd import load_model
 from fermisvd.errors import NumericalError
 from fermisvd.groups import StructureError
-from fermisvd.healing import HealingSettings, heal, rounded_factors, trained_factors
+from fermisvd.healing import HealingSettings, HealingState, heal, rounded_factors, trained_factors
 from fermisvd.losses import StudentLoss
 from fermisvd.teacher import teach
 from tests.support.families import compress, save
@@ -41,15 +42,79 @@ def test_healing_lowers_the_loss_and_moves_only_factors(dense, compressed):
     assert heal(again, taught, taught[:4], settings, batch_size=8, seed=0) == record  # deterministic for a seed
 
 
-def test_healing_that_does_not_help_is_taken_back(dense, compressed):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_healing_that_does_not_help_is_taken_back(dense, compressed, dtype):
     """Trained on one text at a rate that is far too high, judged on another."""
-    teacher, student = load_model(dense), load_model(compressed)
+    teacher, student = load_model(dense), load_model(compressed, dtype)
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     settings = HealingSettings(steps=6, learning_rate=30.0)
     training, aside = teach(teacher, torch.full((2, 16), 7), 2), teach(teacher, torch.randint(2048, (4, 32)), 2)
     record = heal(student, training, aside, settings, batch_size=2, seed=0)
     assert record["kl_after"] == record["kl_before"]
     assert all(torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_interrupted_healing_goes_on_to_the_same_factors(dense, compressed, dtype):
+    """Reference: the undisturbed run, bit for bit."""
+    taught, states = teach(load_model(dense), torch.randint(2048, (10, 16)), 8), []
+    given: Any = (taught, taught[:4], HealingSettings(steps=7, learning_rate=0.3))
+
+    def keep(state: HealingState) -> None:
+        states.append(copy.deepcopy(state))
+
+    student, again = load_model(compressed, dtype), load_model(compressed, dtype)
+    expected = heal(student, *given, batch_size=4, seed=3, on_progress=keep)
+    assert [len(state.records) for state in states] == list(range(1, 8))
+    shown = []
+    record = heal(again, *given, batch_size=4, seed=3, begun=states[2], on_step=shown.append)
+    assert record == expected and [each["step"] for each in shown] == [3, 4, 5, 6]
+    assert expected["kl_after"] < expected["kl_before"]
+    found, wanted = trained_factors(again), trained_factors(student)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_blocks_computed_again_for_the_gradient_change_nothing(dense, compressed):
+    """Factors move while the backward pass runs: those of a block only when it has been computed again."""
+    taught = teach(load_model(dense), torch.randint(2048, (8, 16)), 8)
+    given: Any = (taught, taught[:4], HealingSettings(steps=3, learning_rate=0.3))
+    students, runs = [load_model(compressed), load_model(compressed)], []
+    expected = heal(students[0], *given, batch_size=4, seed=0)
+    students[1].model.layers[0].mlp.register_forward_pre_hook(lambda *_: runs.append(torch.is_grad_enabled()))
+    found = heal(students[1], *given, batch_size=4, seed=0, kept_bytes=0)
+    assert sum(runs) == 2 * 3
+    assert found == expected
+    pairs = zip(*(trained_factors(student).values() for student in students), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+
+
+def test_a_batch_in_several_passes_gives_the_same_factors(dense, compressed):
+    taught = teach(load_model(dense), torch.randint(2048, (7, 16)), 8)
+    given: Any = (taught, taught[:4], HealingSettings(steps=3, learning_rate=0.3))
+    students = [load_model(compressed), load_model(compressed)]
+    expected = heal(students[0], *given, batch_size=5, seed=0)
+    found = heal(students[1], *given, batch_size=5, seed=0, at_once=2)
+    assert found["kl_after"] == pytest.approx(expected["kl_after"], rel=1e-3)
+    before = load_model(compressed)
+    for one, other, start in zip(*(trained_factors(each).values() for each in (*students, before)), strict=True):
+        assert (one - other).norm() < 0.05 * (one - start).norm()
+
+
+@pytest.mark.long
+def test_a_bfloat16_student_has_float32_factors_and_learns_as_much(dense, compressed):
+    taught = teach(load_model(dense), torch.randint(2048, (16, 32)), 8)
+    settings, gains = HealingSettings(steps=24, learning_rate=0.3), []
+    for dtype in (torch.float32, torch.bfloat16):
+        student = load_model(compressed, dtype)
+        before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+        record = heal(student, taught, taught[:4], settings, batch_size=8, seed=0)
+        gains.append(record["kl_before"] - record["kl_after"])
+        factors = trained_factors(student)
+        assert all(factor.dtype == torch.float32 for factor in factors.values())
+        assert any(not torch.equal(factor, factor.bfloat16().float()) for factor in factors.values())
+        rest = {name: tensor for name, tensor in student.state_dict().items() if name not in factors}
+        assert all(torch.equal(tensor, before[name]) for name, tensor in rest.items())
+    assert gains[1] == pytest.approx(gains[0], rel=0.05)
 
 
 @torch.no_grad()

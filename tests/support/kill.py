@@ -45,10 +45,11 @@ def make_model(folder: Path) -> Path:
     return folder
 
 
-# hidden states go to files, and FermiGrad keeps its state at every step: both take a minute in a large model only
+# hidden states go to files, and FermiGrad and healing keep their state at every step: all of that takes minutes in a
+# large model only
 PROGRAM = """
 from fermisvd_convert import memory, workspace
-memory.HIDDEN_PART = workspace.PROGRESS_SECONDS = 0
+memory.HIDDEN_PART = workspace.PROGRESS_SECONDS = workspace.STATE_SECONDS = workspace.STATE_PAUSE = 0
 from fermisvd_convert.cli import app
 app()
 """

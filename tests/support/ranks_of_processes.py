@@ -12,11 +12,12 @@ from torch.distributed.tensor import DTensor
 
 from fermisvd.budget import Budget
 from fermisvd.decomposition import data_aware_svd
-from fermisvd.fermigrad import KEPT_ACTIVATIONS, FermiGradSettings, optimise_ranks
+from fermisvd.fermigrad import FermiGradSettings, optimise_ranks
 from fermisvd.gates import install_gates
 from fermisvd.groups import find_groups, stacked_weight
 from fermisvd.hf import load_model
 from fermisvd.running import distributed
+from fermisvd.running.blocks import KEPT_ACTIVATIONS
 from fermisvd.running.streaming import stream_model
 from fermisvd.teacher import teach
 
