@@ -7,6 +7,7 @@ decoder block at a time, each step's result kept in files and found again.
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Annotated, Any, Literal, get_args
 
 import torch
@@ -25,9 +26,9 @@ from fermisvd.gates import install_gates
 from fermisvd.groups import LinearGroup, Partition, check_unshared, find_groups, stacked_weight
 from fermisvd.healing import HealingSettings, heal, rounded_factors, trained_factors
 from fermisvd.hf import mark_compressed, vocabulary_of
-from fermisvd.joining import join_groups
+from fermisvd.joining import join_groups, layers_with_hopes
 from fermisvd.linear import linear_layer
-from fermisvd.losses import Pair, set_products
+from fermisvd.losses import Pair, StudentLoss, set_products
 from fermisvd.modules import replace_group
 from fermisvd.refit import refit
 from fermisvd.settings import Batched, Count, Seeded, nested, option
@@ -201,10 +202,9 @@ def ideal_ranks(work: Compression, groups: Sequence[LinearGroup], decomposition:
 def join(work: Compression, ranked: Sequence[RankedGroup], decomposition: InMemory) -> list[RankedGroup]:
     """Groups joined where the measured loss allows; what that leaves of the budget is spent again."""
     student = low_rank(work.teacher, decomposition.truncated(compressed(ranked)))
-    batch_size = work.options.batch_size
-    found = join_groups(
-        work.teacher, student, ranked, work.budget, work.aside, decomposition.factors, batch_size=batch_size
-    )
+    loss_on = cache(lambda windows: StudentLoss(work.teacher, work.aside[:windows], work.options.batch_size))
+    layers = layers_with_hopes(ranked, work.budget, decomposition)
+    found, _ = join_groups(student, layers, decomposition, lambda n: loss_on(n)(student), work.aside)
     return work.budget.ranked([each.group for each in found], [each.rank for each in found])
 
 

@@ -1,10 +1,11 @@
 """--groups auto: parts of fused layers joined where the measured loss allows."""
 
 from dataclasses import asdict
+from functools import cache
 
 from fermisvd.budget import RankedGroup, compressed
-from fermisvd.joining import fused_layers, join_groups
-from fermisvd.losses import set_products
+from fermisvd.joining import FEWEST_TOKENS, HOPE, TRIALS, fused_layers, join_groups, layers_with_hopes
+from fermisvd.losses import StudentLoss, set_products
 from fermisvd_convert.conversion import Conversion, timed
 from fermisvd_convert.progress import bar
 from fermisvd_convert.stages.decomposition import KeptDecomposition
@@ -18,12 +19,15 @@ def join(conversion: Conversion, ranked: list[RankedGroup], decomposition: KeptD
         return ranked
     budget, batch_size, aside = conversion.budget, conversion.options.batch_size, conversion.aside
     chosen = [[each.group.members, each.rank] for each in ranked]
-    stage = conversion.workspace.stage("groups", decomposition.stage.name, chosen, budget, aside, batch_size)
+    settings = (budget, aside, batch_size, HOPE, TRIALS, FEWEST_TOKENS)
+    stage = conversion.workspace.stage("groups", decomposition.stage.name, chosen, *settings)
 
     def make() -> dict:
         records: list[dict] = []
-        fused = sum(len(parts) > 1 for parts in fused_layers([each.group for each in ranked]))
-        with bar("join groups", fused, "layer") as shown:
+        fused = fused_layers([each.group for each in ranked])
+        with bar("compare spectra", len(fused), "layer") as shown:
+            layers = layers_with_hopes(ranked, budget, decomposition, shown.advance)
+        with bar("join groups", sum(len(parts) > 1 for parts in fused), "layer") as shown:
 
             def show(record: dict) -> None:
                 shown.show(record)
@@ -32,13 +36,15 @@ def join(conversion: Conversion, ranked: list[RankedGroup], decomposition: KeptD
             factors_of = decomposition.kept(ranked)
             factors = ((each.group, factors_of(each.group)) for each in compressed(ranked))
             dense, student = conversion.load(), set_products(conversion.load(), factors)
-            found = join_groups(
-                dense, student, ranked, budget, aside, decomposition.factors, batch_size=batch_size, on_layer=show
+            loss_on = cache(lambda windows: StudentLoss(dense, aside[:windows], batch_size))
+            found, whole = join_groups(
+                student, layers, decomposition, lambda windows: loss_on(windows)(student), aside, show
             )
-        return {"groups": [{**asdict(each.group), "rank": each.rank} for each in found], "records": records}
+        groups = [{**asdict(each.group), "rank": each.rank} for each in found]
+        return {"groups": groups, "records": records, "whole": whole}
 
     found = stage.json(make)
     groups = [group_of(entry) for entry in found["groups"]]
+    conversion.choices["groups"], conversion.choices["joining"] = found["records"], found["whole"]
     # joined groups may leave a step unspent
-    conversion.choices["groups"] = found["records"]
     return budget.ranked(groups, [entry["rank"] for entry in found["groups"]])
