@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from fermisvd.budget import RankedGroup
-from fermisvd.decomposition import DAMPING, OUTPUT_DAMPING, Decomposition, Factors, OutputGram
+from fermisvd.decomposition import DAMPING, FAINT, OUTPUT_DAMPING, Decomposition, Factors, OutputGram
 from fermisvd.groups import LinearGroup
 from fermisvd.losses import Pair
 from fermisvd.running import distributed
@@ -56,7 +56,7 @@ class KeptDecomposition(Decomposition):
 
 def decomposition_of(conversion: Conversion, statistics: Statistics) -> KeptDecomposition:
     """Where factors are kept, and what they are made of."""
-    stage = conversion.workspace.stage("factors", statistics.name, DAMPING, OUTPUT_DAMPING)
+    stage = conversion.workspace.stage("factors", statistics.name, DAMPING, OUTPUT_DAMPING, FAINT)
     return KeptDecomposition(stage, conversion.source, statistics, conversion.device)
 
 
