@@ -14,7 +14,7 @@ from fermisvd.decomposition import Decomposition
 from fermisvd.groups import LinearGroup, parent_of, stacked_weight
 from fermisvd.losses import set_weight
 
-HOPE = 1.05  # a partition is tried if its whitened error is at most so many times that of the groups apart
+HOPE = 1.2  # a partition is tried if its whitened error is at most so many times that of the groups apart
 TRIALS = 5  # what all trials cost together, in losses on all windows
 FEWEST_TOKENS = 2048  # of a trial
 
