@@ -25,7 +25,7 @@ from fermisvd.gates import install_gates
 from fermisvd.groups import LinearGroup, Partition, check_unshared, find_groups, stacked_weight
 from fermisvd.healing import HealingSettings, heal, rounded_factors, trained_factors
 from fermisvd.hf import mark_compressed, vocabulary_of
-from fermisvd.joining import join_groups
+from fermisvd.joining import join_groups, layers_with_hopes
 from fermisvd.linear import linear_layer
 from fermisvd.losses import Pair, StudentLoss, set_products
 from fermisvd.modules import replace_group
@@ -206,7 +206,8 @@ def join(work: Compression, ranked: Sequence[RankedGroup], decomposition: InMemo
     """Groups joined where the measured loss allows; what that leaves of the budget is spent again."""
     student = low_rank(work.teacher, decomposition.truncated(compressed(ranked)))
     loss = StudentLoss(student, work.aside, work.options.batch_size)
-    found = join_groups(student, ranked, work.budget, loss, decomposition.weights, decomposition.factors)
+    layers = layers_with_hopes(ranked, work.budget, decomposition)
+    found, _ = join_groups(student, layers, decomposition, loss, work.aside.windows)
     return work.budget.ranked([each.group for each in found], [each.rank for each in found])
 
 

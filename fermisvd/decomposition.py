@@ -18,7 +18,8 @@ import torch
 from fermisvd.groups import LinearGroup
 
 DAMPING = 1e-6  # of mean(diag C): orders the directions that calibration never saw, changes no other
-OUTPUT_DAMPING = 0.1  # of mean(diag G); measured, docs/decisions.md
+OUTPUT_DAMPING = 0.1  # of each member's mean(diag G); measured, docs/decisions.md
+FAINT = 1e-4  # of the group's mean(diag G): a member with less is damped as if it had that
 SLICE = 1024  # columns of C, or rows of W, that are multiplied at a time
 SMALLEST_RIDGE = 1e-9  # of mean(diag C): what `kfac` adds at least before it factorises C
 NEGLIGIBLE = 1e-15  # eigenvalues of a square root below this part of the largest are rounding
@@ -87,29 +88,38 @@ def kfac_svd(
     """
     if output.mean == 0 or not gram.any():
         return data_aware_svd(weight, gram, damping)
-    product, output_ridge = _product_type(weight), output_damping * output.mean
+    product = _product_type(weight)
+    root, squared = _between_roots(weight, gram, output, damping, output_damping)
+    sigma, vectors = _descending_eigenbasis(squared)
     if weight.shape[0] <= weight.shape[1]:
-        left = _root(output.matrix, output_ridge)
-        sigma, u = _descending_eigenbasis(left.T @ _input_response(weight, gram, damping * _mean_diagonal(gram)) @ left)
-        a = torch.linalg.solve_triangular(left.T, u, upper=True).to(product)
-        return Factors(a, (left @ u).T.to(product) @ weight.to(product), sigma)
-    right = _root(gram, max(damping, SMALLEST_RIDGE) * _mean_diagonal(gram))
-    sigma, v = _descending_eigenbasis(right.T @ _output_response(weight, output, output_ridge) @ right)
-    b = torch.linalg.solve_triangular(right.T, v, upper=True).T.to(product)
-    return Factors(weight.to(product) @ (right @ v).to(product), b, sigma)
+        a = torch.linalg.solve_triangular(root.T, vectors, upper=True).to(product)
+        return Factors(a, (root @ vectors).T.to(product) @ weight.to(product), sigma)
+    b = torch.linalg.solve_triangular(root.T, vectors, upper=True).T.to(product)
+    return Factors(weight.to(product) @ (root @ vectors).to(product), b, sigma)
 
 
-def group_output_gram(members: Sequence[OutputGram], weights: Sequence[torch.Tensor]) -> OutputGram:
+def group_output_gram(
+    members: Sequence[OutputGram], weights: Sequence[torch.Tensor], damping: float = 0.0
+) -> OutputGram:
     """The members' gradient covariances as the group's, one output space per member: block-diagonal, without the
-    correlation between members. weights: W_i, (m_i x n)."""
+    correlation between members. weights: W_i, (m_i x n).
+
+    damping: added to the diagonal of each member's G, relative to its own mean, so that a joint group weighs an error
+    as its members do alone: v's gradients, which are the larger, would drown q's and k's in a common damping.
+    """
     rows, columns = sum(len(w) for w in weights), weights[0].shape[1]
     mean = sum(g.mean * len(w) for g, w in zip(members, weights, strict=True)) / rows
+    ridges = [damping * max(g.mean, FAINT * mean) for g in members]
+    wide = [len(w) <= columns for w in weights]
+    sides = [
+        gram.matrix + ridge * torch.eye(len(weight)).to(gram.matrix) if kept else _output_response(weight, gram, ridge)
+        for gram, weight, ridge, kept in zip(members, weights, ridges, wide, strict=True)
+    ]
     if rows <= columns:
-        return OutputGram(torch.block_diag(*[g.matrix for g in members]), mean)
+        return OutputGram(torch.block_diag(*sides), mean)
     total = torch.zeros(columns, columns, dtype=torch.float64, device=weights[0].device)
-    for gram, weight in zip(members, weights, strict=True):
-        w = weight.double()
-        total += gram.matrix if len(w) > columns else w.T @ gram.matrix @ w
+    for side, weight, kept in zip(sides, weights, wide, strict=True):
+        total += weight.double().T @ side.double() @ weight.double() if kept else side
     return OutputGram(total, mean)
 
 
@@ -128,10 +138,25 @@ def group_factors(
         weight = dense.double() @ change
     if outputs is None:
         return data_aware_svd(weight, gram, DAMPING)
-    output = group_output_gram(outputs, weights)
+    output = group_output_gram(outputs, weights, OUTPUT_DAMPING)
     if change is not None and len(dense) > dense.shape[1]:  # W^T G W becomes M^T W^T G W M
         output = OutputGram(change.T @ output.matrix @ change, output.mean)
-    return kfac_svd(weight, gram, output, DAMPING, OUTPUT_DAMPING)
+    return kfac_svd(weight, gram, output, DAMPING, output_damping=0.0)  # each member's is damped
+
+
+def group_spectrum(
+    weights: Sequence[torch.Tensor], gram: torch.Tensor, outputs: Sequence[OutputGram] | None
+) -> torch.Tensor:
+    """sigma of `group_factors`, (k,) descending, without the factors: eigenvalues cost a fraction of a basis."""
+    weight, output = torch.cat(list(weights)), None
+    if outputs is not None:
+        output = group_output_gram(outputs, weights, OUTPUT_DAMPING)
+    if output is not None and output.mean and gram.any():
+        squared = _between_roots(weight, gram, output, DAMPING, 0.0)[1]
+    else:
+        narrow = weight if weight.shape[0] <= weight.shape[1] else torch.linalg.qr(weight.double(), mode="r")[1]
+        squared = _input_response(narrow, gram, DAMPING * _mean_diagonal(gram))
+    return torch.linalg.eigvalsh(squared).flip(0).clamp(min=0).sqrt()
 
 
 def one_factor(factors: Factors) -> dict[str, torch.Tensor]:
@@ -197,6 +222,12 @@ class Decomposition(ABC):
         factors = self.factors(group)
         return factors.a, factors.b
 
+    def spectrum(self, group: LinearGroup) -> torch.Tensor:
+        """sigma of a group whose factors may never be needed: not kept."""
+        gram = self.gram(group.source)
+        weights = self.weights(group).to(gram.device).split(list(group.member_rows))
+        return group_spectrum(weights, gram, self.outputs(group, gram.device))
+
     def sigma(self, group: LinearGroup) -> torch.Tensor:
         """Singular values of a group's whitened W, (k,) descending, float64."""
         return self.factors(group).sigma
@@ -229,6 +260,18 @@ def _output_response(weight: torch.Tensor, output: OutputGram, ridge: float) -> 
         part = part.double()
         total.addmm_(part.T, part, alpha=ridge)
     return total
+
+
+def _between_roots(
+    weight: torch.Tensor, gram: torch.Tensor, output: OutputGram, damping: float, output_damping: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """L and L^T W C W^T L when m <= n, else S and S^T W^T G W S, (k x k), of G and C damped relative to their means."""
+    ridge, output_ridge = damping * _mean_diagonal(gram), output_damping * output.mean
+    if weight.shape[0] <= weight.shape[1]:
+        left = _root(output.matrix, output_ridge)
+        return left, left.T @ _input_response(weight, gram, ridge) @ left
+    right = _root(gram, max(ridge, SMALLEST_RIDGE * _mean_diagonal(gram)))
+    return right, right.T @ _output_response(weight, output, output_ridge) @ right
 
 
 def _mean_diagonal(matrix: torch.Tensor) -> float:

@@ -1,16 +1,24 @@
-"""Which layers of a fused one (q, k, v; gate, up) share a group, chosen by measured loss at equal parameters."""
+"""Which layers of a fused one (q, k, v; gate, up) share a group: their spectra say what may help, measured losses
+settle it, at equal parameters."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby, pairwise, product
 
 import torch
 from torch import nn
 
 from fermisvd.budget import Budget, RankedGroup, group_parameters
-from fermisvd.decomposition import Factors
+from fermisvd.decomposition import Decomposition
 from fermisvd.groups import LinearGroup, parent_of, stacked_weight
 from fermisvd.losses import set_weight
+
+HOPE = 1.2  # a partition is tried if its whitened error is at most so many times that of the groups apart
+TRIALS = 5  # what all trials cost together, in losses on all windows
+FEWEST_TOKENS = 2048  # of a trial
+
+Loss = Callable[[int], float]  # KL(dense || student), of the student as it stands, on the first so many windows aside
 
 
 def joined(groups: Sequence[LinearGroup]) -> LinearGroup:
@@ -43,9 +51,12 @@ def rank_at(group: LinearGroup, parameters: float, budget: Budget) -> int:
 
 
 def candidates(parts: Sequence[RankedGroup], budget: Budget) -> Iterator[list[RankedGroup]]:
-    """Every way to join neighbours of a fused layer's parts at no more parameters than they have apart."""
+    """Every way to join neighbours of a fused layer's parts at no more parameters than they have apart; but not parts
+    that all stay dense."""
     for partition in coarser_partitions(len(parts)):
         pieces = [parts[piece] for piece in partition]
+        if any(len(piece) > 1 and all(part.stays_dense for part in piece) for piece in pieces):
+            continue
         joint = [(joined([part.group for part in piece]), sum(part.parameters for part in piece)) for piece in pieces]
         candidate = [
             piece[0] if len(piece) == 1 else RankedGroup(group, rank_at(group, room, budget), budget.form)
@@ -55,43 +66,142 @@ def candidates(parts: Sequence[RankedGroup], budget: Budget) -> Iterator[list[Ra
             yield candidate
 
 
+@dataclass(frozen=True)
+class Hope:
+    """Groups that a fused layer's parts may be joined to, and their whitened error over that of the parts."""
+
+    groups: list[RankedGroup]
+    error: float
+
+
+@dataclass(frozen=True)
+class FusedLayer:
+    """parts: its groups, apart, at their ranks; hopes: worth a trial, the best first."""
+
+    parts: list[RankedGroup]
+    hopes: list[Hope]
+
+
+def whitened_error(ranked: Sequence[RankedGroup], sigma_of: Mapping[LinearGroup, torch.Tensor]) -> float:
+    """sum_{j>=r} sigma_j^2 over the groups, which is nothing of those that stay dense."""
+    return sum(sigma_of[each.group][each.rank :].square().sum().item() for each in ranked if not each.stays_dense)
+
+
+def hopes_of(parts: Sequence[RankedGroup], budget: Budget, decomposition: Decomposition) -> list[Hope]:
+    """The partitions whose whitened error is at most HOPE times the parts', the best first.
+
+    One metric weighs both: a joint group's output side is that of its members (`group_output_gram`). No factors are
+    made, and three parts are not joined where no two of them have hope.
+    """
+    sigma_of = {part.group: decomposition.sigma(part.group) for part in parts}
+    error, hopes = whitened_error(parts, sigma_of), []
+    for partition in candidates(parts, budget):
+        if len(partition) < len(parts) - 1 and not hopes:
+            continue
+        for each in partition:
+            if each.group not in sigma_of:
+                sigma_of[each.group] = decomposition.spectrum(each.group)
+        joint_error = whitened_error(partition, sigma_of)
+        if joint_error <= HOPE * error:
+            hopes.append(Hope(partition, joint_error / error if error else 1.0))
+    return sorted(hopes, key=lambda hope: hope.error)
+
+
+def layers_with_hopes(
+    ranked: Sequence[RankedGroup],
+    budget: Budget,
+    decomposition: Decomposition,
+    on_layer: Callable[[], object] = lambda: None,
+) -> list[FusedLayer]:
+    """The groups by fused layers, and how they may be joined. on_layer: called after each fused layer."""
+    ranked_of, layers = {each.group: each for each in ranked}, []
+    for groups in fused_layers([each.group for each in ranked]):
+        parts = [ranked_of[group] for group in groups]
+        layers.append(FusedLayer(parts, hopes_of(parts, budget, decomposition)))
+        on_layer()
+    return layers
+
+
+def put(student: nn.Module, ranked: Sequence[RankedGroup], decomposition: Decomposition) -> None:
+    """A B for the groups' weights, or W where they stay dense."""
+    for each in ranked:
+        if each.stays_dense:
+            set_weight(student, each.group, decomposition.weights(each.group))
+        else:
+            a, b = decomposition.factors(each.group).truncated(each.rank)
+            set_weight(student, each.group, a @ b)
+
+
+def tried(
+    student: nn.Module, layer: FusedLayer, decomposition: Decomposition, loss: Callable[[], float], kl: float
+) -> tuple[list[RankedGroup], float, list[dict]]:
+    """The groups of a fused layer that have the least loss, which the student is left with, their loss, and a record of
+    each hope. kl: the loss with the parts."""
+
+    def weights() -> list[torch.Tensor]:
+        return [stacked_weight(student, part.group).clone() for part in layer.parts]
+
+    if not layer.hopes:
+        return layer.parts, kl, []
+    chosen, best, kept, records = layer.parts, kl, weights(), []
+    for hope in layer.hopes:
+        put(student, hope.groups, decomposition)
+        kl = loss()
+        members = [len(each.group.members) for each in hope.groups]
+        records.append({"members": members, "estimate": round(hope.error, 5), "kl": kl})
+        if kl <= best:
+            chosen, best, kept = hope.groups, kl, weights()
+    for part, weight in zip(layer.parts, kept, strict=True):
+        set_weight(student, part.group, weight)
+    return chosen, best, records
+
+
 @torch.no_grad()
 def join_groups(
     student: nn.Module,
-    ranked: Sequence[RankedGroup],
-    budget: Budget,
-    loss: Callable[[], float],
-    weights_of: Callable[[LinearGroup], torch.Tensor],
-    factors_of: Callable[[LinearGroup], Factors],
-    *,
+    layers: Sequence[FusedLayer],
+    decomposition: Decomposition,
+    loss: Loss,
+    aside: torch.Tensor,
     on_layer: Callable[[dict], None] = lambda _: None,
-) -> list[RankedGroup]:
+) -> tuple[list[RankedGroup], list[dict]]:
     """Groups and ranks after joining neighbours of a fused layer wherever that does not raise the loss.
 
-    student: the dense model with the groups' weights replaced by their low-rank products; changed as joints are
-    accepted. Parts of a fused layer are joined at no more parameters than they had apart; loss: gives KL(dense ||
-    student) of the student as it stands; weights_of: W of a group. A joint group serves faster, so it wins a tie.
-    on_layer sees a record of each fused layer.
+    student: the dense model with the groups' weights replaced by their low-rank products; it has those of the result
+    afterwards. layers: of `layers_with_hopes`; aside: the windows that decide, (samples, length). Every hope is tried
+    on a few of them, so few that all trials cost TRIALS losses on all, but FEWEST_TOKENS. What was joined is then
+    measured on all; the half that gained less is taken apart as long as that lowers the loss, or the loss is above that
+    of separate groups. A joint group serves faster, so it wins a tie.
+    Returns the groups and a record of each loss on all windows; on_layer sees one of each layer of several groups.
     """
-    current, result = loss(), []
-    ranked_of = {each.group: each for each in ranked}
-    for groups in fused_layers([each.group for each in ranked]):
-        chosen = [ranked_of[group] for group in groups]
-        if len(groups) == 1 or all(each.stays_dense for each in chosen):
-            result += chosen
-            continue
-        best, weights = current, [stacked_weight(student, group).clone() for group in groups]
-        for candidate in candidates([ranked_of[group] for group in groups], budget):
-            for each in candidate:
-                a, b = factors_of(each.group).truncated(each.rank)
-                set_weight(student, each.group, weights_of(each.group) if each.stays_dense else a @ b)
-            kl = loss()
-            if kl <= best:
-                best, chosen = kl, candidate
-                weights = [stacked_weight(student, group).clone() for group in groups]
-        for group, weight in zip(groups, weights, strict=True):
-            set_weight(student, group, weight)
-        on_layer({"layer": groups[0].name, "kl": current, "joined_kl": best, "groups": len(chosen)})
-        current = best
-        result += chosen
-    return result
+    hopes = sum(len(layer.hopes) for layer in layers)
+    windows, length = aside.shape
+    few = min(windows, max(TRIALS * windows // max(1, hopes), math.ceil(FEWEST_TOKENS / length)))
+    whole = [{"joined": 0, "kl": loss(windows)}] if hopes else []
+    current = loss(few) if hopes else 0.0
+    chosen, gains = [], []
+    for i, layer in enumerate(layers):
+        groups, kl, trials = tried(student, layer, decomposition, lambda: loss(few), current)
+        chosen.append(groups)
+        if groups is not layer.parts:
+            gains.append((current - kl, i))
+        if len(layer.parts) > 1:
+            name = layer.parts[0].group.name
+            on_layer({"layer": name, "groups": len(groups), "kl": current, "joined_kl": kl, "trials": trials})
+        current = kl
+    order = [i for _, i in sorted(gains, reverse=True)]  # the layer that gained most first
+    best, count = 0, len(order)
+    while count:
+        whole.append({"joined": count, "kl": loss(windows)})
+        if whole[-1]["kl"] <= min(record["kl"] for record in whole):
+            best = count
+        elif best:
+            break
+        for i in order[count // 2 : count]:
+            put(student, layers[i].parts, decomposition)
+        count //= 2
+    for i in order[count:best]:
+        put(student, chosen[i], decomposition)
+    for i in order[best:]:
+        chosen[i] = layers[i].parts
+    return [each for groups in chosen for each in groups], whole

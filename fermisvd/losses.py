@@ -57,19 +57,19 @@ def kl_divergence(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
 
 
 class StudentLoss:
-    """KL(teacher || student) of a student as it stands, on fixed windows."""
+    """KL(teacher || student) of a student as it stands, on fixed windows, all of them or the first so many."""
 
     def __init__(self, student: nn.Module, taught: Taught, batch_size: int):
         self.halves, self.taught, self.batch_size = halves_of(student), taught, batch_size
         self.device = next(student.parameters()).device
 
     @torch.no_grad()
-    def __call__(self) -> float:
-        total = 0.0
-        for numbers in torch.arange(len(self.taught)).split(self.batch_size):
+    def __call__(self, windows: int | None = None) -> float:
+        total, windows = 0.0, len(self.taught) if windows is None else windows
+        for numbers in torch.arange(windows).split(self.batch_size):
             batch, states = self.taught.batch(numbers, self.device)
             total += kl_of_states(self.halves.head, states, self.halves.body(batch)).item() * len(batch)
-        return total / len(self.taught)
+        return total / windows
 
 
 def set_weight(model: nn.Module, group: LinearGroup, weight: torch.Tensor) -> None:

@@ -1,4 +1,3 @@
-# ruff: noqa: E402
 """What does a conversion take: FLOPs by kind of piece, and by stage seconds on one H200 and bytes at the peak?
 
     python -m benchmarks.cost.work llama-3.1-8b
@@ -26,8 +25,7 @@ from fermisvd.calibration import panel_width
 from fermisvd.compress import ASIDE_WINDOWS
 from fermisvd.files import TensorInfo
 from fermisvd.groups import LinearGroup
-
-TRIALS = 5  # tmp
+from fermisvd.joining import TRIALS
 from fermisvd.running.blocks import segments
 from fermisvd_convert.memory import Limits, Passes, Sizes, model_sizes, needs
 from fermisvd_convert.options import ConvertOptions

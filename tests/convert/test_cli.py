@@ -84,7 +84,7 @@ def test_convert_prints_the_closing_table(converted):
 
 
 BARS = ("read text", "check weights", "calibrate", "evaluate dense", "decompose", "FermiGrad", "choose dense groups")
-BARS += ("join groups", "refit", "write", "heal", "evaluate compressed")
+BARS += ("compare spectra", "join groups", "refit", "write", "heal", "evaluate compressed")
 
 
 @pytest.mark.long

@@ -22,7 +22,9 @@ def converted(smallest_llama, tmp_path_factory):
 
 def test_what_is_written_is_read_back(converted, tmp_path):
     returned, out = converted
-    assert returned.choices.keys() == {"dense", "groups", "refit"} and returned.healing and returned.trace.steps
+    assert (
+        returned.choices.keys() == {"dense", "groups", "joining", "refit"} and returned.healing and returned.trace.steps
+    )
     assert returned.seconds and json.loads((out / "timing.json").read_text()) == returned.seconds
     read = read_record(out)
     assert read == returned.model_copy(update={"seconds": {}})  # the same settings, the same file

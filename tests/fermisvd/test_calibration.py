@@ -169,20 +169,27 @@ def test_both_sides_in_one_pass_equal_each_alone(model):
     )
 
 
+@pytest.mark.parametrize("damping", [0.0, 0.1])
 @pytest.mark.parametrize("columns", [40, 10])  # the group is wide, or tall with one member itself tall
-def test_group_of_members_has_one_output_space_each(columns):
-    sizes = (12, 8)
+def test_group_of_members_has_one_output_space_each(columns, damping):
+    """Each damped by its own mean, but one without gradients by a little of the group's."""
+    sizes = (12, 8, 5)
     weights = [torch.randn(m, columns, dtype=torch.float64) for m in sizes]
-    covariances = [(g := torch.randn(m, 50, dtype=torch.float64)) @ g.T for m in sizes]
+    scales = (1.0, 10.0, 0.0)
+    covariances = [s * (g := torch.randn(m, 50, dtype=torch.float64)) @ g.T for m, s in zip(sizes, scales, strict=True)]
+    means = [c.diagonal().mean().item() for c in covariances]
     members = [
-        OutputGram(c if len(w) <= columns else w.T @ c @ w, c.diagonal().mean().item())
-        for c, w in zip(covariances, weights, strict=True)
+        OutputGram(c if len(w) <= columns else w.T @ c @ w, mean)
+        for c, w, mean in zip(covariances, weights, means, strict=True)
     ]
-    group, stacked = group_output_gram(members, weights), torch.cat(weights)
+    group, stacked = group_output_gram(members, weights, damping), torch.cat(weights)
     whole = torch.block_diag(*covariances)
-    expected = whole if len(stacked) <= columns else stacked.T @ whole @ stacked
-    torch.testing.assert_close(group.matrix, expected)
-    assert group.mean == pytest.approx(whole.diagonal().mean().item())
+    mean = whole.diagonal().mean().item()
+    ridges = [torch.full((m,), damping * max(own, 1e-4 * mean)) for m, own in zip(sizes, means, strict=True)]
+    damped = whole + torch.cat(ridges).double().diag()
+    expected = damped if len(stacked) <= columns else stacked.T @ damped @ stacked
+    torch.testing.assert_close(group.matrix, expected, rtol=1e-6, atol=1e-6)
+    assert group.mean == pytest.approx(mean)
 
 
 @pytest.mark.parametrize("gradients", [False, True])

@@ -4,7 +4,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fermisvd import decomposition
-from fermisvd.decomposition import OutputGram, both_factors, data_aware_svd, kfac_svd, one_factor
+from fermisvd.decomposition import (
+    OutputGram,
+    both_factors,
+    data_aware_svd,
+    group_factors,
+    group_spectrum,
+    kfac_svd,
+    one_factor,
+)
 
 SHAPES = [(12, 30), (30, 12), (16, 16), (1, 9), (9, 1)]
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -127,6 +135,16 @@ def test_kfac_is_the_svd_between_both_roots(shape, damping):
         whitened = (u[:, :rank] * sigma[:rank]) @ vh[:rank]
         best = torch.linalg.solve(left.T, torch.linalg.solve(right.T, whitened.T).T)
         torch.testing.assert_close(a @ b, best, rtol=0, atol=1e-6 * w.abs().max().item())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("case", ["kfac", "no gradients", "input"])
+def test_spectrum_is_that_of_the_factors(shape, case):
+    w, x, _, output = make_kfac_problem(*shape)
+    outputs = [OutputGram(torch.zeros_like(output.matrix), 0.0) if case == "no gradients" else output]
+    given = [w], x @ x.T, None if case == "input" else outputs
+    expected = group_factors(*given).sigma
+    torch.testing.assert_close(group_spectrum(*given), expected, rtol=1e-9, atol=1e-7 * expected[0].item())
 
 
 @pytest.mark.parametrize("shape", [(12, 30), (30, 12)])

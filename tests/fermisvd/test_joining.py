@@ -1,12 +1,12 @@
 import pytest
 import torch
 
-from fermisvd import load_model
+from fermisvd import joining, load_model
 from fermisvd.budget import Budget, Form, RankedGroup, compressed, group_parameters
-from fermisvd.decomposition import data_aware_svd
+from fermisvd.compress import InMemory
 from fermisvd.groups import find_groups, stacked_weight
-from fermisvd.joining import coarser_partitions, fused_layers, join_groups, joined, rank_at
-from fermisvd.losses import StudentLoss, set_weight
+from fermisvd.joining import coarser_partitions, fused_layers, join_groups, joined, layers_with_hopes, rank_at
+from fermisvd.losses import StudentLoss, set_products
 from fermisvd.teacher import teach
 
 
@@ -35,7 +35,8 @@ def test_rank_at_is_the_largest_that_fits(tiny_llama, form, align):
 
 
 class Problem:
-    """A random Llama, uniform ranks, separate groups; q, k and v of both layers may be made to share their rows."""
+    """A random Llama, separate groups, q, k and v at rank 6, all else dense; q, k and v may be made to share rows.
+    Inputs are white, so that a whitened error is that of the weights."""
 
     def __init__(self, folder, share_rows: bool, form: Form = "pivga"):
         self.dense, self.budget = load_model(folder), Budget(0.5, form, align=1)
@@ -47,51 +48,107 @@ class Problem:
                     for name in ("q_proj", "k_proj", "v_proj"):
                         weight = getattr(layer.self_attn, name).weight
                         weight.copy_(torch.randn(weight.shape[0], 12) @ directions)
-        self.student = load_model(folder)
-        self.student.load_state_dict(self.dense.state_dict())
+        grams = {group.source: torch.eye(group.columns, dtype=torch.float64) for group in self.groups}
+        self.decomposition = InMemory(self.dense, grams, {})
         thin = [g for g in self.groups if "self_attn" in g.name and not g.name.endswith("o_proj")]
         self.ranked = [RankedGroup(g, 6 if g in thin else g.full_rank, form) for g in self.groups]
-        for each in compressed(self.ranked):
-            a, b = self.factors(each.group).truncated(each.rank)
-            set_weight(self.student, each.group, (a @ b).float())
-        self.loss = StudentLoss(self.student, teach(self.dense, torch.randint(2048, (4, 24)), 4), 4)
+        student = load_model(folder)
+        student.load_state_dict(self.dense.state_dict())
+        self.student = set_products(student, self.decomposition.truncated(compressed(self.ranked)).items())
+        self.aside = torch.randint(2048, (4, 24))
+        self.loss = StudentLoss(self.student, teach(self.dense, self.aside, 4), 4)
 
-    def factors(self, group):
-        return data_aware_svd(stacked_weight(self.dense, group), torch.eye(group.columns))
+    @property
+    def layers(self):
+        return layers_with_hopes(self.ranked, self.budget, self.decomposition)
 
-    def join(self):
+    def join(self, loss=None):
         found = []
-        result = join_groups(
-            self.student,
-            self.ranked,
-            self.budget,
-            self.loss,
-            lambda group: stacked_weight(self.dense, group),
-            self.factors,
-            on_layer=found.append,
-        )
-        return result, found
+        loss = loss or self.loss
+        result, whole = join_groups(self.student, self.layers, self.decomposition, loss, self.aside, found.append)
+        return result, found, whole
+
+    def check_student(self, result):
+        """It has the weights of these groups at their ranks: W, or the best fit by torch.linalg.svd in float64."""
+        for each in result:
+            expected = stacked_weight(self.dense, each.group).double()
+            if not each.stays_dense:
+                u, sigma, vh = torch.linalg.svd(expected, full_matrices=False)
+                expected = (u[:, : each.rank] * sigma[: each.rank]) @ vh[: each.rank]
+            torch.testing.assert_close(stacked_weight(self.student, each.group).double(), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["svd", "pivga"])
+def test_hopes_are_the_partitions_that_lose_no_more_by_svd(tiny_llama, form, monkeypatch):
+    """Reference: discarded squares of torch.linalg.svdvals of the stacked weights."""
+    problem = Problem(tiny_llama, share_rows=True, form=form)
+
+    def lost(ranked):
+        values = {each: torch.linalg.svdvals(stacked_weight(problem.dense, each.group).double()) for each in ranked}
+        return sum(values[each][each.rank :].square().sum().item() for each in ranked if not each.stays_dense)
+
+    found = problem.layers
+    assert [len(layer.parts) for layer in found] == [3, 1, 2, 1] * 2
+    for layer in found:
+        for hope in layer.hopes:
+            assert hope.error == pytest.approx(lost(hope.groups) / lost(layer.parts), rel=1e-4)
+        assert [hope.error for hope in layer.hopes] == sorted(hope.error for hope in layer.hopes)
+    assert [len(layer.hopes) for layer in found] == [3, 0, 0, 0] * 2  # dense layers are not joined
+    assert all(hope.error < 0.9 for layer in found for hope in layer.hopes)
+    best, second, _ = found[0].hopes
+    assert len(best.groups) == 1  # q, k and v are tried together only where two of them are
+    for limit, expected in ((second.error, [best.error, second.error]), (best.error, [])):
+        monkeypatch.setattr(joining, "HOPE", 1.0001 * limit)
+        assert [hope.error for hope in problem.layers[0].hopes] == expected
 
 
 @pytest.mark.parametrize("form", ["svd", "pivga"])
 def test_layers_that_share_directions_are_joined_and_others_never_cost_loss(tiny_llama, form):
     shared = Problem(tiny_llama, share_rows=True, form=form)
-    before = shared.loss()
-    result, records = shared.join()
+    before = shared.loss(4)
+    result, records, whole = shared.join()
     assert any(len(each.group.members) == 3 for each in result)
+    assert [record["layer"].rpartition(".")[2] for record in records] == ["q_proj", "gate_proj"] * 2
     assert records[-1]["joined_kl"] < 0.7 * before
-    assert shared.loss() == pytest.approx(records[-1]["joined_kl"], rel=1e-5)
+    assert whole[0] == {"joined": 0, "kl": pytest.approx(before)}
+    assert shared.loss(4) == pytest.approx(min(record["kl"] for record in whole), rel=1e-5)
     assert sum(each.parameters for each in result) <= sum(each.parameters for each in shared.ranked)
     assert [m for each in result for m in each.group.members] == [g.name for g in shared.groups]
+    shared.check_student(result)
 
 
-def test_student_and_result_agree(tiny_llama):
-    """The student that comes back has the weights of the groups and ranks that come back."""
+def test_layers_that_share_nothing_stay_apart_at_no_cost(tiny_llama, monkeypatch):
     problem = Problem(tiny_llama, share_rows=False)
-    result, _ = problem.join()
-    for each in result:
-        expected = stacked_weight(problem.dense, each.group).double()
-        if not each.stays_dense:
-            a, b = problem.factors(each.group).truncated(each.rank)
-            expected = (a @ b).double()
-        torch.testing.assert_close(stacked_weight(problem.student, each.group).double(), expected, rtol=0, atol=1e-5)
+    monkeypatch.setattr(joining, "HOPE", 0.9)
+    result, records, whole = problem.join(loss=lambda _: pytest.fail("measured, with no hope"))
+    assert result == problem.ranked and whole == [] and [record["groups"] for record in records] == [3, 2, 3, 2]
+    problem.check_student(result)
+
+
+@pytest.mark.parametrize(
+    ("measured", "joined_layers"),
+    [
+        ([1.0, 0.9, 0.95], 2),  # half of them are worse than all
+        ([1.0, 0.9, 0.8], 1),
+        ([1.0, 1.1, 0.8], 1),
+        ([1.0, 1.1, 1.2], 0),
+        ([1.0, 1.0, 1.2], 2),  # a tie
+    ],
+)
+def test_what_trials_joined_is_taken_apart_where_all_windows_say_so(tiny_llama, monkeypatch, measured, joined_layers):
+    problem = Problem(tiny_llama, share_rows=True)
+    monkeypatch.setattr(joining, "FEWEST_TOKENS", 1)
+    monkeypatch.setattr(joining, "TRIALS", 3)  # of six hopes: two of four windows each
+    on_all, calls = iter(measured), []
+
+    def loss(windows: int) -> float:
+        calls.append(windows)
+        return next(on_all) if windows == 4 else problem.loss(windows)
+
+    result, records, whole = problem.join(loss)
+    assert calls == [4, *[2] * 7, 4, 4] and [record["kl"] for record in whole] == measured
+    assert sum(len(each.group.members) > 1 for each in result) == joined_layers
+    if joined_layers == 1:  # the one that gained more
+        gain = max(records, key=lambda record: record["kl"] - record["joined_kl"])
+        assert next(each.group.name for each in result if len(each.group.members) > 1).startswith(gain["layer"][:14])
+    problem.check_student(result)

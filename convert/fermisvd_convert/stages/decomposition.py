@@ -10,6 +10,7 @@ from fermisvd.budget import RankedGroup
 from fermisvd.compress import Whitening
 from fermisvd.decomposition import (
     DAMPING,
+    FAINT,
     OUTPUT_DAMPING,
     Decomposition,
     Factors,
@@ -81,7 +82,7 @@ def factor_bytes(group: LinearGroup, whitening: Whitening) -> int:
 
 def decomposition_of(conversion: Conversion, statistics: Statistics) -> KeptDecomposition:
     """Where factors are kept, and what they are made of."""
-    stage = conversion.workspace.stage("factors", statistics.name, DAMPING, OUTPUT_DAMPING)
+    stage = conversion.workspace.stage("factors", statistics.name, DAMPING, OUTPUT_DAMPING, FAINT)
     return KeptDecomposition(stage, conversion.source, statistics, conversion.device)
 
 

@@ -4,7 +4,7 @@ from dataclasses import asdict
 
 from fermisvd.budget import RankedGroup, compressed
 from fermisvd.compress import set_aside
-from fermisvd.joining import fused_layers, join_groups
+from fermisvd.joining import FEWEST_TOKENS, HOPE, TRIALS, fused_layers, join_groups, layers_with_hopes
 from fermisvd.losses import StudentLoss, set_products
 from fermisvd.teacher import Taught
 from fermisvd_convert.conversion import Conversion, timed
@@ -23,13 +23,15 @@ def join(
     options, budget = conversion.options, conversion.budget
     aside = set_aside(taught[: options.samples])[0]
     chosen = [[each.group.members, each.rank] for each in ranked]
-    settings = (budget, aside.windows, options.batch_size, options.compute)
+    settings = (budget, aside.windows, options.batch_size, options.compute, HOPE, TRIALS, FEWEST_TOKENS)
     stage = conversion.workspace.stage("groups", decomposition.stage.name, chosen, *settings)
 
     def make() -> dict:
         records: list[dict] = []
-        fused = sum(len(parts) > 1 for parts in fused_layers([each.group for each in ranked]))
-        with bar("join groups", fused, "layer") as shown:
+        fused = fused_layers([each.group for each in ranked])
+        with bar("compare spectra", len(fused), "layer") as shown:
+            layers = layers_with_hopes(ranked, budget, decomposition, shown.advance)
+        with bar("join groups", sum(len(parts) > 1 for parts in fused), "layer") as shown:
 
             def show(record: dict) -> None:
                 shown.show(record)
@@ -39,13 +41,12 @@ def join(
             factors = ((each.group, factors_of(each.group)) for each in compressed(ranked))
             student = set_products(conversion.load(), factors)
             loss = StudentLoss(student, aside, conversion.passes.windows)
-            found = join_groups(
-                student, ranked, budget, loss, decomposition.weights, decomposition.factors, on_layer=show
-            )
-        return {"groups": [{**asdict(each.group), "rank": each.rank} for each in found], "records": records}
+            found, whole = join_groups(student, layers, decomposition, loss, aside.windows, show)
+        groups = [{**asdict(each.group), "rank": each.rank} for each in found]
+        return {"groups": groups, "records": records, "whole": whole}
 
     found = stage.json(make)
     groups = [group_of(entry) for entry in found["groups"]]
+    conversion.choices["groups"], conversion.choices["joining"] = found["records"], found["whole"]
     # joined groups may leave a step unspent
-    conversion.choices["groups"] = found["records"]
     return budget.ranked(groups, [entry["rank"] for entry in found["groups"]])
