@@ -145,7 +145,8 @@ class Compression:
             raise OptionError("the model is quantised or compressed already; give the dense one")
         check_unshared(model)
         self.model, self.windows, self.options, self.budget = model, windows, options, options.budget
-        self.teacher = for_passes(model, compute_type(options.compute, model.device))
+        self.compute = compute_type(options.compute, model.device)
+        self.teacher = for_passes(model, self.compute)
         self.taught = teach(self.teacher, windows, options.batch_size)
         self.aside, self.training = set_aside(self.taught)
 
@@ -250,8 +251,8 @@ def put(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
 
 
 def healed(work: Compression, student: PreTrainedModel) -> None:
-    """Distil the student's factors in float32, and round them to its own type."""
-    trained, options = for_passes(student, torch.float32), work.options
+    """Distil the student's factors, and round them to its own type."""
+    trained, options = for_passes(student, work.compute), work.options
     heal(
         trained,
         work.training,

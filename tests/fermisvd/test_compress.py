@@ -44,7 +44,7 @@ SETTINGS = {
 @pytest.mark.parametrize("form", ["pivga", "svd"])
 def test_the_converter_gives_the_same(tiny_llama, text, windows, tmp_path, form, settings):
     """Ranks and groups are equal; logits as close as sums in another order leave them."""
-    options = dict(form=form, align=1, batch_size=BATCH, **SETTINGS[settings])
+    options = dict(form=form, align=1, batch_size=BATCH, compute="float32", **SETTINGS[settings])
     dense = AutoModelForCausalLM.from_pretrained(tiny_llama)
     before = copy.deepcopy(dense.state_dict())
     small = compress(dense, windows, 0.3, **options)

@@ -62,6 +62,7 @@ def compress(folder, tmp_path, **settings):
     text = tmp_path / "text.txt"
     text.write_text("".join(f"def f{i}(x):\n    return x * {i * i}\n\n" for i in range(400)))
     options = dict(ranks="uniform", heal_steps=0, samples=8, sequence_length=32, calibration=[str(text)], align=1)
+    options |= dict(compute="float32")
     return convert(str(folder), tmp_path / "out", 0.3, **{**options, **settings}), text
 
 
