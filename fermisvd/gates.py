@@ -16,6 +16,7 @@ from fermisvd.linear import linear_layer
 from fermisvd.running.streaming import fill_for_good
 
 TAIL = 8.0  # gates below exp(-TAIL) are left out of the products
+WIDTH = 64  # step of the products' widths: oneDNN compiles for each width, and a GPU likes them even
 
 
 def fermi_gate(mu: torch.Tensor, full_rank: int, temperature: float) -> torch.Tensor:
@@ -104,7 +105,8 @@ def set_gates(gated: Sequence[GatedGroup], mus: torch.Tensor, temperature: float
     left out."""
     for shared, mu in zip(gated, mus, strict=True):
         gate = fermi_gate(mu, shared.full_rank, temperature).to(shared.device, shared.dtype)
-        shared.set_gate(gate, min(shared.full_rank, int(mu.item() + tail * shared.full_rank * temperature) + 1))
+        width = int(mu.item() + tail * shared.full_rank * temperature) + 1
+        shared.set_gate(gate, min(shared.full_rank, -(-width // WIDTH) * WIDTH))
 
 
 def open_gates(gated: Sequence[GatedGroup]) -> None:
