@@ -150,9 +150,8 @@ def main() -> None:
         record = program.convert(str(folder / "model"), folder / "out", arguments.remove, **options)
         whole = time.perf_counter() - begin
         work = sum(path.stat().st_size for path in (folder / "work").rglob("*") if path.is_file())
-    print(
-        "| stage | seconds | device: counted GB | measured | host: counted GB | measured |\n|---|---|---|---|---|---|"
-    )
+    print("| stage | seconds | device: counted GB | measured | host: counted GB | measured |")
+    print("|---|---|---|---|---|---|")
     for name, row in measured.items():
         need = required.get(name, Need(0, 0, ""))
         cells = [need.device, row.get("device_bytes", 0), need.host, row["resident_growth_bytes"]]
