@@ -73,7 +73,7 @@ class PivGaColumnsLinear(CompressedLinear):
             self.register_buffer(PERMUTATION, torch.arange(in_features, dtype=torch.int32))
 
     def shared(self, x: torch.Tensor) -> torch.Tensor:
-        permuted = x.to(self.interpolation.device)[..., self.permutation]
+        permuted = gather(x.to(self.interpolation.device), self.permutation)
         kept, rest = permuted[..., : self.rank], permuted[..., self.rank :]
         return kept + functional.linear(rest, self.interpolation)
 
@@ -97,8 +97,26 @@ class PivGaRowsLinear(CompressedLinear):
 
     def outputs(self, t: torch.Tensor) -> torch.Tensor:
         y = torch.cat([t, functional.linear(t, self.interpolation)], dim=-1)
-        y = y[..., torch.argsort(self.permutation)]
+        y = gather(y, torch.argsort(self.permutation))
         return y if self.bias is None else y + self.bias
+
+
+class _Gather(torch.autograd.Function):
+    """The gradient of a permutation is gathered too: that of an index adds one by one, as if there were repetitions."""
+
+    @staticmethod
+    def forward(ctx, x, permutation):
+        ctx.save_for_backward(permutation)
+        return x[..., permutation]
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient[..., torch.argsort(ctx.saved_tensors[0])], None
+
+
+def gather(x: torch.Tensor, permutation: torch.Tensor) -> torch.Tensor:
+    """x (..., n) with its last axis in the order of the permutation (n,)."""
+    return _Gather.apply(x, permutation) if x.requires_grad else x[..., permutation]
 
 
 def module_class(group: Group) -> type[CompressedLinear]:

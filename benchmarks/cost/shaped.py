@@ -1,5 +1,4 @@
-"""What does the default command take for a model of a shape, random weights made on the spot: seconds, and peaks by
-stage?
+"""What does the default command take for a model of a shape with random weights: seconds, and peaks by stage?
 
     python -m benchmarks.cost.shaped llama-3.1-8b                     # on a GPU
     python -m benchmarks.cost.shaped llama-3.1-8b --blocks 8          # a quarter of its depth

@@ -30,6 +30,8 @@ def in_order(work: Callable[[T], R], items: Iterable[T], device: str, workers: i
     if workers == 1:
         yield from map(work, items)
         return
+    if device.startswith("cuda"):  # torch loads its linear algebra once, and not in several threads together
+        torch.linalg.inv(torch.eye(1, device=device))
     waiting: deque[Future[R]] = deque()
     with ThreadPoolExecutor(workers, initializer=_own_stream, initargs=(device,)) as pool:
         try:

@@ -183,7 +183,7 @@ def test_minimum_rank_is_held(tiny_llama, tmp_path, settings):
 
 
 def test_refit_of_a_tall_group_is_the_kfac_svd_of_the_changed_weight(tiny_llama, tmp_path, settings):
-    """Reference: kfac_svd of W M with its own W^T G W, from G on the output side."""
+    """Reference: kfac_svd of W M with its own W^T G W, from G on the output side, damped by each member's mean."""
     convert(str(tiny_llama), tmp_path / "a", 0.3, ranks="uniform", **settings)
     workspace, source = Workspace(tmp_path / "work"), open_source(str(tiny_llama))
     gram, outputs, factors = (
@@ -196,10 +196,11 @@ def test_refit_of_a_tall_group_is_the_kfac_svd_of_the_changed_weight(tiny_llama,
     inputs = decomposition.gram(group.source)
     found = decomposition.fit(group, change, inputs)
     members = [decomposition.statistics.output(name, torch.device("cpu")) for name in group.members]
-    covariance = torch.block_diag(*[member.matrix for member in members])
+    damped = [each.matrix + OUTPUT_DAMPING * each.mean * torch.eye(len(each.matrix)) for each in members]
+    covariance = torch.block_diag(*damped)
     weight = decomposition.weights(group).double() @ change
     output = OutputGram(weight.T @ covariance @ weight, covariance.diagonal().mean().item())
-    expected = kfac_svd(weight, inputs, output, DAMPING, OUTPUT_DAMPING)
+    expected = kfac_svd(weight, inputs, output, DAMPING, output_damping=0.0)
     torch.testing.assert_close(found.sigma, expected.sigma)
     for rank in (4, 20):
         (a, b), (c, d) = found.truncated(rank), expected.truncated(rank)

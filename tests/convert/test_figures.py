@@ -19,6 +19,7 @@ from fermisvd_convert import figures
 from fermisvd_convert.cli import app
 from fermisvd_convert.convert import convert
 from fermisvd_convert.record import Record, decimated, kept_energy, read_record
+from fermisvd_convert.stages.calibration import from_strips
 
 KINDS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 KINDS += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -255,7 +256,7 @@ def test_kept_energy_is_one_less_the_error_of_what_was_written(converted, tiny_l
         weight = torch.cat([dense[f"{name}.weight"] for name in group.members]).double()
         a = torch.cat([small[f"{name}.lowrank_a"] for name in group.members]).double()
         error = weight - a @ small[f"{first}.lowrank_b"].double()
-        gram = load_file(grams / f"{first}.safetensors")["gram"].double()
+        gram = from_strips(load_file(grams / f"{first}.safetensors"), torch.device("cpu")).double()
         lost = ((error @ gram) * error).sum() / ((weight @ gram) * weight).sum()
         assert group.kept_energy == pytest.approx(1 - lost.item(), abs=2e-5)
         assert group.spectrum is not None and group.spectrum.index[-1] == group.full_rank - 1

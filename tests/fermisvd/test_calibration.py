@@ -55,10 +55,11 @@ def outlying(tokens: int, channels: int) -> torch.Tensor:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("channels", [40, 700])  # one panel, and several of which the last is narrower
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 1e-6), (torch.bfloat16, 1e-6)]
+    ("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 1e-6), (torch.bfloat16, 1e-5)]
 )
 def test_gram_matrix_is_exact_to_float32(device, channels, dtype, tolerance):
-    """Reference: float64 of the numbers as they are; sums in bfloat16 would be off by 3e-3."""
+    """Reference: float64 of the numbers as they are; sums in bfloat16 would be off by 3e-3. An H200's tensor
+    cores are off by 3.4e-6."""
     x = outlying(10_000, channels).to(dtype)
     total = torch.zeros(channels, channels, dtype=torch.float64, device=device)
     for part in x.to(device).split(6000):
