@@ -25,13 +25,14 @@ from benchmarks.cost.work import (
     EIGH,
     EIGH_FLOPS,
     FEEDBACK,
-    FILES,
     GRAM,
+    KEEP,
     LEAST_SQUARES,
     MODEL,
     NARROW_PRODUCT,
     PIVOTS,
     PRODUCT,
+    READ,
     ROOT,
     Work,
     conversion_work,
@@ -284,7 +285,7 @@ def main() -> None:
     print(f"FLOPs as torch counts them over ours: {record['counted_over_assumed_flops']}\n")
     record["pieces"] = measure_pieces(sorted(arguments.sizes), arguments.device)
     rates = {kind: {size: row["rate"] for size, row in rows.items()} for kind, rows in record["pieces"].items()}
-    rates[FILES] = {1: ASSUMED_H200[FILES]}
+    rates |= {kind: {1: ASSUMED_H200[kind]} for kind in (READ, KEEP)}
     record["calls"] = measure_whole(arguments.widths, arguments.device, rates)
     record["seconds_by_groups_at_once"] = measure_ahead(max(arguments.widths), arguments.device)
     record["projection"], record["work"] = {}, {}

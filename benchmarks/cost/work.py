@@ -23,6 +23,7 @@ from benchmarks.shapes import SHAPES, groups_of
 from fermisvd.budget import Budget
 from fermisvd.calibration import panel_width
 from fermisvd.compress import ASIDE_WINDOWS
+from fermisvd.fermigrad import STEP_TOKENS
 from fermisvd.files import TensorInfo
 from fermisvd.groups import LinearGroup
 from fermisvd.joining import TRIALS
@@ -36,7 +37,8 @@ Work = list[tuple[str, int, float]]
 PRODUCT, NARROW_PRODUCT, GRAM = "product, float64", "product, float32", "Gram sum"
 ROOT, EIGH = "Cholesky and solve", "eigh"
 PIVOTS, LEAST_SQUARES, FEEDBACK = "pivots", "least squares", "error feedback"
-MODEL, FILES = "model pass", "bytes read, hashed or written"
+MODEL = "model pass"
+READ, KEEP = "bytes read from memory's copy of a file", "bytes hashed, or written"
 EIGH_FLOPS = 9  # of n^3: a convention, what is measured and used is time over n^3
 LENGTH = 2048  # tokens a window: the converter's default for a model with such a context
 WHOLE_LOSSES = 4  # of the joined groups, on all windows
@@ -45,7 +47,7 @@ WHOLE_LOSSES = 4  # of the joined groups, on all windows
 # tensor cores and for FP32, 989e12 for BF16; the shares of them are guesses. EIGH, over its 9 n^3: cuSOLVER's syevd is
 # bound by memory and launches (Wang et al., "Extracting the Potential of Emerging Hardware Accelerators for Symmetric
 # Eigenvalue Decomposition": below 3 % of an H100's peak). PIVOTS: eight cores at what one does here, beside the GPU.
-# FEEDBACK: three launches of 7 microseconds a row. FILES: bytes a second of one core's sha256, or of a disk.
+# FEEDBACK: three launches of 7 microseconds a row. READ, KEEP: bytes a second; one core's sha256 is such a one.
 ASSUMED_H200 = {
     PRODUCT: 0.7 * 67e12,
     NARROW_PRODUCT: 0.7 * 67e12,
@@ -56,7 +58,8 @@ ASSUMED_H200 = {
     PIVOTS: 6e11,
     FEEDBACK: 1.6e11,
     MODEL: 0.5 * 989e12,
-    FILES: 2e9,
+    READ: 1e10,
+    KEEP: 2e9,
 }
 
 
@@ -173,7 +176,7 @@ def conversion_work(shape: dict, remove: float = 0.2) -> dict[str, Work]:
     kept = (1 - remove) * dense
     healing = 8 * kept + 6 * head + 4 * attention
     model, disk = 2 * (dense + 2 * head), work_bytes(shape, remove)
-    statistics, states = disk["Gram matrices"], disk["the teacher's states"]
+    states = disk["the teacher's states"]
     pivga = [piece for g, r in zip(groups, ranks, strict=True) for piece in gauge_work(g.rows, g.columns, r, g.side)]
     # the CPU finds pivots of the next groups while the GPU has its own work: the longer of the two
     beside = [piece for piece in pivga if piece[0] == PIVOTS]
@@ -181,27 +184,28 @@ def conversion_work(shape: dict, remove: float = 0.2) -> dict[str, Work]:
     known = {kind: {hidden: value} for kind, value in ASSUMED_H200.items()}
     longer = max((beside, gpu), key=lambda work: sum(time_of(work, known).values()))
     return {
-        "check": [(FILES, 1, 2 * model)],
+        "check": [(KEEP, 1, model)],
         "calibration": [
             (MODEL, hidden, tokens * ((3 + again) * forward + attention - 2 * again * head)),
             (GRAM, hidden, tokens * grams),
-            (FILES, 1, 3 * model + 2 * (statistics + states)),
+            (READ, 1, 3 * model),
+            (KEEP, 1, 2 * states),  # Gram matrices are kept beside the GPU's work
         ],
-        "decomposition": [piece for g in groups for piece in decomposition_work(g.rows, g.columns)]
-        + [(FILES, 1, model + 2 * statistics + 2 * disk["factors"])],
+        "decomposition": [piece for g in groups for piece in decomposition_work(g.rows, g.columns)],
         "FermiGrad": [
-            (MODEL, hidden, default("steps") * batch * step),
+            (MODEL, hidden, default("steps") * max(LENGTH, min(batch, STEP_TOKENS)) * step),
             (NARROW_PRODUCT, hidden, sum(2 * g.rows * g.columns * g.full_rank for g in groups)),
-            (FILES, 1, 2 * model + disk["factors"] + 2 * states),
+            (READ, 1, 2 * model + disk["factors"]),
+            (KEEP, 1, states),
         ],
         "--groups auto": [
             (EIGH, hidden, sum(EIGH_FLOPS / 3 * g.full_rank**3 for g in groups_of(shape))),
             (MODEL, hidden, (TRIALS + WHOLE_LOSSES) * ASIDE_WINDOWS * LENGTH * (forward + 2 * head)),
-            (FILES, 1, 2 * model + 2 * disk["factors"]),
+            (READ, 1, 2 * model + 2 * disk["factors"]),
         ],
-        "writing": [*longer, (FILES, 1, 2 * model + disk["factors"])],
-        "healing": [(MODEL, hidden, default("heal_steps") * batch * healing), (FILES, 1, 4 * model)],
-        "evaluation": [(MODEL, hidden, 2 * HELD_BACK_WINDOWS * LENGTH * forward), (FILES, 1, 2 * model)],
+        "writing": [*longer, (KEEP, 1, model)],
+        "healing": [(MODEL, hidden, default("heal_steps") * batch * healing), (KEEP, 1, 2 * model)],
+        "evaluation": [(MODEL, hidden, 2 * HELD_BACK_WINDOWS * LENGTH * forward), (READ, 1, 2 * model)],
     }
 
 

@@ -17,6 +17,7 @@ from fermisvd_convert.places import disk_of, existing
 from fermisvd_convert.source import TORCH_TYPES
 from fermisvd_convert.stages.calibration import strip_bytes
 from fermisvd_convert.stages.decomposition import KeptDecomposition, factor_bytes
+from fermisvd_convert.stages.teacher import teacher_stage
 from fermisvd_convert.writer import copied_files
 
 SMALL_FILES = 2**20  # bytes: index, report, card, the stages' JSON
@@ -64,16 +65,18 @@ def work_bytes(
     Hidden states, for which memory has no room, are gone before factors are made: the larger counts.
     """
     options, statistics = conversion.options, decomposition.statistics
-    grams = gram_bytes(groups, options.whitening)
-    for name, stage in zip(grams, (statistics.inputs, statistics.outputs), strict=False):
-        grams[name] = max(0, grams[name] - (stage.bytes_written() if stage else 0))
+    first = gram_bytes(groups, options.whitening)
+    for name, stage in zip(first, (statistics.inputs, statistics.outputs), strict=False):
+        first[name] = max(0, first[name] - (stage.bytes_written() if stage else 0))
     states = 0
-    if any(grams.values()):
+    if any(first.values()):
         places = 1  # behind a block
         if options.whitening == "kfac":
             places += places_back(len({block_of(group.name) for group in groups}))
-        states = places * conversion.windows.numel() * groups[0].columns * 4  # float32, at most
+        states = places * conversion.windows.numel() * groups[0].columns * conversion.compute.itemsize
         states -= conversion.limits.hidden_bytes + conversion.limits.device_hidden_bytes
+    taught = conversion.text.windows.numel() * groups[0].columns * conversion.compute.itemsize
+    first["the teacher's states"] = max(0, taught - teacher_stage(conversion).bytes_written())
     later = {"factors": factors_bytes(groups, options.whitening, options.groups == "auto")}
     later["factors"] = max(0, later["factors"] - decomposition.stage.bytes_written())
     kept = conversion.budget.numbers(groups)
@@ -83,7 +86,7 @@ def work_bytes(
         later["healed factors"] = kept * conversion.storage.itemsize
     if states > sum(later.values()):
         later = {"hidden states": states}
-    return grams | later | {"other stages": SMALL_FILES}
+    return first | later | {"other stages": SMALL_FILES}
 
 
 def gram_bytes(groups: Sequence[LinearGroup], whitening: Whitening) -> dict[str, int]:

@@ -7,7 +7,9 @@ says, is made again.
 
 import hashlib
 import json
+import logging
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +20,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
+from rich.filesize import decimal
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -26,6 +29,8 @@ from fermisvd.running import distributed
 from fermisvd.running.blocks import HiddenStates
 from fermisvd.settings import Settings
 from fermisvd_convert.places import ensure_own, make_own, remove_own
+
+logger = logging.getLogger("fermisvd")
 
 MANIFEST = "manifest"
 SCRATCH = ".fermisvd-scratch"  # what is half-written, and hidden states
@@ -88,6 +93,11 @@ def only_one(lock: Path, subject: Path) -> Iterator[None]:
         yield
     finally:
         held.release()
+
+
+def _size(folder: Path) -> int:
+    """Bytes of the files in a folder, which may not be there."""
+    return sum(path.stat().st_size for path in folder.glob("*"))
 
 
 KeepTensors = Callable[[Any, Mapping[str, Mapping[str, torch.Tensor]]], None]
@@ -217,6 +227,11 @@ class Workspace:
             nonlocal due
             if (begin := time.monotonic()) < due:
                 return
+            needed = sum(tensor.nbytes for values in tensors.values() for tensor in values.values())
+            if needed > shutil.disk_usage(self.folder).free + _size(self.folder / folder):
+                logger.warning("%s: no space to keep how far %s has come (%s)", self.folder, name, decimal(needed))
+                due = begin + max(STATE_SECONDS, 1)
+                return
             (self.folder / artefact).unlink(missing_ok=True)
             ensure_own(self.folder / folder)
             for each, values in tensors.items():
@@ -342,4 +357,4 @@ class Stage:
 
     def bytes_written(self) -> int:
         """Bytes of its tensors that are there."""
-        return sum(path.stat().st_size for path in (self.workspace.folder / self.name).glob("*"))
+        return _size(self.workspace.folder / self.name)

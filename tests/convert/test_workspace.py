@@ -2,6 +2,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -199,3 +200,13 @@ def test_tensor_progress_is_one_whole_state_until_the_stage_is_done(tmp_path, mo
     assert kept() is None
     stage.json(dict)
     assert kept() is None and not list(tmp_path.glob("*.progress*"))
+
+
+def test_without_space_a_state_is_not_kept_and_said_so(tmp_path, monkeypatch, caplog):
+    """Neither an error, which would end the healing, nor half a state."""
+    monkeypatch.setattr(workspace_module, "STATE_SECONDS", 0)
+    full = shutil.disk_usage(tmp_path)._replace(free=3)
+    monkeypatch.setattr(workspace_module.shutil, "disk_usage", lambda _: full)
+    stage = Workspace(tmp_path).stage("healed", 1)
+    stage.tensor_progress()[1]([1], {"a": {"t": torch.zeros(8)}})
+    assert stage.tensor_progress()[0] is None and "no space to keep how far healed-" in caplog.text
