@@ -7,6 +7,7 @@ decoder block at a time, each step's result kept in files and found again.
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Annotated, Any, Literal, get_args
 
 import torch
@@ -252,7 +253,8 @@ def put(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
 
 def healed(work: Compression, student: PreTrainedModel) -> None:
     """Distil the student's factors, and round them to its own type."""
-    trained, options = for_passes(student, work.compute), work.options
+    options, types = work.options, {name: parameter.dtype for name, parameter in trained_factors(student).items()}
+    trained = for_passes(student, reduce(torch.promote_types, types.values(), work.compute))  # no digit is lost
     heal(
         trained,
         work.training,
@@ -261,7 +263,6 @@ def healed(work: Compression, student: PreTrainedModel) -> None:
         batch_size=options.batch_size,
         seed=options.seed,
     )
-    types = {name: parameter.dtype for name, parameter in trained_factors(student).items()}
     for dtype in set(types.values()):
         for name, tensor in rounded_factors(trained, dtype).items():
             if types[name] == dtype:

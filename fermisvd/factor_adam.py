@@ -5,13 +5,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.optim.adam import adam
+
+from fermisvd.running.distributed import local, sum_over_processes
 
 BETAS = (0.9, 0.95)  # forget fast enough for moments of bfloat16 (measured, docs/decisions.md)
 
 
 class FactorAdam:
-    """Adam's state of a factor, and its step, which is torch's.
+    """Adam's state of a factor, or of a process' part of it, and its step, which is torch's.
 
     master: the factor's value in float32, of which a narrower parameter is the rounded working copy; a float32
     parameter is its own master. The moments have the parameter's type. rate: the next step's learning rate; steps_now:
@@ -20,15 +23,18 @@ class FactorAdam:
 
     def __init__(self, parameter: torch.Tensor):
         self.parameter, self.rate, self.steps, self.steps_now = parameter, 0.0, 0, True
-        self.master = parameter.detach().float()
-        self.first, self.second = torch.zeros_like(parameter.detach()), torch.zeros_like(parameter.detach())
+        self.own = local(parameter.detach())
+        self.master = self.own.float()
+        self.first, self.second = torch.zeros_like(self.own), torch.zeros_like(self.own)
 
     def step(self, _: torch.Tensor) -> None:
         """By the parameter's gradient, which is freed; nothing while it waits for further passes'."""
         if not self.steps_now:
             return
-        gradient = self.parameter.grad
-        assert gradient is not None
+        assert self.parameter.grad is not None
+        gradient = local(self.parameter.grad)
+        if not isinstance(self.parameter, DTensor):  # FSDP2 has added it up, and divided by the number of processes
+            sum_over_processes(gradient)
         adam(
             [self.master],
             [gradient],
@@ -61,8 +67,8 @@ class FactorAdam:
         self._copy_master()
 
     def _copy_master(self) -> None:
-        if self.parameter.dtype != self.master.dtype:
-            self.parameter.detach().copy_(self.master)
+        if self.own.dtype != self.master.dtype:
+            self.own.copy_(self.master)
 
 
 @contextmanager

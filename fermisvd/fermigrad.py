@@ -19,7 +19,7 @@ from fermisvd.gates import GatedGroup, open_gates, set_gates
 from fermisvd.groups import LinearGroup
 from fermisvd.losses import kl_of_states
 from fermisvd.running.blocks import KEPT_ACTIVATIONS, checkpointed, device_of
-from fermisvd.running.distributed import process_count, sum_over_processes, this_process
+from fermisvd.running.distributed import own_passes, process_count, sum_over_processes
 from fermisvd.running.halves import Halves, halves_of
 from fermisvd.settings import Count, Settings, option
 from fermisvd.teacher import Taught
@@ -27,6 +27,11 @@ from fermisvd.teacher import Taught
 PLATEAU_STEPS = 12
 LARGEST_PENALTY = 1e100
 STEP_TOKENS = 4096  # of a batch, at most: more were no better (docs/decisions.md)
+
+
+def step_windows(length: int) -> int:
+    """Windows of so many tokens that a step takes at most; each of several processes takes one at least."""
+    return max(1, STEP_TOKENS // length)
 
 
 class FermiGradSettings(Settings):
@@ -160,7 +165,7 @@ def optimise_ranks(
     Returns one mu a group, on the budget, and the records. Raises NumericalError if the loss is not finite.
     """
     optimiser, halves = RankOptimiser(groups, budget, settings), halves_of(model)
-    batch_size = max(1, min(batch_size, STEP_TOKENS // taught.windows.shape[1]))
+    batch_size = min(batch_size, max(process_count(), step_windows(taught.windows.shape[1])))
     batches = shuffled_batches(len(taught), batch_size, seed)
     activations = sum(group.rows + group.columns for group in groups)  # of a token
     at_once = min(at_once or batch_size, -(-batch_size // process_count()))
@@ -202,11 +207,7 @@ def _backward(
     """The KL of the windows of these numbers, float64 on the CPU; its gradient is the shares' `grad`."""
     optimiser.adam.zero_grad()
     total = torch.zeros((), dtype=torch.float64)
-    parts = numbers[this_process() :: process_count()].split(at_once)
-    most = -(-len(numbers) // process_count())
-    for index in range(-(-most // at_once)):  # every process takes part in every pass
-        own = index < len(parts) and len(parts[index]) > 0
-        mine, weight = (parts[index], len(parts[index]) / len(numbers)) if own else (numbers[:1], 0.0)
+    for mine, weight in own_passes(numbers, at_once):
         kl = gated_kl(halves, gated, *taught.batch(mine, device), optimiser.mus(), optimiser.settings.temperature)
         (kl * weight).backward()
         total += kl.detach().double().cpu() * weight

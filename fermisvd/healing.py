@@ -12,6 +12,7 @@ from typing import Annotated
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from fermisvd.batches import shuffled_batches
@@ -23,6 +24,7 @@ from fermisvd.losses import StudentLoss, kl_of_states
 from fermisvd.modules import CompressedLinear, PivGaColumnsLinear, PivGaRowsLinear
 from fermisvd.pivga import refuse_overflow, round_interpolation
 from fermisvd.running.blocks import KEPT_ACTIVATIONS, checkpointed
+from fermisvd.running.distributed import local, own_passes, process_count, sum_over_processes, whole
 from fermisvd.settings import Natural, Settings, option
 from fermisvd.teacher import Taught
 
@@ -78,7 +80,8 @@ def heal(
 
     student: compressed, its factors in float32 or narrower; they are float32 afterwards. taught: windows to train on;
     aside: others, not trained on. Where the loss on these is no lower at the end, the factors are put back. at_once:
-    windows of a pass, whose gradients are added up to the batch's. begun: where a healing of the same student was
+    windows of a pass, whose gradients are added up to the batch's. Of several processes each takes its part of every
+    batch, and the student may be divided among them (FSDP2). begun: where a healing of the same student was
     interrupted, as on_progress saw it after a step (live tensors, which the next step changes); the result is that of
     an undisturbed one. A factor takes 12 bytes a number beside the model's passes, a bfloat16 one 10.
     Returns {"kl_before", "kl_after" (both on `aside`), "trace": each step's step and kl}.
@@ -88,13 +91,14 @@ def heal(
     if not factors:
         raise StructureError("the model has no compressed layer to heal")
     student.requires_grad_(False)
-    at_once = min(at_once or batch_size, batch_size)
+    at_once = min(at_once or batch_size, -(-batch_size // process_count()))
+    scale = process_count() if any(isinstance(each, DTensor) for each in factors.values()) else 1  # FSDP2's mean
     loss = StudentLoss(student, aside, at_once)
     before = loss()
     if not math.isfinite(before):
         raise NumericalError(f"KL is {before} before healing; check the checkpoint and its dense model")
     device, halves = next(student.parameters()).device, loss.halves
-    start = {name: parameter.detach().to("cpu", copy=True) for name, parameter in factors.items()}
+    start = {name: local(parameter.detach()).to("cpu", copy=True) for name, parameter in factors.items()}
     rates = {name: _rate(parameter, settings.learning_rate, before) for name, parameter in factors.items()}
     batches = shuffled_batches(len(taught), batch_size, seed)
     records: list[dict] = []
@@ -109,16 +113,16 @@ def heal(
             for _ in records:
                 next(batches)
         for step in range(len(records), settings.steps):
-            numbers, kl = next(batches), 0.0
-            parts = numbers.split(at_once)
-            for number, part in enumerate(parts, 1):
+            passes, total = own_passes(next(batches), at_once), torch.zeros((), dtype=torch.float64)
+            for number, (mine, weight) in enumerate(passes, 1):
                 for name, factor in adams.items():
                     factor.rate = rates[name] * _schedule(step, settings.steps)
-                    factor.steps_now = number == len(parts)
-                batch, states = taught.batch(part, device)
-                share = kl_of_states(halves.head, states, halves.body(batch)) * (len(part) / len(numbers))
-                share.backward()
-                kl += share.item()
+                    factor.steps_now = number == len(passes)
+                batch, states = taught.batch(mine, device)
+                share = kl_of_states(halves.head, states, halves.body(batch)) * weight
+                (share * scale).backward()
+                total += share.detach().double().cpu()
+            kl = sum_over_processes(total).item()
             if not math.isfinite(kl):
                 raise NumericalError(f"KL is {kl} at healing step {step}; try a smaller learning rate, or no healing")
             records.append({"step": step, "kl": kl})
@@ -127,8 +131,19 @@ def heal(
     after = loss()
     better = after < before  # not where the last step made it NaN
     for name, parameter in factors.items():
-        parameter.data = adams[name].master if better else start[name].to(parameter.device, torch.float32)
+        value = adams[name].master if better else start[name].to(parameter.device, torch.float32)
+        _put(student, name, value, parameter)
     return {"kl_before": before, "kl_after": after if better else before, "trace": records}
+
+
+def _put(student: nn.Module, name: str, value: torch.Tensor, parameter: nn.Parameter) -> None:
+    """A float32 value, or this process' part of it, in the place of a factor."""
+    if isinstance(parameter, DTensor):
+        value = DTensor.from_local(
+            value, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
+        )
+    owner, _, leaf = name.rpartition(".")
+    setattr(student.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
 
 
 def activations(student: nn.Module) -> int:
@@ -139,7 +154,8 @@ def activations(student: nn.Module) -> int:
 
 def _rate(parameter: nn.Parameter, rate: float, loss: float) -> float:
     """The learning rate of a factor at full height."""
-    size = parameter.detach().float().square().mean().sqrt().item() / math.sqrt(max(parameter.shape))
+    squares = whole(parameter.detach().float().square().sum())
+    size = math.sqrt(squares.item() / parameter.numel() / max(parameter.shape))
     return rate * min(1.0, math.sqrt(loss)) * size
 
 
@@ -151,15 +167,16 @@ def _schedule(step: int, steps: int) -> float:
 def rounded_factors(student: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The factors in their storage type. PivGa's interpolation matrix is solved again against the rounded skeleton, as
     when it was made (fermisvd.pivga)."""
-    rounded = {name: parameter.detach().to(dtype) for name, parameter in trained_factors(student).items()}
+    exact = trained_factors(student)
+    rounded = {name: whole(parameter.detach()).to(dtype) for name, parameter in exact.items()}
     for tensor in rounded.values():
         refuse_overflow(tensor, dtype)
     layers = {n: m for n, m in student.named_modules() if isinstance(m, (PivGaColumnsLinear, PivGaRowsLinear))}
     for name, layer in layers.items():
         if layer.first is not layer:
             continue
-        skeletons = [member.skeleton.detach() for member in layers.values() if member.first is layer]
-        skeleton, d = torch.cat(skeletons), layer.interpolation.detach()
+        skeletons = [whole(member.skeleton.detach()) for member in layers.values() if member.first is layer]
+        skeleton, d = torch.cat(skeletons), whole(layer.interpolation.detach())
         if isinstance(layer, PivGaRowsLinear):
             skeleton, d = skeleton.T, d.T
         solved = round_interpolation(skeleton.to(dtype), skeleton.double() @ d.double(), dtype)

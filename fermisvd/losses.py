@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from fermisvd.groups import LinearGroup
 from fermisvd.linear import linear_layer, weight_of
+from fermisvd.running.distributed import own_passes, sum_over_processes
 from fermisvd.running.halves import HEAD_TOKENS, few_tokens, halves_of
 from fermisvd.teacher import Taught
 
@@ -57,7 +58,8 @@ def kl_divergence(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
 
 
 class StudentLoss:
-    """KL(teacher || student) of a student as it stands, on fixed windows, all of them or the first so many."""
+    """KL(teacher || student) of a student as it stands, on fixed windows, all of them or the first so many; of several
+    processes each takes its part."""
 
     def __init__(self, student: nn.Module, taught: Taught, batch_size: int):
         self.halves, self.taught, self.batch_size = halves_of(student), taught, batch_size
@@ -65,11 +67,12 @@ class StudentLoss:
 
     @torch.no_grad()
     def __call__(self, windows: int | None = None) -> float:
-        total, windows = 0.0, len(self.taught) if windows is None else windows
-        for numbers in torch.arange(windows).split(self.batch_size):
-            batch, states = self.taught.batch(numbers, self.device)
-            total += kl_of_states(self.halves.head, states, self.halves.body(batch)).item() * len(batch)
-        return total / windows
+        numbers = torch.arange(len(self.taught) if windows is None else windows)
+        total = torch.zeros((), dtype=torch.float64)
+        for mine, weight in own_passes(numbers, self.batch_size):
+            batch, states = self.taught.batch(mine, self.device)
+            total += kl_of_states(self.halves.head, states, self.halves.body(batch)).double().cpu() * weight
+        return sum_over_processes(total).item()
 
 
 def set_weight(model: nn.Module, group: LinearGroup, weight: torch.Tensor) -> None:

@@ -18,6 +18,7 @@ from fermisvd.groups import LinearGroup, stacked_weight
 from fermisvd.linear import linear_layer, weight_of
 from fermisvd.losses import Pair, StudentLoss, set_weight
 from fermisvd.running.blocks import DecoderBlocks
+from fermisvd.running.distributed import own_part, sum_over_processes
 from fermisvd.teacher import Taught
 
 Decompose = Callable[[LinearGroup, torch.Tensor, torch.Tensor], Factors]
@@ -61,7 +62,7 @@ def refit(
         return {}
     batch_size = min(batch_size, len(windows))
     device = next(student.parameters()).device
-    batches = windows[: len(windows) // batch_size * batch_size].to(device).split(batch_size)
+    batches = own_part(windows[: len(windows) // batch_size * batch_size].to(device).split(batch_size))
     models = DecoderBlocks(dense), DecoderBlocks(student)
     hidden = [[blocks.first(batch) for batch in batches] for blocks in models]
     loss = StudentLoss(student, aside, batch_size)
@@ -107,7 +108,8 @@ def _refitted(
 def _input_grams(
     models: tuple[DecoderBlocks, DecoderBlocks], hidden: list[list[torch.Tensor]], index: int, source: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """X X'^T and X' X'^T of a layer's inputs, float64, from one more run of its block in both models."""
+    """X X'^T and X' X'^T of a layer's inputs, float64, over the windows of all processes, from one more run of its
+    block in both models."""
     inputs: list[torch.Tensor] = []
     hooks = [
         blocks.model.get_submodule(source).register_forward_pre_hook(
@@ -116,7 +118,7 @@ def _input_grams(
         for blocks in models
     ]
     width = weight_of(linear_layer(models[0].model, source)).shape[1]
-    cross = torch.zeros(width, width, dtype=torch.float64, device=hidden[0][0].device)
+    cross = torch.zeros(width, width, dtype=torch.float64, device=next(models[1].model.parameters()).device)
     gram = torch.zeros_like(cross)
     try:
         for pair in zip(*hidden, strict=True):
@@ -129,4 +131,4 @@ def _input_grams(
     finally:
         for hook in hooks:
             hook.remove()
-    return cross, gram
+    return sum_over_processes(cross), sum_over_processes(gram)

@@ -39,6 +39,6 @@ def teach(
     """What a model that is in memory makes of windows (samples, length); on_batch: called after each batch."""
     halves, device, states = halves_of(teacher), next(teacher.parameters()).device, []
     for batch in windows.split(batch_size):
-        states += halves.body(batch.to(device)).unbind()
+        states += halves.body(batch.to(device)).cpu().unbind()
         on_batch()
     return Taught(windows, states)

@@ -126,13 +126,13 @@ def main() -> None:
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shape = {"small": SMALL, **SHAPES}[arguments.shape]
-    shape |= {"num_hidden_layers": arguments.blocks or shape["num_hidden_layers"]}
+    shape = shape | {"num_hidden_layers": arguments.blocks or shape["num_hidden_layers"]}
     measured: dict[str, dict] = {}
     required: dict[str, Need] = {}
     preflight.passes_that_fit = counted(required)
     for stage, name in STAGES.items():
         setattr(program, stage, watched(name, getattr(program, stage), device, measured))
-    options = arguments.options
+    options = dict(arguments.options)
     if arguments.samples:
         options |= {"samples": arguments.samples, "gradient_samples": arguments.samples}
     if arguments.sequence_length:

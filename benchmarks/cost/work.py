@@ -23,11 +23,11 @@ from benchmarks.shapes import SHAPES, groups_of
 from fermisvd.budget import Budget
 from fermisvd.calibration import panel_width
 from fermisvd.compress import ASIDE_WINDOWS
-from fermisvd.fermigrad import STEP_TOKENS
+from fermisvd.fermigrad import step_windows
 from fermisvd.files import TensorInfo
 from fermisvd.groups import LinearGroup
 from fermisvd.joining import TRIALS
-from fermisvd.running.blocks import segments
+from fermisvd.running.blocks import places_back, segments
 from fermisvd_convert.memory import Limits, Passes, Sizes, model_sizes, needs
 from fermisvd_convert.options import ConvertOptions
 from fermisvd_convert.space import factors_bytes, gram_bytes
@@ -193,7 +193,7 @@ def conversion_work(shape: dict, remove: float = 0.2) -> dict[str, Work]:
         ],
         "decomposition": [piece for g in groups for piece in decomposition_work(g.rows, g.columns)],
         "FermiGrad": [
-            (MODEL, hidden, default("steps") * max(LENGTH, min(batch, STEP_TOKENS)) * step),
+            (MODEL, hidden, default("steps") * min(default("batch_size"), step_windows(LENGTH)) * LENGTH * step),
             (NARROW_PRODUCT, hidden, sum(2 * g.rows * g.columns * g.full_rank for g in groups)),
             (READ, 1, 2 * model + disk["factors"]),
             (KEEP, 1, states),
@@ -234,8 +234,11 @@ def stages(shape: dict, remove: float = 0.2, processes: int = 1) -> dict[str, di
     """stage -> seconds_h200 of all processes sharing the work, and the bytes that it holds at most in one process: on
     the device, beside it on the host, and in the work directory when it is done."""
     size, options = sizes_of(shape), ConvertOptions.named(remove=remove)
-    passes = Passes(default("batch_size") if processes == 1 else 1, LENGTH, processes)
-    required = needs(size, options, passes, Limits(8 * size.grams, 10**15))
+    windows = default("batch_size")
+    passes = Passes(windows if processes == 1 else 1, LENGTH, processes, windows)
+    places = 1 + places_back(size.depth)
+    limit = Limits(8 * size.grams, places * size.text * size.item * size.width)
+    required = needs(size, options, passes, limit, processes)
     rates = {kind: {shape["hidden_size"]: value} for kind, value in ASSUMED_H200.items()}
     disk, held, found = work_bytes(shape, remove), 0, {}
     made = {

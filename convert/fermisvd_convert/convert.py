@@ -56,16 +56,14 @@ def convert(model: str | Path, out: str | Path, remove: float, **options: Any) -
         ranked = join(conversion, ranked, decomposition, taught)
         factors_of = refit_groups(conversion, compressed(ranked), decomposition, taught)
         with unfinished(place) as folder:
-            write(conversion, folder, compressed(ranked), factors_of)
-            if distributed.this_process():
-                return distributed.received()  # the first process heals and measures
-            with distributed.alone():
-                rows = group_rows(ranked, decomposition.sigma)
-                said = provenance(conversion, rows)
-                write_config(conversion.source, folder, compressed(ranked), conversion.storage, said)
-                healing = heal_factors(conversion, folder, taught)
-                with complete(place):
-                    after = evaluate_compressed(conversion, folder)
+            rows = group_rows(ranked, decomposition.sigma) if distributed.this_process() == 0 else []
+            write(conversion, folder, compressed(ranked), factors_of, rows)
+            healing = heal_factors(conversion, folder, taught)
+            with complete(place):
+                after = evaluate_compressed(conversion, folder)
+                if distributed.this_process():
+                    return distributed.received()  # the first process has the record, and OUT
+                with distributed.alone():
                     record = record_of(conversion, folder, structure, ideal, rows, before, after, healing)
                     publish(conversion, place, folder, record)
         return distributed.from_first(record)
@@ -127,12 +125,21 @@ def record_of(
 
 
 @timed("write")
-def write(conversion: Conversion, folder: Path, ranked: Sequence[RankedGroup], factors_of: FactorsOf) -> None:
-    """All weights into a new folder, each process its part of the files. ranked: groups that do not stay dense."""
+def write(
+    conversion: Conversion,
+    folder: Path,
+    ranked: Sequence[RankedGroup],
+    factors_of: FactorsOf,
+    rows: Sequence[GroupRow],
+) -> None:
+    """All weights into a new folder, each process its part of the files, and the config. ranked: groups that do not
+    stay dense; rows: of the record, which the first process has."""
     cast, device = conversion.options.dtype != "auto", conversion.device
     workers = conversion.workers(gauge_bytes(conversion.size))
     conversion.workspace.wait_for_all()  # factors of joined groups are the first's
     write_checkpoint(conversion.source, folder, ranked, factors_of, conversion.storage, cast, device, workers)
+    if distributed.this_process() == 0:
+        write_config(conversion.source, folder, ranked, conversion.storage, provenance(conversion, rows))
     distributed.wait_for_all()
 
 

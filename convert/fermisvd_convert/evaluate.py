@@ -16,6 +16,7 @@ from fermisvd.hf import vocabulary_of
 from fermisvd.losses import Head, kl_divergence
 from fermisvd.precision import compute_type
 from fermisvd.running.blocks import BlocksError, DecoderBlocks, HiddenStates, device_of, states_by_blocks
+from fermisvd.running.distributed import own_part, sum_over_processes
 from fermisvd.running.halves import few_tokens, halves_of
 from fermisvd.settings import BATCH_SIZE
 from fermisvd.teacher import Taught, teach
@@ -52,13 +53,14 @@ def evaluate(
     batch_size: int = BATCH_SIZE,
     label: str = "evaluate",
 ) -> Evaluation:
-    """Mean over the L-1 predicted tokens of each window. windows: (windows, L) token ids.
+    """Mean over the L-1 predicted tokens of each window; of several processes each takes its part of them.
 
+    windows: (windows, L) token ids.
     reference: what another model makes of them; head: that model's, if it is not this model's own.
     """
     halves, device = halves_of(model), device_of(model)
     measured = Measured(lambda _, states: halves.head(states), head or halves.head)
-    numbers = torch.arange(len(windows)).split(batch_size)
+    numbers = own_part(torch.arange(len(windows)).split(batch_size))
     with bar(label, len(numbers), "batch") as shown:
         for part in numbers:
             expected = None if reference is None else reference.batch(part, device)[1]
@@ -84,10 +86,10 @@ def evaluate_by_blocks(
     except BlocksError as error:
         logger.warning("%s; the model is run whole", error)
         return evaluate(model, windows, batch_size=batch_size, label=label)
-    batches, measured = windows.split(batch_size), Measured(blocks.head)
+    batches, measured = own_part(list(enumerate(windows.split(batch_size)))), Measured(blocks.head)
     with bar(label, (len(blocks.blocks) + 1) * len(batches), "batch") as shown:
-        for number, states in states_by_blocks(blocks, list(enumerate(batches)), hidden, shown.advance):
-            measured.add(batches[number].to(device), states)
+        for number, states in states_by_blocks(blocks, batches, hidden, shown.advance):
+            measured.add(windows.split(batch_size)[number].to(device), states)
             shown.advance()
     return measured.result()
 
@@ -120,15 +122,17 @@ class Measured:
                 self.compared += following.numel()
 
     def result(self) -> Evaluation:
-        """Raises NumericalError if the logits were not finite."""
-        mean = self.loss / self.tokens
+        """Over all processes' windows. Raises NumericalError if the logits were not finite."""
+        sums = torch.tensor([self.loss, self.tokens, self.kl, self.compared, self.agreement], dtype=torch.float64)
+        loss, tokens, kl, compared, agreement = sum_over_processes(sums).tolist()
+        mean = loss / tokens
         if math.isnan(mean):
             raise NumericalError("the model's logits hold NaN or infinite values on this text")
         return Evaluation(
             math.exp(mean) if mean < math.log(sys.float_info.max) else math.inf,
-            self.tokens,
-            self.kl / self.compared if self.compared else None,
-            self.agreement / self.compared if self.compared else None,
+            int(tokens),
+            kl / compared if compared else None,
+            agreement / compared if compared else None,
         )
 
 

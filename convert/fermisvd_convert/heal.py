@@ -13,14 +13,14 @@ from transformers import PreTrainedModel
 from fermisvd.errors import OutputError
 from fermisvd.files import read_headers
 from fermisvd.format import read_config, validate_checkpoint
-from fermisvd.healing import heal, rounded_factors, trained_factors
+from fermisvd.groups import StructureError
+from fermisvd.healing import heal, rounded_factors
 from fermisvd.precision import compute_type
 from fermisvd.teacher import Taught, teach
 from fermisvd_convert.checks import check_place
 from fermisvd_convert.evaluate import Evaluation, evaluate
 from fermisvd_convert.loading import (
     SourceError,
-    context_length,
     load_dense_or_compressed,
     load_tokenizer,
     resolve_device,
@@ -47,21 +47,22 @@ def heal_checkpoint(checkpoint: str | Path, healed: str | Path, **given: Any) ->
     validate_checkpoint(checkpoint)
     check_readable(checkpoint)
     source, device = dense_model(checkpoint, options), resolve_device(options.device)
-    student = load_dense_or_compressed(checkpoint, device, torch.float32, options.trust_remote_code)
-    text = training_text(checkpoint, student, source, options)
+    compute, text = compute_type(options.compute, device), training_text(checkpoint, source, options)
+    stored = factors_type(checkpoint)
+    dtype = torch.promote_types(compute, stored)  # no digit is lost
     with claimed(healed) as place:
         check_free(healed, "choose another HEALED")  # with what was put back
-        expected, taught = asked(source, device, (text.held_back, text.windows), options)
+        expected, taught = asked(source, device, compute, (text.held_back, text.windows), options)
+        student = load_dense_or_compressed(checkpoint, device, dtype, options.trust_remote_code)
         before = evaluate(student, text.held_back, expected, batch_size=options.batch_size)
         begin = time.perf_counter()
         outcome = train(student, taught, options)
         outcome["seconds"] = round(time.perf_counter() - begin, 2)
         with unfinished(place) as partial:
             shutil.copytree(checkpoint, partial, dirs_exist_ok=True, ignore=shutil.ignore_patterns(OURS))
-            stored = read_headers(checkpoint)[next(iter(trained_factors(student)))]  # all factors have one type
-            replace_tensors(partial, rounded_factors(student, TORCH_TYPES[stored.dtype]))
+            replace_tensors(partial, rounded_factors(student, stored))
             with complete(place):
-                final = load_dense_or_compressed(partial, device, torch.float32, options.trust_remote_code)
+                final = load_dense_or_compressed(partial, device, dtype, options.trust_remote_code)
                 after = evaluate(
                     final, text.held_back, expected, batch_size=options.batch_size, label="evaluate healed"
                 )
@@ -81,6 +82,15 @@ def check_healed(checkpoint: Path, healed: Path, teacher: str | None) -> None:
             raise OutputError(f"{healed}: lies inside {folder}; choose another HEALED")
 
 
+def factors_type(checkpoint: Path) -> torch.dtype:
+    """Of a compressed checkpoint's factors. Raises StructureError if there are none."""
+    groups, headers = read_config(checkpoint).groups, read_headers(checkpoint)
+    if not groups:
+        raise StructureError(f"{checkpoint}: the model has no compressed layer to heal")
+    kinds = {info.dtype for name, info in headers.items() if name.startswith(f"{groups[0].name}.")}
+    return next(TORCH_TYPES[kind] for kind in kinds if kind in TORCH_TYPES)
+
+
 def dense_model(checkpoint: Path, options: HealOptions) -> Source:
     """The model that the checkpoint was made of. Raises SourceError if it is another, or not known."""
     provenance, teacher = read_config(checkpoint).provenance, options.teacher
@@ -94,9 +104,9 @@ def dense_model(checkpoint: Path, options: HealOptions) -> Source:
     return source
 
 
-def training_text(checkpoint: Path, student: PreTrainedModel, source: Source, options: HealOptions) -> CalibrationText:
+def training_text(checkpoint: Path, source: Source, options: HealOptions) -> CalibrationText:
     """Windows to train on, and held-back ones. Raises TextError for fewer than two."""
-    length = window_length(options.sequence_length, context_length(student.config))
+    length = window_length(options.sequence_length, source.context_length())
     tokenizer = load_tokenizer(checkpoint, options.trust_remote_code)
     text = calibration_text(
         tokenizer, options.text, options.samples, length, bos=options.bos, skip_bad_rows=options.skip_bad_rows
@@ -110,9 +120,11 @@ def training_text(checkpoint: Path, student: PreTrainedModel, source: Source, op
     return text
 
 
-def asked(source: Source, device: str, texts: Sequence[torch.Tensor], options: HealOptions) -> list[Taught]:
+def asked(
+    source: Source, device: str, compute: torch.dtype, texts: Sequence[torch.Tensor], options: HealOptions
+) -> list[Taught]:
     """What the dense model, which is then dropped, makes of each text's windows."""
-    teacher = source.load(device, compute_type(options.compute, device))
+    teacher = source.load(device, compute)
     batches = sum(len(windows.split(options.batch_size)) for windows in texts)
     with bar("ask the teacher", batches, "batch") as shown:
         return [teach(teacher, windows, options.batch_size, shown.advance) for windows in texts]
@@ -149,6 +161,7 @@ def healing_record(
         "windows": len(text.windows),
         "learning_rate": options.healing.learning_rate,
         "seed": options.seed,
+        "compute": options.compute,
         "before": before.as_dict(),
         "after": after.as_dict(),
     }

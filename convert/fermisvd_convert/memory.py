@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from fermisvd.errors import OptionError
+from fermisvd.fermigrad import step_windows
 from fermisvd.files import TensorInfo
 from fermisvd.groups import LinearGroup, block_of, parent_of
 from fermisvd.running import distributed
@@ -25,6 +26,7 @@ HIDDEN_BYTES = 2**26  # hidden states held in memory with --max-memory, or a blo
 HIDDEN_PART = 0.5  # of the memory that there is, for hidden states without --max-memory
 CONTAINER = Path("/sys/fs/cgroup/memory.max")  # cgroup v2's limit, seen from inside
 FLOAT, DOUBLE = 4, 8
+KEPT_AHEAD = 2  # parts of matrices that are being kept while the GPU has the next
 GAUGE_BYTES = 28  # that PivGa takes for each number of W: 24 measured (docs/results.md), and the factors
 
 
@@ -82,12 +84,15 @@ class Need:
 
 @dataclass(frozen=True)
 class Passes:
-    """How the steps run. windows: of a pass; length: tokens of a window; parts: processes that FermiGrad's and
-    healing's models are divided among (FSDP2, which gathers a block at a time and the next one)."""
+    """How the steps run. windows: of a pass that trains or compares; length: tokens of a window; parts: processes that
+    FermiGrad's and healing's models are divided among (FSDP2, which gathers a block at a time and the next one);
+    calibrated: windows of a pass of calibration, the teacher and evaluations, which do not depend on what follows, so
+    that these are found again."""
 
     windows: int
     length: int
     parts: int = 1
+    calibrated: int = 1
 
     @property
     def tokens(self) -> int:
@@ -126,17 +131,19 @@ def model_sizes(
     )
 
 
-def limits(size: Sizes, passes: Passes, max_memory: int | None, device: str = "cpu") -> Limits:
+def limits(size: Sizes, tokens: int, max_memory: int | None, device: str = "cpu") -> Limits:
     """By default all of a block's matrices on a GPU, and on a CPU as far as they are no more than a block and the
-    largest of them; and of hidden states half of the host's memory, and half of what calibration leaves of a GPU's."""
+    largest of them; and of hidden states half of the host's memory, or what calibration leaves of it, and half of what
+    it leaves of a GPU's. tokens: of a pass of calibration."""
     usual = FLOAT * size.block + DOUBLE * size.gram
     if max_memory is None:
-        on_gpu = device.startswith("cuda")
+        on_gpu, host = device.startswith("cuda"), memory_of("cpu", None)
         grams = DOUBLE * size.grams if on_gpu else usual
-        left = memory_of(device, None) - calibration_bytes(size, passes, grams) if on_gpu else 0
-        hidden, on_device = (int(HIDDEN_PART * room) for room in (memory_of("cpu", None), max(0, left)))
-        return Limits(grams, hidden, device_hidden_bytes=on_device)
-    rest = max_memory - calibration_bytes(size, passes, 0)
+        taken = calibration_bytes(size, tokens, grams * (KEPT_AHEAD + 2) if on_gpu else grams)
+        on_device = max(0, memory_of(device, None) - taken) if on_gpu else 0
+        left = host if on_gpu else max(0, host - taken)
+        return Limits(grams, min(int(HIDDEN_PART * host), left), device_hidden_bytes=int(HIDDEN_PART * on_device))
+    rest = max_memory - calibration_bytes(size, tokens, 0)
     hidden = max(0, min(max(HIDDEN_BYTES, FLOAT * size.block), rest // 4))
     return Limits(max(DOUBLE * size.gram, min(usual, rest - hidden)), hidden, bounded=True)
 
@@ -146,19 +153,19 @@ def streamed_bytes(size: Sizes) -> int:
     return size.item * (size.outside + size.block)
 
 
-def head_bytes(size: Sizes, passes: Passes) -> int:
+def head_bytes(size: Sizes, tokens: int) -> int:
     """A few tokens through the head: logits, and three times their float32."""
-    return min(HEAD_TOKENS, passes.tokens) * size.vocabulary * (size.item + 3 * FLOAT)
+    return min(HEAD_TOKENS, tokens) * size.vocabulary * (size.item + 3 * FLOAT)
 
 
-def activation_bytes(size: Sizes, passes: Passes) -> int:
+def activation_bytes(size: Sizes, tokens: int) -> int:
     """One block's, there and back."""
-    return 2 * size.item * passes.tokens * size.row
+    return 2 * size.item * tokens * size.row
 
 
-def calibration_bytes(size: Sizes, passes: Passes, gram_bytes: int) -> int:
+def calibration_bytes(size: Sizes, tokens: int, gram_bytes: int) -> int:
     """What calibration takes besides hidden states."""
-    return streamed_bytes(size) + gram_bytes + max(activation_bytes(size, passes), head_bytes(size, passes))
+    return streamed_bytes(size) + gram_bytes + max(activation_bytes(size, tokens), head_bytes(size, tokens))
 
 
 def decomposition_bytes(size: Sizes) -> int:
@@ -171,14 +178,14 @@ def gauge_bytes(size: Sizes) -> int:
     return GAUGE_BYTES * size.layer
 
 
-def training_bytes(size: Sizes, passes: Passes) -> int:
+def training_bytes(size: Sizes, tokens: int) -> int:
     """Activations of a pass there and back through all blocks, which compute them again beyond KEPT_ACTIVATIONS; and
     the head."""
-    kept = size.item * passes.tokens * size.row * size.depth
+    kept = size.item * tokens * size.row * size.depth
     if kept <= KEPT_ACTIVATIONS:
-        return 2 * kept + head_bytes(size, passes)
-    states = size.item * passes.tokens * size.width * size.depth
-    return states + activation_bytes(size, passes) + head_bytes(size, passes)
+        return 2 * kept + head_bytes(size, tokens)
+    states = size.item * tokens * size.width * size.depth
+    return states + activation_bytes(size, tokens) + head_bytes(size, tokens)
 
 
 def divided(size: Sizes, passes: Passes, total: int, weights: int) -> int:
@@ -189,27 +196,34 @@ def divided(size: Sizes, passes: Passes, total: int, weights: int) -> int:
 def gated_bytes(size: Sizes, passes: Passes) -> int:
     """What FermiGrad holds on each device."""
     gated = size.item * (size.factors + size.blocks - size.dense)
-    return divided(size, passes, gated, gated) + size.item * size.outside + training_bytes(size, passes)
+    tokens = min(passes.windows, step_windows(passes.length)) * passes.length
+    return divided(size, passes, gated, gated) + size.item * size.outside + training_bytes(size, tokens)
 
 
-def healing_bytes(size: Sizes, passes: Passes, kept: float) -> int:
-    """On each device. kept: fraction of the dense parameters. Of each factor: the copy that the passes use, its value
-    in float32, and two moments in the type of the copy."""
+def healing_bytes(size: Sizes, passes: Passes, kept: float, share: int) -> int:
+    """On each device. kept: fraction of the dense parameters; share: windows of a batch that a process takes. Of each
+    factor: the copy that the passes use, its value in float32, two moments in the type of the copy, and a gradient
+    where it waits for further passes."""
     factors, rest = int(kept * size.dense), size.item * (size.blocks - size.dense)
     weights = size.item * factors + rest
-    beside = factors * (2 * size.item + (FLOAT if size.item < FLOAT else 0))
-    return divided(size, passes, weights + beside, weights) + size.item * size.outside + training_bytes(size, passes)
+    waiting = size.item if passes.windows < share else 0
+    beside = factors * (2 * size.item + (FLOAT if size.item < FLOAT else 0) + waiting)
+    tokens = min(passes.windows, share) * passes.length
+    return divided(size, passes, weights + beside, weights) + size.item * size.outside + training_bytes(size, tokens)
 
 
-def needs(size: Sizes, options: ConvertOptions, passes: Passes, limit: Limits) -> dict[str, Need]:
+def needs(size: Sizes, options: ConvertOptions, passes: Passes, limit: Limits, processes: int = 1) -> dict[str, Need]:
     """Of the steps that a conversion takes, by name."""
     whole, smaller = size.item * (size.blocks + size.outside), "--sequence-length smaller"
-    state = size.item * size.width
-    forward = activation_bytes(size, passes) // 2 + head_bytes(size, passes)
+    state, calibrated = size.item * size.width, passes.calibrated * passes.length
+    forward = activation_bytes(size, passes.tokens) // 2 + head_bytes(size, passes.tokens)
     places = 1 + (places_back(size.depth) if options.whitening == "kfac" else 0)
-    hidden = min(limit.hidden_bytes, places * size.text * state)
+    on_device = min(limit.device_hidden_bytes, places * size.text * state)
+    hidden = min(limit.hidden_bytes, places * size.text * state - on_device)
+    ahead = KEPT_AHEAD + 1 if limit.device_hidden_bytes else 0  # matrices that wait to be kept, beside a GPU
+    calibration = calibration_bytes(size, calibrated, limit.gram_bytes * (ahead + 1)) + on_device
     found = {
-        "calibration": Need(calibration_bytes(size, passes, limit.gram_bytes), hidden, smaller),
+        "calibration": Need(calibration, hidden, smaller),
         "decomposition": Need(decomposition_bytes(size), 0, "--groups separate, for smaller matrices"),
     }
     if options.ranks == "fermigrad":
@@ -228,23 +242,21 @@ def needs(size: Sizes, options: ConvertOptions, passes: Passes, limit: Limits) -
     if options.healing.steps:
         kept = options.budget.kept
         start = int(size.item * kept * size.dense)
-        found["healing"] = Need(healing_bytes(size, passes, kept), start, "--heal-steps 0, or more processes")
+        trained = healing_bytes(size, passes, kept, -(-options.batch_size // processes))
+        found["healing"] = Need(trained, start, "--heal-steps 0, or more processes")
     return found
 
 
-def passes_to_try(batch_size: int, length: int, processes: int) -> Iterator[Passes]:
-    """From the fewest restrictions on: a batch in one pass or in several, each process with a model of its own or all
-    with a part of one. length: of a window."""
-    for parts in dict.fromkeys((1, processes)):
-        windows = batch_size
-        while windows:
-            yield Passes(windows, length, parts)
-            windows //= 2
+def fewer(batch_size: int) -> Iterator[int]:
+    """Windows of a pass to try: all of a batch, half of them, ..., one."""
+    while batch_size:
+        yield batch_size
+        batch_size //= 2
 
 
-def missing(required: dict[str, Need], room: int, host_room: int | None) -> str | None:
+def missing(required: dict[str, Need], room: int, host_room: int | None) -> str:
     """What is said of the first step that takes more than `room` bytes, or in the host's memory beside a GPU more than
-    `host_room`; None where all fit. host_room: None where the device is the CPU."""
+    `host_room`; nothing where all fit. host_room: None where the device is the CPU."""
     for step, need in required.items():
         taken = need.device + (need.host if host_room is None else 0)
         for place, bytes_needed, there in (("", taken, room), (" of the host's memory", need.host, host_room)):
@@ -253,23 +265,29 @@ def missing(required: dict[str, Need], room: int, host_room: int | None) -> str 
                     f"{step} takes about {bytes_needed / 2**30:.2f} GiB{place}, there are {there / 2**30:.2f} "
                     f"(--max-memory, or what the machine has); give more, or: {need.instead}"
                 )
-    return None
+    return ""
 
 
 def passes_that_fit(
     size: Sizes, options: ConvertOptions, length: int, device: str, processes: int
 ) -> tuple[Passes, Limits]:
-    """The first of `passes_to_try` with which no step takes more than there is, and its limits. Raises OptionError
-    naming the first step that takes more with the smallest."""
+    """With which no step takes more than there is, and the limits: as many windows of a batch in a pass as fit, each
+    process with a model of its own or, where that does not fit, all with a part of one. Raises OptionError naming the
+    first step that takes more with one window."""
     on_gpu, room = device.startswith("cuda"), memory_of(device, options.max_memory)
-    host_room = memory_of("cpu", None) if on_gpu else None
-    lacking = None
-    for passes in passes_to_try(options.batch_size, length, processes):
-        limit = limits(size, passes, options.max_memory, device)
-        lacking = missing(needs(size, options, passes, limit), room, host_room)
-        if lacking is None:
-            return passes, limit
-    raise OptionError(lacking or "")
+    host_room, lacking = memory_of("cpu", None) if on_gpu else None, ""
+    for calibrated in fewer(options.batch_size):
+        limit = limits(size, calibrated * length, options.max_memory, device)
+        passes = Passes(1, length, 1, calibrated)
+        first = {name: need for name, need in needs(size, options, passes, limit).items() if name == "calibration"}
+        if not (lacking := missing(first, room, host_room)):
+            break
+    for parts in () if lacking else dict.fromkeys((1, processes)):
+        for windows in fewer(options.batch_size):
+            passes = Passes(windows, length, parts, calibrated)
+            if not (lacking := missing(needs(size, options, passes, limit, processes), room, host_room)):
+                return passes, limit
+    raise OptionError(lacking)
 
 
 def memory_of(device: str, max_memory: int | None) -> int:

@@ -94,6 +94,11 @@ class ConvertOptions(RunOptions, CalibrationOptions, CompressOptions):
         return value
 
     @property
+    def asks_teacher(self) -> bool:
+        """Whether any step compares a student with the dense model."""
+        return self.ranks == "fermigrad" or self.joins or self.refits or self.healing.steps > 0
+
+    @property
     def joins(self) -> bool:
         """Whether layers may be joined after ranks are chosen; ranks of a file have their groups."""
         return self.groups == "auto" and self.ranks in RANK_RULES

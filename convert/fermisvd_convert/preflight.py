@@ -114,8 +114,9 @@ def check_room(conversion: Conversion, groups: Sequence[LinearGroup]) -> Convers
     passes, limits = distributed.from_first(
         passes_that_fit(size, options, conversion.length, conversion.device, processes)
     )
-    if passes.windows < options.batch_size:
-        logger.warning("memory has room for passes of %d windows: a batch takes several", passes.windows)
+    windows = min(passes.windows, passes.calibrated)
+    if windows < options.batch_size:
+        logger.warning("memory has room for passes of %d windows: a batch takes several", windows)
     if passes.parts > 1:
         logger.warning("memory has no room for the whole model: its blocks are divided among %d processes", processes)
     conversion = replace(conversion, limits=limits, passes=passes, size=size)

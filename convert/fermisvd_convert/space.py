@@ -76,7 +76,8 @@ def work_bytes(
         states = places * conversion.windows.numel() * groups[0].columns * conversion.compute.itemsize
         states -= conversion.limits.hidden_bytes + conversion.limits.device_hidden_bytes
     taught = conversion.text.windows.numel() * groups[0].columns * conversion.compute.itemsize
-    first["the teacher's states"] = max(0, taught - teacher_stage(conversion).bytes_written())
+    if options.asks_teacher:
+        first["the teacher's states"] = max(0, taught - teacher_stage(conversion).bytes_written())
     later = {"factors": factors_bytes(groups, options.whitening, options.groups == "auto")}
     later["factors"] = max(0, later["factors"] - decomposition.stage.bytes_written())
     kept = conversion.budget.numbers(groups)

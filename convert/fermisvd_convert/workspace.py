@@ -271,7 +271,8 @@ class Workspace:
         if path.is_dir():
             raise OutputError(f"{path}: a folder where an artefact goes; remove it")
         ensure_own(self.scratch)
-        write_whole(path, self.scratch / f"half-{distributed.this_process()}-{path.name}", write)
+        partial = f"half-{distributed.this_process()}-{artefact.replace('/', ' ')}"  # threads keep several at once
+        write_whole(path, self.scratch / partial, write)
         entry = {
             "artefact": artefact,
             "settings": artefact.partition("/")[0].removesuffix(".json").removesuffix(".progress").rpartition("-")[2],

@@ -122,16 +122,15 @@ def planned(
 
 def divided(pieces: Mapping[str, Mapping[str, int]], shard_bytes: int) -> dict[str, dict[str, str]]:
     """File -> tensor -> the piece that it is of: model.safetensors, or numbered shards where it would grow past
-    shard_bytes."""
+    shard_bytes. A piece is in one file, so that one process makes all of it."""
     shards: list[dict[str, str]] = [{}]
     filled = 0
     for piece, tensors in pieces.items():
-        for name, size in tensors.items():
-            if shards[-1] and filled + size > shard_bytes:
-                shards.append({})
-                filled = 0
-            shards[-1][name] = piece
-            filled += size
+        if shards[-1] and filled + sum(tensors.values()) > shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1] |= dict.fromkeys(tensors, piece)
+        filled += sum(tensors.values())
     if len(shards) == 1:
         return {WEIGHTS_NAME: shards[0]}
     return {f"model-{number:05d}-of-{len(shards):05d}.safetensors": shard for number, shard in enumerate(shards, 1)}

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import distributed
+from torch.distributed.tensor import DTensor
 
 from fermisvd.errors import FermiSVDError, reason
 
@@ -85,12 +86,32 @@ def own_run(items: Sequence[T]) -> list[T]:
     return list(items[start:stop])
 
 
+def own_passes(numbers: torch.Tensor, at_once: int) -> list[tuple[torch.Tensor, float]]:
+    """This process' part of a batch's windows, given by their numbers, so many at once, each with its share of the
+    batch. There are as many in every process, since all take part in every pass: where there is nothing left to do it
+    is the first window again, of no share."""
+    own = [part for part in numbers[this_process() :: process_count()].split(at_once) if len(part)]
+    most = -(-len(numbers) // process_count())
+    found = [(part, len(part) / len(numbers)) for part in own]
+    return found + [(numbers[:1], 0.0)] * (-(-most // at_once) - len(own))
+
+
 def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor, added up in place. Raises FermiSVDError if another process has ended."""
     if process_count() > 1:
         with _all_there():
             distributed.all_reduce(tensor)
     return tensor
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This process' part of a tensor that FSDP2 has divided; another tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that FSDP2 has divided, put together in every process; another tensor itself."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def from_first(value: T) -> T:

@@ -44,7 +44,10 @@ class Split:
             if len(seen) != 1:
                 raise BlocksError(f"{type(model).__name__}: its last block is called {len(seen)} times")
             self.as_tuple = isinstance(seen[0], tuple | list)
-            found = self.head(hidden_of(seen[0])).float()
+            try:
+                found = self.head(hidden_of(seen[0])).float()
+            except Exception as error:  # of a model that wants more of its blocks than their states
+                raise BlocksError(f"{type(model).__name__}: its head fails on the states alone ({error})") from error
         if (found - expected).nan_to_num().norm() > 1e-3 * expected.nan_to_num().norm():  # NaN is for others to find
             raise BlocksError(f"{type(model).__name__}: its head needs more than the states behind the last block")
 

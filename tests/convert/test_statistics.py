@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fermisvd.decomposition import OutputGram
+from fermisvd_convert.ahead import in_order
 from fermisvd_convert.stages.calibration import STRIP, Statistics, strip_bytes
 from fermisvd_convert.workspace import Workspace
 
@@ -25,3 +26,21 @@ def test_half_of_a_symmetric_matrix_is_kept_and_gives_the_whole(tmp_path, width)
     for stage in (statistics.inputs, statistics.outputs):
         assert stage is not None and 0 < stage.bytes_written() - strip_bytes(width) < most_header
     assert strip_bytes(width) <= 4 * (width * (width + STRIP) // 2 + STRIP**2 / 2)
+
+
+def test_several_threads_keep_matrices_of_one_name(tmp_path):
+    """As beside a GPU: an input's and an output's of one layer at the same moment."""
+    workspace = Workspace(tmp_path)
+    statistics = Statistics(workspace.stage("gram", 1), workspace.stage("outputs", 1))
+    matrices = [torch.full((STRIP, STRIP), float(number), dtype=torch.float64) for number in range(20)]
+
+    def keep(number: int) -> None:
+        if number % 2:
+            statistics.keep({str(number // 2): matrices[number]}, {})
+        else:
+            statistics.keep({}, {str(number // 2): OutputGram(matrices[number], 0.1)})
+
+    assert len(list(in_order(keep, range(20), "cpu", 4))) == 20
+    for number in range(0, 20, 2):
+        assert torch.equal(statistics.output(str(number // 2), CPU).matrix, matrices[number])
+        assert torch.equal(statistics.gram(str(number // 2), CPU), matrices[number + 1].float())

@@ -15,7 +15,7 @@ from fermisvd.running import distributed
 from fermisvd.running.blocks import BlocksError, DecoderBlocks, device_of
 from fermisvd_convert.ahead import in_order
 from fermisvd_convert.conversion import Conversion, timed
-from fermisvd_convert.memory import give_back
+from fermisvd_convert.memory import KEPT_AHEAD, give_back
 from fermisvd_convert.progress import bar
 from fermisvd_convert.stages.teacher import keeper
 from fermisvd_convert.workspace import Stage
@@ -95,7 +95,7 @@ def strip_bytes(width: int) -> int:
 def statistics_of(conversion: Conversion) -> Statistics:
     """Where `calibrate` keeps them."""
     options, workspace = conversion.options, conversion.workspace
-    common = (conversion.key, conversion.windows, conversion.passes.windows, options.compute)
+    common = (conversion.key, conversion.windows, conversion.passes.calibrated, options.compute)
     outputs = workspace.stage("outputs", *common, options.seed) if options.whitening == "kfac" else None
     return Statistics(workspace.stage("gram", *common), outputs)
 
@@ -123,7 +123,7 @@ def calibrate(conversion: Conversion, groups: Sequence[LinearGroup]) -> Statisti
 
 def _gather(conversion: Conversion, statistics: Statistics, missing: Sequence[Matrix]) -> None:
     model, options, limits = conversion.stream(), conversion.options, conversion.limits
-    batches = conversion.windows.split(conversion.passes.windows)
+    batches = conversion.windows.split(conversion.passes.calibrated)
     try:
         with bar("take the model apart", 1, "batch"):
             blocks = DecoderBlocks(model)
@@ -146,8 +146,8 @@ def _gather(conversion: Conversion, statistics: Statistics, missing: Sequence[Ma
     ):
         limit = limits.gram_bytes
         given = (blocks, *names, batches, hidden, options.seed, limit, shown.advance)
-        parts, device = grams_by_blocks(*given, on_last=keeper(conversion)), conversion.device
-        workers = conversion.workers(8 * limit)  # beside a GPU, of which they take little, the disk has its time
+        parts, device = grams_by_blocks(*given, on_last=keeper(conversion, model)), conversion.device
+        workers = KEPT_AHEAD if device.startswith("cuda") else 1  # the disk has its time beside a GPU
         with closing(in_order(lambda part: statistics.keep(*part), parts, device, workers)) as kept:
             for _ in kept:
                 give_back()

@@ -16,7 +16,7 @@ logger = logging.getLogger("fermisvd")
 def evaluate_dense(conversion: Conversion) -> dict:
     """Evaluation of the dense model, as a dict; a warning where it is no better than a guess."""
     stage = conversion.workspace.stage("dense", conversion.key, conversion.options.compute, conversion.text.held_back)
-    found = stage.json(lambda: evaluate_streamed(conversion, conversion.stream(), "evaluate dense"))
+    found = stage.json(lambda: evaluate_streamed(conversion, conversion.stream(), "evaluate dense"), together=True)
     if found["perplexity"] >= conversion.source.vocabulary:
         logger.warning(
             "%s: perplexity %.1f on the held-back text, no better than a guess among its %d tokens: the tokenizer, "
@@ -37,6 +37,6 @@ def evaluate_compressed(conversion: Conversion, folder: Path) -> dict:
 
 def evaluate_streamed(conversion: Conversion, model: PreTrainedModel, label: str) -> dict:
     """Evaluation of a streamed model, as a dict."""
-    text, batch_size, limits = conversion.text.held_back, conversion.passes.windows, conversion.limits
+    text, batch_size, limits = conversion.text.held_back, conversion.passes.calibrated, conversion.limits
     with conversion.workspace.hidden_states(limits.hidden_bytes, limits.device_hidden_bytes) as hidden:
         return evaluate_by_blocks(model, text, hidden, batch_size, label).as_dict()

@@ -2,12 +2,19 @@
 
 from pathlib import Path
 
+import torch
+from torch.distributed.fsdp import fully_shard
+from transformers import PreTrainedModel
+
 from fermisvd.compress import set_aside
 from fermisvd.format import read_config
+from fermisvd.groups import decoder_blocks
 from fermisvd.healing import HealingState, heal, rounded_factors
+from fermisvd.running import distributed
+from fermisvd.running.streaming import fill_for_good
 from fermisvd.teacher import Taught
 from fermisvd_convert.conversion import Conversion, timed
-from fermisvd_convert.loading import load_dense_or_compressed
+from fermisvd_convert.loading import open_streamed
 from fermisvd_convert.progress import bar
 from fermisvd_convert.workspace import file_hash
 from fermisvd_convert.writer import replace_tensors
@@ -16,7 +23,8 @@ from fermisvd_convert.writer import replace_tensors
 @timed("heal")
 def heal_factors(conversion: Conversion, checkpoint: Path, taught: Taught) -> dict | None:
     """Put factors that were distilled from the dense model in the place of a written checkpoint's, and give the record
-    of it; None where nothing is to be healed, or nothing can be. An interrupted run goes on where it was kept last."""
+    of it; None where nothing is to be healed, or nothing can be. An interrupted run of one process goes on where it was
+    kept last."""
     options = conversion.options
     if not (options.healing.steps and read_config(checkpoint).groups):
         return None
@@ -26,13 +34,11 @@ def heal_factors(conversion: Conversion, checkpoint: Path, taught: Taught) -> di
     stage = conversion.workspace.stage("healed", conversion.key, factors, training.windows, aside.windows, *settings)
 
     def make() -> dict:
-        found, keep = stage.tensor_progress()
+        found, keep = stage.tensor_progress() if distributed.process_count() == 1 else (None, lambda *_: None)
         begun = HealingState(*found) if found else None
         done = len(begun.records) if begun else 0
         with bar("heal", options.healing.steps, done=done) as shown:
-            student = load_dense_or_compressed(
-                checkpoint, conversion.device, conversion.compute, options.trust_remote_code
-            )
+            student = load_student(conversion, checkpoint)
             record = heal(
                 student,
                 training,
@@ -45,9 +51,26 @@ def heal_factors(conversion: Conversion, checkpoint: Path, taught: Taught) -> di
                 begun=begun,
                 on_progress=lambda state: keep(state.records, state.factors),
             )
-        stage.save("factors", rounded_factors(student, conversion.storage))
+        factors = rounded_factors(student, conversion.storage)
+        if distributed.this_process() == 0:
+            stage.save("factors", factors)
         return record
 
-    record = stage.json(make, lambda _: stage.has("factors"))
-    replace_tensors(checkpoint, stage.load("factors"))
+    record = stage.json(make, lambda _: stage.has("factors"), together=True)
+    if distributed.this_process() == 0:
+        replace_tensors(checkpoint, stage.load("factors"))
+    distributed.wait_for_all()
     return record
+
+
+def load_student(conversion: Conversion, checkpoint: Path) -> PreTrainedModel:
+    """A written checkpoint, its blocks divided among the processes where memory asks for it, one after the other, so
+    that the whole need not fit. In the type of the passes, or a wider one where that would lose digits of the factors.
+    """
+    dtype, trust = torch.promote_types(conversion.compute, conversion.storage), conversion.options.trust_remote_code
+    student = open_streamed(checkpoint, conversion.device, dtype, trust)
+    for block in student.get_submodule(decoder_blocks(student)).children():
+        fill_for_good(block)
+        if conversion.passes.parts > 1:
+            fully_shard(block, reshard_after_forward=True)
+    return student

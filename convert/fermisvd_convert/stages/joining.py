@@ -4,8 +4,9 @@ from dataclasses import asdict
 
 from fermisvd.budget import RankedGroup, compressed
 from fermisvd.compress import set_aside
-from fermisvd.joining import FEWEST_TOKENS, HOPE, TRIALS, fused_layers, join_groups, layers_with_hopes
+from fermisvd.joining import FEWEST_TOKENS, HOPE, TRIALS, FusedLayer, fused_layers, join_groups, layers_with_hopes
 from fermisvd.losses import StudentLoss, set_products
+from fermisvd.running import distributed
 from fermisvd.teacher import Taught
 from fermisvd_convert.conversion import Conversion, timed
 from fermisvd_convert.progress import bar
@@ -30,7 +31,10 @@ def join(
         records: list[dict] = []
         fused = fused_layers([each.group for each in ranked])
         with bar("compare spectra", len(fused), "layer") as shown:
-            layers = layers_with_hopes(ranked, budget, decomposition, shown.advance)
+            layers: list[FusedLayer] = []
+            if distributed.this_process() == 0:  # what a last digit decides must be one decision
+                layers = layers_with_hopes(ranked, budget, decomposition, shown.advance)
+            layers = distributed.from_first(layers)
         with bar("join groups", sum(len(parts) > 1 for parts in fused), "layer") as shown:
 
             def show(record: dict) -> None:
@@ -45,7 +49,7 @@ def join(
         groups = [{**asdict(each.group), "rank": each.rank} for each in found]
         return {"groups": groups, "records": records, "whole": whole}
 
-    found = stage.json(make)
+    found = stage.json(make, together=True)
     groups = [group_of(entry) for entry in found["groups"]]
     conversion.choices["groups"], conversion.choices["joining"] = found["records"], found["whole"]
     # joined groups may leave a step unspent

@@ -87,7 +87,7 @@ def settle_dense(
     def make() -> dict:
         with bar("choose dense groups", 2 * min(CANDIDATES, len(groups)), "choice") as shown:
             model = conversion.stream()
-            gated = install_gates(model, groups, decomposition.whole)
+            gated = install_gates(model, groups, decomposition.whole, conversion.passes.parts > 1)
             ranks, records = choose_dense(
                 model,
                 groups,
@@ -100,6 +100,6 @@ def settle_dense(
             )
         return {"mu": ranks, "records": records}
 
-    settled = stage.json(make)
+    settled = stage.json(make, together=True)
     conversion.choices["dense"] = settled["records"]
     return replace(found, ranks=settled["mu"])

@@ -7,6 +7,7 @@ from fermisvd.compress import set_aside
 from fermisvd.groups import LinearGroup
 from fermisvd.losses import Pair, set_products
 from fermisvd.refit import MIXTURES, REFIT_DAMPING, refit
+from fermisvd.running import distributed
 from fermisvd.teacher import Taught
 from fermisvd_convert.conversion import Conversion, timed
 from fermisvd_convert.progress import bar
@@ -23,7 +24,7 @@ def refit_groups(
     chosen, unchanged = [[each.group.members, each.rank] for each in ranked], decomposition.kept(ranked)
     if not options.refits:
         return unchanged
-    settings = (options.batch_size, options.compute, MIXTURES, REFIT_DAMPING)
+    settings = (conversion.passes.windows, options.compute, MIXTURES, REFIT_DAMPING)
     stage = conversion.workspace.stage(
         "refit", decomposition.stage.name, chosen, training.windows, aside.windows, *settings
     )
@@ -47,11 +48,11 @@ def refit_groups(
                 batch_size=conversion.passes.windows,
                 on_group=show,
             )
-        for name, (a, b) in found.items():
+        for name, (a, b) in found.items() if distributed.this_process() == 0 else ():
             stage.save(name, {"a": a.float(), "b": b.float()})
         return {"refitted": sorted(found), "records": records}
 
-    result = stage.json(make, lambda found: all(stage.has(name) for name in found["refitted"]))
+    result = stage.json(make, lambda found: all(stage.has(name) for name in found["refitted"]), together=True)
 
     def factors_of(group: LinearGroup) -> Pair:
         if group.name in result["refitted"]:

@@ -5,9 +5,11 @@ from collections.abc import Callable
 from itertools import chain
 
 import torch
+from transformers import PreTrainedModel
 
 from fermisvd.running import distributed
 from fermisvd.running.blocks import BlocksError, DecoderBlocks, device_of, states_by_blocks
+from fermisvd.running.halves import Split, halves_of
 from fermisvd.teacher import Taught, teach
 from fermisvd_convert.conversion import Conversion, timed
 from fermisvd_convert.memory import give_back
@@ -19,16 +21,18 @@ logger = logging.getLogger("fermisvd")
 
 def teacher_stage(conversion: Conversion) -> Stage:
     """Where the states of each batch of the text's windows are kept, by its number."""
-    depends = (conversion.text.windows, conversion.passes.windows, conversion.options.compute)
+    depends = (conversion.text.windows, conversion.passes.calibrated, conversion.options.compute)
     return conversion.workspace.stage("teacher", conversion.key, *depends)
 
 
-def keeper(conversion: Conversion) -> Callable[[int, torch.Tensor], None]:
-    """Keeps a batch's states that calibration comes by, unless the batch is cut short for the text's last windows."""
-    stage, batches = teacher_stage(conversion), conversion.text.windows.split(conversion.passes.windows)
+def keeper(conversion: Conversion, model: PreTrainedModel) -> Callable[[int, torch.Tensor], None]:
+    """Keeps a batch's states that calibration comes by, unless the batch is cut short for the text's last windows; none
+    of a model whose head needs more than them, or where no step asks."""
+    stage, batches = teacher_stage(conversion), conversion.text.windows.split(conversion.passes.calibrated)
+    useful = conversion.options.asks_teacher and isinstance(halves_of(model), Split)
 
     def keep(number: int, states: torch.Tensor) -> None:
-        if len(states) == len(batches[number]):
+        if useful and len(states) == len(batches[number]):
             stage.save(str(number), {"states": states})
 
     return keep
@@ -37,9 +41,11 @@ def keeper(conversion: Conversion) -> Callable[[int, torch.Tensor], None]:
 @timed("calibrate")
 def ask_teacher(conversion: Conversion) -> Taught:
     """All of the text's windows, and the dense model's states; those that calibration did not keep on its way are
-    computed, by each process its part."""
+    computed, by each process its part. No states where no step asks for them."""
     stage, windows = teacher_stage(conversion), conversion.text.windows
-    batches = list(enumerate(windows.split(conversion.passes.windows)))
+    if not conversion.options.asks_teacher:
+        return Taught(windows, [])
+    batches = list(enumerate(windows.split(conversion.passes.calibrated)))
     missing = None
     if distributed.this_process() == 0:
         missing = [number for number, _ in batches if not stage.has(str(number))]
@@ -58,7 +64,11 @@ def _ask(conversion: Conversion, stage: Stage, batches: list[tuple[int, torch.Te
     try:
         blocks = DecoderBlocks(model)
         blocks.first(batches[0][1].to(device_of(model)))
+        if not isinstance(halves_of(model), Split):
+            raise BlocksError(f"{type(model).__name__}: its head needs more than the states behind the last block")
     except BlocksError as error:
+        if conversion.limits.bounded:
+            raise BlocksError(f"{error}; it is run whole, which --max-memory does not allow") from None
         logger.warning("%s; the model is run whole", error)
         with bar("ask the teacher", len(batches), "batch") as shown:
             for number, batch in batches:
