@@ -10,9 +10,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from fermisvd.groups import decoder_blocks
-from fermisvd.running.blocks import BlocksError, Stop, hidden_of
+from fermisvd.running.blocks import BlocksError, Stop, forwards, hidden_of
 
 PROBE_TOKENS = 8
 HEAD_TOKENS = 1024  # that a head is asked for together
@@ -33,13 +34,13 @@ class Split:
     def __init__(self, model: nn.Module):
         self.model = model
         self.container = model.get_submodule(decoder_blocks(model))
-        self.last = list(self.container.children())[-1]
+        self.last, self.output = list(self.container.children())[-1], output_layer(model)
         seen = []
         hook = self.last.register_forward_hook(lambda _, inputs, output: seen.append(output))
+        probe = torch.arange(PROBE_TOKENS, device=next(model.parameters()).device)[None]
         with torch.no_grad():
-            expected = logits_of(
-                model, torch.arange(PROBE_TOKENS, device=next(model.parameters()).device)[None]
-            ).float()
+            with _exact(self.output):
+                expected = logits_of(model, probe).float()
             hook.remove()
             if len(seen) != 1:
                 raise BlocksError(f"{type(model).__name__}: its last block is called {len(seen)} times")
@@ -66,8 +67,14 @@ class Split:
 
     def head(self, states: torch.Tensor) -> torch.Tensor:
         tokens = torch.zeros(states.shape[:2], dtype=torch.int64, device=states.device)
-        with _skipped(self.container, (states,) if self.as_tuple else states):
+        with _skipped(self.container, (states,) if self.as_tuple else states), _exact(self.output):
             return logits_of(self.model, tokens)
+
+
+def output_layer(model: nn.Module) -> nn.Linear | None:
+    """The layer that gives logits, where it is an ordinary one of a type narrower than float32."""
+    found = getattr(model, "get_output_embeddings", lambda: None)()
+    return found if isinstance(found, nn.Linear) and found.weight.dtype.itemsize < 4 else None
 
 
 class Whole:
@@ -116,6 +123,38 @@ class _Skip(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         return getattr(vars(self)["block"], name)
+
+
+class _ExactLinear(torch.autograd.Function):
+    """x W^T in float32, of narrower numbers: logits that were rounded would differ by more than a good student's from
+    its teacher's. The gradient takes the narrower type's speed."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(weight)
+        if x.is_cuda:
+            flat = torch.mm(x.flatten(0, -2), weight.T, out_dtype=torch.float32)
+            return flat.view(*x.shape[:-1], len(weight))
+        return functional.linear(x.float(), weight.float())
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (weight,) = ctx.saved_tensors
+        return gradient.to(weight.dtype) @ weight, None
+
+
+@contextmanager
+def _exact(layer: nn.Linear | None) -> Iterator[None]:
+    """The layer gives float32 for the duration."""
+    if layer is None:
+        yield
+        return
+    with forwards([layer], [lambda x: _with_bias(_ExactLinear.apply(x, layer.weight), layer.bias)]):
+        yield
+
+
+def _with_bias(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return x if bias is None else x + bias
 
 
 @contextmanager

@@ -13,7 +13,7 @@ def convert(processes: int, model, out, text, work) -> dict:
     numbers = {"remove": 0.3, "samples": 12, "gradient-samples": 12, "sequence-length": 32, "steps": 6}
     numbers |= {"heal-steps": 2, "batch-size": 4, "align": 1}
     options = [part for name, value in numbers.items() for part in (f"--{name}", value)]
-    options += ["--calibration", text, "--work", work]
+    options += ["--calibration", text, "--work", work, "--compute", "float32"]
     run = [*launch, "-m", "fermisvd_convert", "convert", model, out, *options]
     done = subprocess.run([str(part) for part in run], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -24,6 +24,22 @@ def test_head_of_body_is_the_model(family, tmp_path):
     assert list(halves.container.children()) == blocks
 
 
+def test_logits_of_a_bfloat16_model_are_not_rounded(tiny_llama):
+    """Reference: products in float64 of the numbers as they are; rounded logits would be off by 2e-3."""
+    model = load_model(tiny_llama, torch.bfloat16)
+    halves, weight = halves_of(model), model.lm_head.weight.double()
+    states = halves.body(torch.randint(2048, (2, 9))).detach().requires_grad_()
+    logits = halves.head(states)
+    normed = model.model.norm(states)
+    expected = normed.double() @ weight.T
+    torch.testing.assert_close(logits.double(), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+    gradient = torch.randn_like(logits)
+    (found,) = torch.autograd.grad(logits, states, gradient)
+    (wanted,) = torch.autograd.grad(normed, states, (gradient.double() @ weight).to(normed.dtype))
+    assert (found - wanted).norm() < 0.01 * wanted.norm()
+    assert model(input_ids=torch.zeros(1, 3, dtype=torch.int64)).logits.dtype == torch.bfloat16
+
+
 class Remembering(nn.Module):
     """A model whose head adds what it saw before the blocks."""
 
