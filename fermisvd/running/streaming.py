@@ -12,6 +12,7 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.utils.hooks import RemovableHandle
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -107,6 +108,15 @@ def fill_for_good(block: nn.Module) -> None:
         stream.fill()
         for hook in stream.hooks:
             hook.remove()
+
+
+def fill_all(model: PreTrainedModel, shard: bool = False) -> None:
+    """All blocks' weights into memory, to stay, one block after the other; shard: each then divided among the processes
+    (FSDP2), so that the model may be larger than a device."""
+    for block in model.get_submodule(decoder_blocks(model)).children():
+        fill_for_good(block)
+        if shard:
+            fully_shard(block, reshard_after_forward=True)
 
 
 def _fill(block: nn.Module, _) -> None:

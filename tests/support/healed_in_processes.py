@@ -9,15 +9,13 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from fermisvd.groups import decoder_blocks
 from fermisvd.healing import HealingSettings, heal, rounded_factors, trained_factors
 from fermisvd.hf import load_model
 from fermisvd.running import distributed
 from fermisvd.running.blocks import KEPT_ACTIVATIONS
-from fermisvd.running.streaming import fill_for_good, stream_model
+from fermisvd.running.streaming import fill_all, stream_model
 from fermisvd.teacher import teach
 
 
@@ -25,10 +23,7 @@ def main(dense: Path, checkpoint: Path, result: Path, shard: bool) -> None:
     with distributed.process_group("cpu"):
         windows = torch.randint(2048, (9, 16), generator=torch.Generator().manual_seed(0))
         taught, student = teach(load_model(dense), windows, 3), stream_model(checkpoint, "cpu")
-        for block in student.get_submodule(decoder_blocks(student)).children():
-            fill_for_good(block)
-            if shard:
-                fully_shard(block, reshard_after_forward=True)
+        fill_all(student, shard)
         sharded = [isinstance(factor, DTensor) for factor in trained_factors(student).values()]
         assert all(sharded) if shard else not any(sharded)
         settings, kept = HealingSettings(steps=6, learning_rate=0.3), 0 if shard else KEPT_ACTIVATIONS

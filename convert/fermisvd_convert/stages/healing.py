@@ -3,15 +3,13 @@
 from pathlib import Path
 
 import torch
-from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedModel
 
 from fermisvd.compress import set_aside
 from fermisvd.format import read_config
-from fermisvd.groups import decoder_blocks
 from fermisvd.healing import HealingState, heal, rounded_factors
 from fermisvd.running import distributed
-from fermisvd.running.streaming import fill_for_good
+from fermisvd.running.streaming import fill_all
 from fermisvd.teacher import Taught
 from fermisvd_convert.conversion import Conversion, timed
 from fermisvd_convert.loading import open_streamed
@@ -69,8 +67,5 @@ def load_student(conversion: Conversion, checkpoint: Path) -> PreTrainedModel:
     """
     dtype, trust = torch.promote_types(conversion.compute, conversion.storage), conversion.options.trust_remote_code
     student = open_streamed(checkpoint, conversion.device, dtype, trust)
-    for block in student.get_submodule(decoder_blocks(student)).children():
-        fill_for_good(block)
-        if conversion.passes.parts > 1:
-            fully_shard(block, reshard_after_forward=True)
+    fill_all(student, shard=conversion.passes.parts > 1)
     return student
