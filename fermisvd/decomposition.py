@@ -17,12 +17,12 @@ import torch
 
 from fermisvd.groups import LinearGroup
 
-DAMPING = 1e-6  # of mean(diag C): orders the directions that calibration never saw, changes no other
+DAMPING = 1e-6  # of the median channel's energy: orders directions that calibration never saw, changes no other
 OUTPUT_DAMPING = 0.1  # of each member's mean(diag G); measured, docs/decisions.md
 FAINT = 1e-4  # of the group's mean(diag G): a member with less is damped as if it had that
 SLICE = 1024  # columns of C, or rows of W, that are multiplied at a time
-SMALLEST_RIDGE = 1e-9  # of mean(diag C): what `kfac` adds at least before it factorises C
-NEGLIGIBLE = 1e-15  # eigenvalues of a square root below this part of the largest are rounding
+SMALLEST_DAMPING = 1e-9  # what `kfac` damps C by at least before it factorises it
+NEGLIGIBLE = 1e-15  # pivots and eigenvalues below this part of a matrix with a unit diagonal are rounding
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,13 @@ class OutputGram:
 def data_aware_svd(weight: torch.Tensor, gram: torch.Tensor, damping: float = 0.0) -> Factors:
     """`input` whitening: svd(W S), A = U_r, B = U_r^T W.
 
-    weight: W, (m x n); gram: C, (n x n), may be singular; damping: added to the diagonal of C, relative to its mean.
+    weight: W, (m x n); gram: C, (n x n), may be singular; damping: of C, by `input_ridge`.
     Only U and sigma are needed, so C is never factorised: U is the eigenbasis of W C W^T when m <= n, else that of
     R C R^T carried back by Q, W = Q R (docs/method.md, Data-aware SVD). Dead channels and fewer
     tokens than channels are fine. Neither argument is changed.
     """
     product = _product_type(weight)
-    ridge = damping * _mean_diagonal(gram)
+    ridge = input_ridge(gram, damping)
     if weight.shape[0] <= weight.shape[1]:
         sigma, u = _descending_eigenbasis(_input_response(weight, gram, ridge))
         u = u.to(product)
@@ -83,8 +83,9 @@ def kfac_svd(
     """`kfac` whitening: svd(L^T W S), A = L^{-T} U_r, B = U_r^T L^T W, which equals A = W S V_r, B = V_r^T S^{-1}.
 
     The first is used when m <= n, the second when m > n: only the smaller side is factorised, by a Cholesky
-    decomposition of the damped matrix. output_damping: added to the diagonal of G, relative to its mean; damping: the
-    same for C. A group whose gradients or inputs vanish is decomposed by `input` whitening. No argument is changed.
+    decomposition of the damped matrix. damping: of C, by `input_ridge`; output_damping: added to the diagonal of G,
+    relative to its mean. A group whose gradients or inputs vanish is decomposed by `input` whitening. No argument is
+    changed.
     """
     if output.mean == 0 or not gram.any():
         return data_aware_svd(weight, gram, damping)
@@ -155,7 +156,7 @@ def group_spectrum(
         squared = _between_roots(weight, gram, output, DAMPING, 0.0)[1]
     else:
         narrow = weight if weight.shape[0] <= weight.shape[1] else torch.linalg.qr(weight.double(), mode="r")[1]
-        squared = _input_response(narrow, gram, DAMPING * _mean_diagonal(gram))
+        squared = _input_response(narrow, gram, input_ridge(gram, DAMPING))
     return torch.linalg.eigvalsh(squared).flip(0).clamp(min=0).sqrt()
 
 
@@ -244,6 +245,18 @@ def float32_is_whole() -> bool:
     return torch.get_float32_matmul_precision() == "highest"
 
 
+def input_ridge(gram: torch.Tensor, damping: float) -> float:
+    """What is added to the diagonal of C (n x n): the damping times the median energy of channels that are not dead.
+
+    The mean would follow a few channels: in a language model one may have a million times the energy of the others. Nor
+    may each channel's own energy be the measure, since such channels are large in the same tokens: C is then nearly
+    singular between them, and a ridge of their size is not small there.
+    """
+    energy = gram.diagonal()
+    seen = energy[energy > 0]
+    return damping * seen.median().item() if len(seen) else 0.0
+
+
 def _input_response(weight: torch.Tensor, gram: torch.Tensor, ridge: float) -> torch.Tensor:
     """W (C + ridge I) W^T, (m x m), float64. Besides W in float64 only SLICE columns of W C are held."""
     weight = weight.double()
@@ -265,17 +278,13 @@ def _output_response(weight: torch.Tensor, output: OutputGram, ridge: float) -> 
 def _between_roots(
     weight: torch.Tensor, gram: torch.Tensor, output: OutputGram, damping: float, output_damping: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """L and L^T W C W^T L when m <= n, else S and S^T W^T G W S, (k x k), of G and C damped relative to their means."""
-    ridge, output_ridge = damping * _mean_diagonal(gram), output_damping * output.mean
+    """L and L^T W C W^T L when m <= n, else S and S^T W^T G W S, (k x k), of the damped G and C."""
+    output_ridge = output_damping * output.mean
     if weight.shape[0] <= weight.shape[1]:
         left = _root(output.matrix, output_ridge)
-        return left, left.T @ _input_response(weight, gram, ridge) @ left
-    right = _root(gram, max(ridge, SMALLEST_RIDGE * _mean_diagonal(gram)))
+        return left, left.T @ _input_response(weight, gram, input_ridge(gram, damping)) @ left
+    right = _root(gram, input_ridge(gram, max(damping, SMALLEST_DAMPING)))
     return right, right.T @ _output_response(weight, output, output_ridge) @ right
-
-
-def _mean_diagonal(matrix: torch.Tensor) -> float:
-    return matrix.diagonal().double().mean().item()
 
 
 def _descending_eigenbasis(squared: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -288,15 +297,18 @@ def _root(matrix: torch.Tensor, ridge: float) -> torch.Tensor:
     """Lower triangular L with L L^T = M + ridge I, float64: Cholesky's.
 
     Any square root gives the same factors, and this one costs a thirtieth of an eigendecomposition. A matrix that is
-    singular all the same (no ridge, or M indefinite by its own rounding to float32) has its eigenvalues lifted to the
-    ridge, or to what is not rounding, and its root made triangular.
+    singular all the same (no ridge, or M indefinite by its own rounding to float32), its channels scaled to a unit
+    diagonal, has its eigenvalues lifted to the ridge, or to what is not rounding, and its root made triangular.
     """
     damped = matrix.to(torch.float64, copy=True)
     damped.diagonal().add_(ridge)
+    energy = damped.diagonal().clone()
     root, failed = torch.linalg.cholesky_ex(damped)
-    pivots = root.diagonal().square()
-    if not failed and pivots.min() > NEGLIGIBLE * pivots.max():
+    if not failed and (root.diagonal().square() > NEGLIGIBLE * energy).all():
         return root
-    eigenvalues, vectors = torch.linalg.eigh(damped)
-    vectors *= eigenvalues.clamp(min=max(ridge, NEGLIGIBLE * eigenvalues[-1].item())).sqrt()
+    energy = energy.clamp(min=NEGLIGIBLE * energy.max())
+    scale = energy.sqrt()
+    eigenvalues, vectors = torch.linalg.eigh(damped.div_(scale[:, None]).div_(scale))
+    least = max(ridge / energy.max().item(), NEGLIGIBLE * eigenvalues[-1].item())
+    vectors = scale[:, None] * vectors * eigenvalues.clamp(min=least).sqrt()
     return torch.linalg.qr(vectors.T, mode="r")[1].T

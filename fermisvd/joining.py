@@ -11,8 +11,10 @@ from torch import nn
 
 from fermisvd.budget import Budget, RankedGroup, group_parameters
 from fermisvd.decomposition import Decomposition
-from fermisvd.groups import LinearGroup, parent_of, stacked_weight
+from fermisvd.groups import LinearGroup, parent_of
+from fermisvd.linear import linear_layer, weight_of
 from fermisvd.losses import set_weight
+from fermisvd.running.distributed import local
 
 HOPE = 1.2  # a partition is tried if its whitened error is at most so many times that of the groups apart
 TRIALS = 5  # what all trials cost together, in losses on all windows
@@ -138,8 +140,11 @@ def tried(
     """The groups of a fused layer that have the least loss, which the student is left with, their loss, and a record of
     each hope. kl: the loss with the parts."""
 
+    names = [name for part in layer.parts for name in part.group.members]
+    own = [local(weight_of(linear_layer(student, name))) for name in names]  # a process' part, if they are divided
+
     def weights() -> list[torch.Tensor]:
-        return [stacked_weight(student, part.group).clone() for part in layer.parts]
+        return [weight.clone() for weight in own]
 
     if not layer.hopes:
         return layer.parts, kl, []
@@ -151,8 +156,8 @@ def tried(
         records.append({"members": members, "estimate": round(hope.error, 5), "kl": kl})
         if kl <= best:
             chosen, best, kept = hope.groups, kl, weights()
-    for part, weight in zip(layer.parts, kept, strict=True):
-        set_weight(student, part.group, weight)
+    for weight, value in zip(own, kept, strict=True):
+        weight.copy_(value)
     return chosen, best, records
 
 

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from fermisvd.groups import LinearGroup
 from fermisvd.linear import linear_layer, weight_of
-from fermisvd.running.distributed import own_passes, sum_over_processes
+from fermisvd.running.distributed import own_passes, put_part, sum_over_processes
 from fermisvd.running.halves import HEAD_TOKENS, few_tokens, halves_of
 from fermisvd.teacher import Taught
 
@@ -76,10 +76,10 @@ class StudentLoss:
 
 
 def set_weight(model: nn.Module, group: LinearGroup, weight: torch.Tensor) -> None:
-    """Copy the stacked weight (m x n) into the group's dense layers."""
+    """Copy the stacked weight (m x n) into the group's dense layers, which may be divided (FSDP2)."""
     with torch.no_grad():
         for name, rows in zip(group.members, weight.split(list(group.member_rows)), strict=True):
-            weight_of(linear_layer(model, name)).copy_(rows)
+            put_part(weight_of(linear_layer(model, name)), rows)
 
 
 def set_products(model: M, factors: Iterable[tuple[LinearGroup, Pair]]) -> M:

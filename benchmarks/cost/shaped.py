@@ -16,14 +16,13 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.cost.depth import AnonymousPeak
+from benchmarks.cost.watching import watch_stages
 from benchmarks.records import command_line, new_record, write_record
 from benchmarks.shapes import SHAPES
 from fermisvd_convert import convert as program
@@ -31,18 +30,6 @@ from fermisvd_convert import preflight
 from fermisvd_convert.memory import Need, needs
 from tests.support import DEMO_MODEL
 
-STAGES = {
-    "calibrate": "calibration",
-    "evaluate_dense": "evaluation of the dense model",
-    "decompose": "decomposition",
-    "ask_teacher": "the teacher",
-    "choose_ranks": "FermiGrad",
-    "join": "--groups auto",
-    "refit_groups": "--refit",
-    "write": "writing",
-    "heal_factors": "healing",
-    "evaluate_compressed": "evaluation",
-}
 SMALL = {
     "hidden_size": 256,
     "intermediate_size": 768,
@@ -76,28 +63,6 @@ def write_text(path: Path) -> None:
     path.write_text("\n".join(each.read_text(encoding="utf-8", errors="replace") for each in modules), encoding="utf-8")
 
 
-def watched(name: str, run: Callable, device: str, found: dict[str, dict]) -> Callable:
-    """A stage whose seconds and peaks are put into `found`."""
-
-    @wraps(run)
-    def watch(*args: Any, **kwargs: Any) -> Any:
-        resident = AnonymousPeak()
-        resident.start()
-        if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        begin = time.perf_counter()
-        result = run(*args, **kwargs)
-        row = {"seconds": round(time.perf_counter() - begin, 2), "resident_growth_bytes": resident.peak - START}
-        resident.stopped.set()
-        if device == "cuda":
-            row["device_bytes"] = torch.cuda.max_memory_allocated()
-        found[name] = row
-        print(name, row, flush=True)
-        return result
-
-    return watch
-
-
 def counted(found: dict[str, Need]) -> Callable:
     """What was counted beforehand is put into `found`."""
 
@@ -110,7 +75,6 @@ def counted(found: dict[str, Need]) -> Callable:
     return passes_that_fit
 
 
-START = AnonymousPeak.read()
 fitting = preflight.passes_that_fit
 
 
@@ -127,11 +91,9 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shape = {"small": SMALL, **SHAPES}[arguments.shape]
     shape = shape | {"num_hidden_layers": arguments.blocks or shape["num_hidden_layers"]}
-    measured: dict[str, dict] = {}
     required: dict[str, Need] = {}
     preflight.passes_that_fit = counted(required)
-    for stage, name in STAGES.items():
-        setattr(program, stage, watched(name, getattr(program, stage), device, measured))
+    measured = watch_stages()
     options = dict(arguments.options)
     if arguments.samples:
         options |= {"samples": arguments.samples, "gradient_samples": arguments.samples}

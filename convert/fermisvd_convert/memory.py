@@ -85,7 +85,7 @@ class Need:
 @dataclass(frozen=True)
 class Passes:
     """How the steps run. windows: of a pass that trains or compares; length: tokens of a window; parts: processes that
-    FermiGrad's and healing's models are divided among (FSDP2, which gathers a block at a time and the next one);
+    models that are trained or joined are divided among (FSDP2, which gathers a block at a time and the next one);
     calibrated: windows of a pass of calibration, the teacher and evaluations, which do not depend on what follows, so
     that these are found again."""
 
@@ -230,10 +230,13 @@ def needs(size: Sizes, options: ConvertOptions, passes: Passes, limit: Limits, p
         instead = "--ranks uniform or a file of ranks, or more processes"
         found["FermiGrad"] = Need(gated_bytes(size, passes), 0, instead)
         if options.form == "svd":
-            gated = size.item * (size.factors + size.blocks - size.dense + size.outside)
-            found["the choice of dense groups"] = Need(gated + forward, 0, "--ranks uniform or a file of ranks")
+            blocks = size.item * (size.factors + size.blocks - size.dense)
+            taken = divided(size, passes, blocks, blocks) + size.item * size.outside + forward
+            found["the choice of dense groups"] = Need(taken, 0, "--ranks uniform or a file of ranks")
     if options.joins:
-        found["--groups auto"] = Need(whole + max(forward, decomposition_bytes(size)), 0, "--groups joint or separate")
+        blocks = size.item * size.blocks
+        taken = divided(size, passes, blocks, blocks) + size.item * size.outside
+        found["--groups auto"] = Need(taken + max(forward, decomposition_bytes(size)), 0, "--groups joint or separate")
     if options.refits:
         grams = decomposition_bytes(size) + 4 * DOUBLE * size.gram
         taken = whole + size.item * size.block + 2 * size.text * state + max(forward, grams)

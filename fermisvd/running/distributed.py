@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import distributed
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fermisvd.errors import FermiSVDError, reason
 
@@ -112,6 +112,14 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor that FSDP2 has divided, put together in every process; another tensor itself."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def put_part(tensor: torch.Tensor, value: torch.Tensor) -> None:
+    """Copy a value, which every process has whole, into a tensor, or into this process' part of one that is divided."""
+    if isinstance(tensor, DTensor):
+        value = value.to(tensor.device, tensor.dtype)
+        value = distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
+    local(tensor).copy_(local(value))
 
 
 def from_first(value: T) -> T:

@@ -110,11 +110,14 @@ def fill_for_good(block: nn.Module) -> None:
             hook.remove()
 
 
-def fill_all(model: PreTrainedModel, shard: bool = False) -> None:
+def fill_all(model: PreTrainedModel, shard: bool = False, on_block: Callable[[str], object] = lambda _: None) -> None:
     """All blocks' weights into memory, to stay, one block after the other; shard: each then divided among the processes
-    (FSDP2), so that the model may be larger than a device."""
-    for block in model.get_submodule(decoder_blocks(model)).children():
+    (FSDP2), so that the model may be larger than a device. on_block: called with the name of each block when it is
+    filled, before it is divided."""
+    blocks = decoder_blocks(model)
+    for name, block in model.get_submodule(blocks).named_children():
         fill_for_good(block)
+        on_block(f"{blocks}.{name}")
         if shard:
             fully_shard(block, reshard_after_forward=True)
 

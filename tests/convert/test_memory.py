@@ -113,10 +113,11 @@ def test_an_80_gb_gpu_takes_an_8b_model_by_the_default_command(machine, form):
     assert max(each.host for each in required.values()) <= 64 * 10**9
 
 
-def test_eight_of_them_take_a_70b_model(machine):
-    """Its healing is divided among them."""
+@pytest.mark.parametrize("form", ["pivga", "svd"])
+def test_eight_of_them_take_a_70b_model_by_the_default_command(machine, form):
+    """Its models are divided among them."""
     machine(host=1000, device=78)
-    options = ConvertOptions.named(remove=0.2, groups="joint")
+    options = ConvertOptions.named(remove=0.2, form=form)
     passes, _ = passes_that_fit(LLAMA_70B, options, LENGTH, "cuda", processes=8)
     assert passes.parts == 8
     with pytest.raises(OptionError, match="more processes"):

@@ -209,7 +209,8 @@ def least_loss(w, gram, covariance, rank):
 
 
 def massive_problem(m: int, n: int):
-    """Inputs as language models have them: variances over three decades, but of two channels 10^6 times the largest."""
+    """Inputs as language models have them: variances over three decades, but two channels a thousand times as large as
+    they would be."""
     w, x, covariance, output = make_kfac_problem(m, n, spread=1.0, tokens=4 * n)
     x = torch.logspace(0, -1.5, n, dtype=torch.float64)[:, None] * x
     x[[1, n // 2]] *= 1e3
@@ -233,7 +234,7 @@ def test_no_product_of_its_rank_loses_less(device, whitening, shape, dtype):
         output = OutputGram(output.matrix.to(device), output.mean)
         factors = kfac_svd(w.to(device), gram.to(device), output, output_damping=0.0)
         if shape[0] > shape[1]:  # the loss that it minimises has the ridge that it takes to factorise C
-            gram.diagonal().add_(decomposition.SMALLEST_RIDGE * gram.diagonal().mean())
+            gram.diagonal().add_(decomposition.SMALLEST_DAMPING * gram.diagonal().median())
     assert factors.a.dtype == factors.b.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     for rank in (15, 30, 45):
         loss = whitened_loss(w, gram, covariance, *(f.cpu() for f in factors.truncated(rank)))
@@ -305,8 +306,7 @@ def extreme_problem(m: int, n: int, dtype: torch.dtype):
 def test_factors_from_one_of_them_and_rounded_matrices_lose_no_more(device, whitening, shape, dtype):
     """Reference: float64 throughout, with a channel that has a million times the others' energy."""
     w, gram, covariance, output = extreme_problem(shape[0], shape[1], dtype)
-    ridge = decomposition.DAMPING * gram.diagonal().mean()
-    damped = gram + ridge * torch.eye(len(gram), dtype=torch.float64)
+    damped = gram + decomposition.DAMPING * gram.diagonal().median() * torch.eye(len(gram), dtype=torch.float64)
     rounded = OutputGram(output.matrix.float().double().to(device), output.mean)
     narrow = gram.float().to(device)
     if whitening == "input":
@@ -371,14 +371,17 @@ def test_arguments_are_not_changed(shape):
 
 
 def test_root_of_a_matrix_that_rounding_made_indefinite_is_lifted_to_the_ridge():
-    """Reference: the matrix before it was rounded to float32, whose least eigenvalue is the ridge."""
+    """Reference: the matrix before it was rounded to float32, channels scaled to a unit diagonal: its least eigenvalue
+    is near the ridge's share of the largest channel."""
     shared = torch.rand(60, 1, dtype=torch.float64) + 1
     rows = 1e3 * shared @ torch.randn(1, 20, dtype=torch.float64) + 1e-2 * torch.randn(60, 20, dtype=torch.float64)
     matrix, ridge = rows @ rows.T, 1e-3
     rounded = matrix.float().double()
     assert torch.linalg.eigvalsh(rounded)[0] < -10 * ridge
     root = decomposition._root(rounded, ridge)
-    assert torch.linalg.eigvalsh(root @ root.T)[0] == pytest.approx(ridge, rel=1e-3)
+    scaled = root / matrix.diagonal().sqrt()[:, None]
+    expected = ridge / matrix.diagonal().max()
+    assert torch.linalg.eigvalsh(scaled @ scaled.T)[0] == pytest.approx(expected.item(), rel=1e-3)
     torch.testing.assert_close(root @ root.T, matrix, rtol=0, atol=1e-7 * matrix.abs().max().item())
 
 
@@ -394,6 +397,30 @@ def test_root(case):
     ridge = 3.0 * torch.eye(20, dtype=torch.float64)
     root = decomposition._root(matrix, 3.0)
     torch.testing.assert_close(root @ root.T, matrix + ridge)
+
+
+@pytest.mark.parametrize("whitening", ["input", "kfac"])
+@pytest.mark.parametrize("shape", [(60, 90), (90, 60), (64, 64)])
+def test_damping_does_not_follow_a_few_huge_channels(whitening, shape):
+    """Reference: the least loss that C itself, undamped, allows. With a ridge of DAMPING times the mean of diag C,
+    which the two channels make alone, the worst of these loses between half as much again and five times as much."""
+    w, gram, covariance, output = massive_problem(*shape)
+    if whitening == "input":
+        covariance = torch.eye(shape[0], dtype=torch.float64)
+        factors = data_aware_svd(w, gram, decomposition.DAMPING)
+    else:
+        if shape[0] > shape[1]:
+            output = OutputGram(w.T @ covariance @ w, output.mean)
+        factors = kfac_svd(w, gram, output, decomposition.DAMPING, output_damping=0.0)
+    for rank in (15, 30, 45):
+        loss = whitened_loss(w, gram, covariance, *factors.truncated(rank))
+        assert loss <= (1 + 1e-6) * least_loss(w, gram, covariance, rank)
+
+
+def test_ridge_of_dead_and_huge_channels():
+    energy = torch.tensor([0.0, 1e-9, 2.0, 4.0, 8e6, 0.0, 3.0], dtype=torch.float64)
+    assert decomposition.input_ridge(torch.diag(energy), 0.5) == 1.5
+    assert decomposition.input_ridge(torch.zeros(3, 3), 0.5) == 0
 
 
 def test_factors_are_not_multiplied_in_tf32():

@@ -1,16 +1,21 @@
 """--groups auto: parts of fused layers joined where the measured loss allows."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
+
+from transformers import PreTrainedModel
 
 from fermisvd.budget import RankedGroup, compressed
 from fermisvd.compress import set_aside
+from fermisvd.groups import block_of
 from fermisvd.joining import FEWEST_TOKENS, HOPE, TRIALS, FusedLayer, fused_layers, join_groups, layers_with_hopes
 from fermisvd.losses import StudentLoss, set_products
 from fermisvd.running import distributed
+from fermisvd.running.streaming import fill_all
 from fermisvd.teacher import Taught
 from fermisvd_convert.conversion import Conversion, timed
 from fermisvd_convert.progress import bar
-from fermisvd_convert.stages.decomposition import KeptDecomposition
+from fermisvd_convert.stages.decomposition import FactorsOf, KeptDecomposition
 from fermisvd_convert.stages.structure import group_of
 
 
@@ -41,9 +46,7 @@ def join(
                 shown.show(record)
                 records.append(record)
 
-            factors_of = decomposition.kept(ranked)
-            factors = ((each.group, factors_of(each.group)) for each in compressed(ranked))
-            student = set_products(conversion.load(), factors)
+            student = load_products(conversion, compressed(ranked), decomposition.kept(ranked))
             loss = StudentLoss(student, aside, conversion.passes.windows)
             found, whole = join_groups(student, layers, decomposition, loss, aside.windows, show)
         groups = [{**asdict(each.group), "rank": each.rank} for each in found]
@@ -54,3 +57,16 @@ def join(
     conversion.choices["groups"], conversion.choices["joining"] = found["records"], found["whole"]
     # joined groups may leave a step unspent
     return budget.ranked(groups, [entry["rank"] for entry in found["groups"]])
+
+
+def load_products(conversion: Conversion, ranked: Sequence[RankedGroup], factors_of: FactorsOf) -> PreTrainedModel:
+    """The dense model with the groups' A B for their weights, its blocks divided among the processes where memory asks
+    for it, one after the other, so that the whole need not fit."""
+    student = conversion.stream()
+
+    def put(block: str) -> None:
+        inside = (each.group for each in ranked if block_of(each.group.name) == block)
+        set_products(student, ((group, factors_of(group)) for group in inside))
+
+    fill_all(student, conversion.passes.parts > 1, put)
+    return student
