@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import sys
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -25,9 +26,10 @@ from fermisvd.calibration import panel_width
 from fermisvd.compress import ASIDE_WINDOWS
 from fermisvd.fermigrad import step_windows
 from fermisvd.files import TensorInfo
+from fermisvd.gates import WIDTH
 from fermisvd.groups import LinearGroup
 from fermisvd.joining import TRIALS
-from fermisvd.running.blocks import places_back, segments
+from fermisvd.running.blocks import KEPT_ACTIVATIONS, places_back, segments
 from fermisvd_convert.memory import Limits, Passes, Sizes, model_sizes, needs
 from fermisvd_convert.options import ConvertOptions
 from fermisvd_convert.space import factors_bytes, gram_bytes
@@ -66,6 +68,25 @@ ASSUMED_H200 = {
 def default(option: str) -> int:
     """The converter's own."""
     return ConvertOptions.options()[option].default
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a conversion is given: windows that it calibrates on and their tokens, windows of a batch, steps."""
+
+    samples: int = default("samples")
+    length: int = LENGTH
+    batch_size: int = default("batch_size")
+    steps: int = default("steps")
+    heal_steps: int = default("heal_steps")
+
+    @property
+    def aside(self) -> int:
+        """Windows that joining and healing compare on."""
+        return min(ASIDE_WINDOWS, self.samples // 8)
+
+
+DEFAULT = Run()
 
 
 def rate(rates: dict[int, float], size: int) -> float:
@@ -138,9 +159,9 @@ def feedback_flops(r: float, q: float) -> float:
     return r * r * q
 
 
-def attention_flops(shape: dict) -> float:
+def attention_flops(shape: dict, length: int = LENGTH) -> float:
     """Of a forward pass, for each token: causal, so half of the window is seen on average."""
-    return 2 * LENGTH * shape["hidden_size"] * shape["num_hidden_layers"]
+    return 2 * length * shape["hidden_size"] * shape["num_hidden_layers"]
 
 
 def fermigrad_flops(opened: float, head: float, attention: float) -> float:
@@ -151,16 +172,18 @@ def fermigrad_flops(opened: float, head: float, attention: float) -> float:
     return 4 * opened + 6 * head + 3 * attention
 
 
-def conversion_work(shape: dict, remove: float = 0.2) -> dict[str, Work]:
+def conversion_work(shape: dict, remove: float = 0.2, run: Run = DEFAULT) -> dict[str, Work]:
     """FLOPs of every stage, and the bytes of model and work directory that it reads, hashes or writes. FermiGrad and
-    healing compute each block twice forward, and calibration most blocks three times (docs/scale.md)."""
+    healing compute each block twice forward where its activations are large, and calibration most blocks three times
+    (docs/scale.md)."""
     groups, hidden = separate_groups(shape), shape["hidden_size"]
     ranks = Budget.removing(remove, "pivga").uniform_ranks(groups)
     dense = sum(g.dense_parameters for g in groups)
-    head, attention = shape["vocab_size"] * hidden, attention_flops(shape)
+    head, attention = shape["vocab_size"] * hidden, attention_flops(shape, run.length)
     forward = 2 * (dense + head) + attention
-    tokens = default("samples") * LENGTH
-    batch = default("batch_size") * LENGTH
+    tokens, batch = run.samples * run.length, run.batch_size * run.length
+    step_tokens = min(run.batch_size, step_windows(run.length)) * run.length
+    row = 2 * sum(g.rows + g.columns for g in groups)  # bytes that a token's activations take
 
     again = 1 - len(segments(range(shape["num_hidden_layers"]))) / shape["num_hidden_layers"]
     inputs = {g.source: g.columns for g in groups}
@@ -169,12 +192,15 @@ def conversion_work(shape: dict, remove: float = 0.2) -> dict[str, Work]:
         grams += gram_flops(g.full_rank) + (2 * g.rows * g.columns if g.rows > g.columns else 0)
     whole = sum(g.full_rank * (g.rows + g.columns) for g in groups)
     opened = sum(
-        min(g.full_rank, r + 0.08 * g.full_rank) * (g.rows + g.columns) for g, r in zip(groups, ranks, strict=True)
+        min(g.full_rank, WIDTH * math.ceil((r + 0.08 * g.full_rank) / WIDTH)) * (g.rows + g.columns)
+        for g, r in zip(groups, ranks, strict=True)
     )
     opened = 0.8 * opened + 0.2 * whole  # the budget falls linearly over the first 40 % of the steps
-    step = fermigrad_flops(opened, head, attention) + 2 * opened + attention
-    kept = (1 - remove) * dense
-    healing = 8 * kept + 6 * head + 4 * attention
+    twice = step_tokens * row > KEPT_ACTIVATIONS
+    step = fermigrad_flops(opened, head, attention) + twice * (2 * opened + attention)
+    kept, twice = (1 - remove) * dense, batch * row > KEPT_ACTIVATIONS
+    healing = (6 + 2 * twice) * kept + 6 * head + (3 + twice) * attention
+    compared = 2 * kept + 4 * head + attention  # before and after, on windows kept aside
     model, disk = 2 * (dense + 2 * head), work_bytes(shape, remove)
     states = disk["the teacher's states"]
     pivga = [piece for g, r in zip(groups, ranks, strict=True) for piece in gauge_work(g.rows, g.columns, r, g.side)]
@@ -193,19 +219,22 @@ def conversion_work(shape: dict, remove: float = 0.2) -> dict[str, Work]:
         ],
         "decomposition": [piece for g in groups for piece in decomposition_work(g.rows, g.columns)],
         "FermiGrad": [
-            (MODEL, hidden, default("steps") * min(default("batch_size"), step_windows(LENGTH)) * LENGTH * step),
+            (MODEL, hidden, run.steps * step_tokens * step),
             (NARROW_PRODUCT, hidden, sum(2 * g.rows * g.columns * g.full_rank for g in groups)),
             (READ, 1, 2 * model + disk["factors"]),
             (KEEP, 1, states),
         ],
         "--groups auto": [
             (EIGH, hidden, sum(EIGH_FLOPS / 3 * g.full_rank**3 for g in groups_of(shape))),
-            (MODEL, hidden, (TRIALS + WHOLE_LOSSES) * ASIDE_WINDOWS * LENGTH * (forward + 2 * head)),
+            (MODEL, hidden, (TRIALS + WHOLE_LOSSES) * run.aside * run.length * (forward + 2 * head)),
             (READ, 1, 2 * model + 2 * disk["factors"]),
         ],
         "writing": [*longer, (KEEP, 1, model)],
-        "healing": [(MODEL, hidden, default("heal_steps") * batch * healing), (KEEP, 1, 2 * model)],
-        "evaluation": [(MODEL, hidden, 2 * HELD_BACK_WINDOWS * LENGTH * forward), (READ, 1, 2 * model)],
+        "healing": [
+            (MODEL, hidden, run.heal_steps * batch * healing + 2 * run.aside * run.length * compared),
+            (KEEP, 1, 2 * model),
+        ],
+        "evaluation": [(MODEL, hidden, 2 * HELD_BACK_WINDOWS * run.length * forward), (READ, 1, 2 * model)],
     }
 
 

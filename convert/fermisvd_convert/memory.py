@@ -132,14 +132,16 @@ def model_sizes(
 
 
 def limits(size: Sizes, tokens: int, max_memory: int | None, device: str = "cpu") -> Limits:
-    """By default all of a block's matrices on a GPU, and on a CPU as far as they are no more than a block and the
-    largest of them; and of hidden states half of the host's memory, or what calibration leaves of it, and half of what
-    it leaves of a GPU's. tokens: of a pass of calibration."""
+    """By default all of a block's matrices, since a block is run again for those that are left out, and where memory
+    asks for it no more than a block and the largest of them; of hidden states half of the host's memory, or what
+    calibration leaves of it, and half of what it leaves of a GPU's. tokens: of a pass of calibration."""
     usual = FLOAT * size.block + DOUBLE * size.gram
     if max_memory is None:
         on_gpu, host = device.startswith("cuda"), memory_of("cpu", None)
-        grams = DOUBLE * size.grams if on_gpu else usual
-        taken = calibration_bytes(size, tokens, grams * (KEPT_AHEAD + 2) if on_gpu else grams)
+        room, copies = memory_of(device, None), KEPT_AHEAD + 2 if on_gpu else 1
+        fits = calibration_bytes(size, tokens, DOUBLE * size.grams * copies) <= room
+        grams = DOUBLE * size.grams if fits else min(usual, DOUBLE * size.grams)
+        taken = calibration_bytes(size, tokens, grams * copies)
         on_device = max(0, memory_of(device, None) - taken) if on_gpu else 0
         left = host if on_gpu else max(0, host - taken)
         return Limits(grams, min(int(HIDDEN_PART * host), left), device_hidden_bytes=int(HIDDEN_PART * on_device))

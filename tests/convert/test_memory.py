@@ -64,11 +64,11 @@ def test_by_default_the_limits_do_not_know_the_number_of_blocks():
 
 
 def test_hidden_states_take_half_of_what_there_is(machine):
-    """Of the host's memory, and of what calibration leaves of a GPU's, which gathers all matrices of a block."""
+    """Of the host's memory, and of what calibration leaves of a GPU's. All matrices of a block are gathered."""
     machine(host=200, device=80)
     on_cpu, on_gpu = limits(LLAMA_8B, TOKENS, None), limits(LLAMA_8B, TOKENS, None, "cuda")
     assert on_cpu.hidden_bytes == on_gpu.hidden_bytes == 100 * GIB
-    assert on_cpu.device_hidden_bytes == 0 and on_gpu.gram_bytes == 8 * LLAMA_8B.grams > on_cpu.gram_bytes
+    assert on_cpu.device_hidden_bytes == 0 and on_gpu.gram_bytes == on_cpu.gram_bytes == 8 * LLAMA_8B.grams
     left = 80 * GIB - calibration_bytes(LLAMA_8B, TOKENS, 4 * on_gpu.gram_bytes)
     assert 0 < on_gpu.device_hidden_bytes == left // 2
     assert limits(LLAMA_8B, TOKENS, 24 * GIB, "cuda").device_hidden_bytes == 0
@@ -88,7 +88,13 @@ def test_less_memory_gathers_fewer_matrices_but_one_at_least():
     found = [limits(IN_FLOAT32, LENGTH, gib * GIB) for gib in (8, 9, 10, 100)]
     assert [each.gram_bytes for each in found] == sorted(each.gram_bytes for each in found)
     assert found[0].gram_bytes == 8 * IN_FLOAT32.gram
-    assert found[-1].gram_bytes == limits(IN_FLOAT32, LENGTH, None).gram_bytes
+    assert found[-1].gram_bytes == 4 * IN_FLOAT32.block + 8 * IN_FLOAT32.gram < 8 * IN_FLOAT32.grams
+
+
+def test_a_block_is_run_once_where_its_matrices_fit(machine):
+    for host, grams in ((24, 8 * IN_FLOAT32.grams), (9, 4 * IN_FLOAT32.block + 8 * IN_FLOAT32.gram)):
+        machine(host, device=0)
+        assert limits(IN_FLOAT32, LENGTH, None).gram_bytes == grams
 
 
 def test_command_of_the_docs_converts_an_8b_model_in_24_gib():
