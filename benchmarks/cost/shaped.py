@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.cost.watching import watch_stages
 from benchmarks.records import command_line, new_record, write_record
 from benchmarks.shapes import SHAPES
+from benchmarks.watching import watch_stages
 from fermisvd_convert import convert as program
 from fermisvd_convert import preflight
 from fermisvd_convert.memory import Need, needs

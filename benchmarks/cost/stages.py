@@ -12,8 +12,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.cost.watching import watch_stages
 from benchmarks.records import command_line, new_record, write_record
+from benchmarks.watching import watch_stages
 from fermisvd_convert import convert as program
 
 
