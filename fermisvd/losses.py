@@ -5,12 +5,11 @@ from typing import TypeVar
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from fermisvd.groups import LinearGroup
 from fermisvd.linear import linear_layer, weight_of
 from fermisvd.running.distributed import own_passes, put_part, sum_over_processes
-from fermisvd.running.halves import HEAD_TOKENS, few_tokens, halves_of
+from fermisvd.running.halves import compared_tokens, few_tokens, halves_of
 from fermisvd.teacher import Taught
 
 M = TypeVar("M", bound=nn.Module)
@@ -33,9 +32,10 @@ class _KLOfStates(torch.autograd.Function):
             with torch.set_grad_enabled(gradient is not None):
                 logits = head(states)
             log_q = logits.detach().float().log_softmax(-1)
-            total += functional.kl_div(log_q, log_p, log_target=True, reduction="sum")
+            p = log_p.exp()
+            total += log_p.sub_(log_q).mul_(p).sum()
             if gradients is not None:
-                error = log_q.exp_().sub_(log_p.exp_()).div_(count)
+                error = log_q.exp_().sub_(p).div_(count)
                 next(gradients).copy_(torch.autograd.grad(logits, states, error.to(logits.dtype))[0])
         if gradient is not None:
             ctx.save_for_backward(gradient)
@@ -46,10 +46,10 @@ class _KLOfStates(torch.autograd.Function):
         return ctx.saved_tensors[0] * scale, None, None, None
 
 
-def kl_of_states(head: Head, teacher: torch.Tensor, student: torch.Tensor, tokens: int = HEAD_TOKENS) -> torch.Tensor:
+def kl_of_states(head: Head, teacher: torch.Tensor, student: torch.Tensor, tokens: int | None = None) -> torch.Tensor:
     """Mean over tokens of KL(teacher || student), nats, float32, of states (windows, length, width) whose logits the
     head makes, so many tokens at a time. Differentiable once, in the student's states."""
-    return _KLOfStates.apply(student, teacher, head, tokens)
+    return _KLOfStates.apply(student, teacher, head, tokens or compared_tokens(student))
 
 
 def kl_divergence(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:

@@ -107,16 +107,21 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, permutation):
         ctx.save_for_backward(permutation)
-        return x[..., permutation]
+        return _taken(x, permutation)
 
     @staticmethod
     def backward(ctx, gradient):
-        return gradient[..., torch.argsort(ctx.saved_tensors[0])], None
+        return _taken(gradient, torch.argsort(ctx.saved_tensors[0])), None
 
 
 def gather(x: torch.Tensor, permutation: torch.Tensor) -> torch.Tensor:
     """x (..., n) with its last axis in the order of the permutation (n,)."""
-    return _Gather.apply(x, permutation) if x.requires_grad else x[..., permutation]
+    return _Gather.apply(x, permutation) if x.requires_grad else _taken(x, permutation)
+
+
+def _taken(x: torch.Tensor, permutation: torch.Tensor) -> torch.Tensor:
+    """On a CPU torch's gather is twice as fast as its index along the last axis."""
+    return x.gather(-1, permutation.expand(x.shape)) if x.is_cpu else x[..., permutation]
 
 
 def module_class(group: Group) -> type[CompressedLinear]:

@@ -17,7 +17,7 @@ from fermisvd.losses import Head, kl_divergence
 from fermisvd.precision import compute_type
 from fermisvd.running.blocks import BlocksError, DecoderBlocks, HiddenStates, device_of, states_by_blocks
 from fermisvd.running.distributed import own_part, sum_over_processes
-from fermisvd.running.halves import few_tokens, halves_of
+from fermisvd.running.halves import compared_tokens, few_tokens, halves_of
 from fermisvd.settings import BATCH_SIZE
 from fermisvd.teacher import Taught, teach
 from fermisvd_convert.loading import SourceError, context_length, load_tokenizer, resolve_device, window_length
@@ -109,8 +109,9 @@ class Measured:
 
     def add(self, batch: torch.Tensor, states: torch.Tensor, expected: torch.Tensor | None = None) -> None:
         """Token ids (windows, length), states behind the last block, and the reference's or none."""
-        parts = [few_tokens(each) for each in (batch[:, :-1], batch[:, 1:], states[:, :-1])]
-        others = repeat(None) if expected is None else few_tokens(expected[:, :-1])
+        tokens = compared_tokens(states)
+        parts = [few_tokens(each, tokens) for each in (batch[:, :-1], batch[:, 1:], states[:, :-1])]
+        others = repeat(None) if expected is None else few_tokens(expected[:, :-1], tokens)
         for (ids, following, own), other in zip(zip(*parts, strict=True), others, strict=False):
             given = self.head(ids, own).float()
             self.loss -= given.log_softmax(-1).gather(-1, following[..., None]).double().sum().item()

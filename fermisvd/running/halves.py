@@ -17,6 +17,7 @@ from fermisvd.running.blocks import BlocksError, Stop, forwards, hidden_of
 
 PROBE_TOKENS = 8
 HEAD_TOKENS = 1024  # that a head is asked for together
+HEAD_TOKENS_ON_CPU = 128  # that it is compared for: larger tensors are new memory each time, which a CPU clears first
 
 
 class Halves(Protocol):
@@ -35,11 +36,12 @@ class Split:
         self.model = model
         self.container = model.get_submodule(decoder_blocks(model))
         self.last, self.output = list(self.container.children())[-1], output_layer(model)
+        self.wide = _wide(self.output)
         seen = []
         hook = self.last.register_forward_hook(lambda _, inputs, output: seen.append(output))
         probe = torch.arange(PROBE_TOKENS, device=next(model.parameters()).device)[None]
         with torch.no_grad():
-            with _exact(self.output):
+            with _exact(self.output, self.wide):
                 expected = logits_of(model, probe).float()
             hook.remove()
             if len(seen) != 1:
@@ -67,7 +69,7 @@ class Split:
 
     def head(self, states: torch.Tensor) -> torch.Tensor:
         tokens = torch.zeros(states.shape[:2], dtype=torch.int64, device=states.device)
-        with _skipped(self.container, (states,) if self.as_tuple else states), _exact(self.output):
+        with _skipped(self.container, (states,) if self.as_tuple else states), _exact(self.output, self.wide):
             return logits_of(self.model, tokens)
 
 
@@ -96,6 +98,11 @@ def halves_of(model: nn.Module) -> Halves:
         return Split(model)
     except BlocksError:
         return Whole(model)
+
+
+def compared_tokens(states: torch.Tensor) -> int:
+    """How many tokens two models' heads are compared for together."""
+    return HEAD_TOKENS if states.is_cuda else HEAD_TOKENS_ON_CPU
 
 
 def few_tokens(states: torch.Tensor, tokens: int = HEAD_TOKENS) -> Iterator[torch.Tensor]:
@@ -130,26 +137,31 @@ class _ExactLinear(torch.autograd.Function):
     its teacher's. The gradient takes the narrower type's speed."""
 
     @staticmethod
-    def forward(ctx, x, weight):
+    def forward(ctx, x, weight, wide):
         ctx.save_for_backward(weight)
-        if x.is_cuda:
+        if wide is None:
             flat = torch.mm(x.flatten(0, -2), weight.T, out_dtype=torch.float32)
             return flat.view(*x.shape[:-1], len(weight))
-        return functional.linear(x.float(), weight.float())
+        return functional.linear(x.float(), wide)
 
     @staticmethod
     def backward(ctx, gradient):
         (weight,) = ctx.saved_tensors
-        return gradient.to(weight.dtype) @ weight, None
+        return gradient.to(weight.dtype) @ weight, None, None
+
+
+def _wide(layer: nn.Linear | None) -> torch.Tensor | None:
+    """The layer's weight in float32, where a device has no product of narrower numbers that gives it: a CPU."""
+    return None if layer is None or layer.weight.is_cuda else layer.weight.detach().float()
 
 
 @contextmanager
-def _exact(layer: nn.Linear | None) -> Iterator[None]:
-    """The layer gives float32 for the duration."""
+def _exact(layer: nn.Linear | None, wide: torch.Tensor | None) -> Iterator[None]:
+    """The layer gives float32 for the duration. wide: of `_wide`."""
     if layer is None:
         yield
         return
-    with forwards([layer], [lambda x: _with_bias(_ExactLinear.apply(x, layer.weight), layer.bias)]):
+    with forwards([layer], [lambda x: _with_bias(_ExactLinear.apply(x, layer.weight, wide), layer.bias)]):
         yield
 
 

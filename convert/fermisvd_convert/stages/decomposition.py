@@ -82,7 +82,8 @@ def factor_bytes(group: LinearGroup, whitening: Whitening) -> int:
 
 def decomposition_of(conversion: Conversion, statistics: Statistics) -> KeptDecomposition:
     """Where factors are kept, and what they are made of."""
-    stage = conversion.workspace.stage("factors", statistics.name, DAMPING, OUTPUT_DAMPING, FAINT)
+    damping = ("of the median", DAMPING, OUTPUT_DAMPING, FAINT)
+    stage = conversion.workspace.stage("factors", statistics.name, *damping)
     return KeptDecomposition(stage, conversion.source, statistics, conversion.device)
 
 
