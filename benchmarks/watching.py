@@ -30,8 +30,7 @@ def watch_stages() -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     start = AnonymousPeak.read()
     for stage, name in STAGES.items():
-        if hasattr(program, stage):
-            setattr(program, stage, _watched(name, getattr(program, stage), start, found))
+        setattr(program, stage, _watched(name, getattr(program, stage), start, found))
     return found
 
 

@@ -298,7 +298,8 @@ def _root(matrix: torch.Tensor, ridge: float) -> torch.Tensor:
 
     Any square root gives the same factors, and this one costs a thirtieth of an eigendecomposition. A matrix that is
     singular all the same (no ridge, or M indefinite by its own rounding to float32), its channels scaled to a unit
-    diagonal, has its eigenvalues lifted to the ridge, or to what is not rounding, and its root made triangular.
+    diagonal, has its eigenvalues lifted to the ridge's share of the largest channel, or to what is not rounding, and
+    its root made triangular.
     """
     damped = matrix.to(torch.float64, copy=True)
     damped.diagonal().add_(ridge)
@@ -306,9 +307,10 @@ def _root(matrix: torch.Tensor, ridge: float) -> torch.Tensor:
     root, failed = torch.linalg.cholesky_ex(damped)
     if not failed and (root.diagonal().square() > NEGLIGIBLE * energy).all():
         return root
+    del root
     energy = energy.clamp(min=NEGLIGIBLE * energy.max())
     scale = energy.sqrt()
     eigenvalues, vectors = torch.linalg.eigh(damped.div_(scale[:, None]).div_(scale))
     least = max(ridge / energy.max().item(), NEGLIGIBLE * eigenvalues[-1].item())
-    vectors = scale[:, None] * vectors * eigenvalues.clamp(min=least).sqrt()
+    vectors.mul_(scale[:, None]).mul_(eigenvalues.clamp(min=least).sqrt())
     return torch.linalg.qr(vectors.T, mode="r")[1].T

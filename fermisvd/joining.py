@@ -140,14 +140,14 @@ def tried(
     """The groups of a fused layer that have the least loss, which the student is left with, their loss, and a record of
     each hope. kl: the loss with the parts."""
 
+    if not layer.hopes:
+        return layer.parts, kl, []
     names = [name for part in layer.parts for name in part.group.members]
-    own = [local(weight_of(linear_layer(student, name))) for name in names]  # a process' part, if they are divided
+    own = [local(weight_of(linear_layer(student, name))) for name in names]  # its part, where FSDP2 has divided it
 
     def weights() -> list[torch.Tensor]:
         return [weight.clone() for weight in own]
 
-    if not layer.hopes:
-        return layer.parts, kl, []
     chosen, best, kept, records = layer.parts, kl, weights(), []
     for hope in layer.hopes:
         put(student, hope.groups, decomposition)

@@ -48,8 +48,9 @@ class _KLOfStates(torch.autograd.Function):
 
 def kl_of_states(head: Head, teacher: torch.Tensor, student: torch.Tensor, tokens: int | None = None) -> torch.Tensor:
     """Mean over tokens of KL(teacher || student), nats, float32, of states (windows, length, width) whose logits the
-    head makes, so many tokens at a time. Differentiable once, in the student's states."""
-    return _KLOfStates.apply(student, teacher, head, tokens or compared_tokens(student))
+    head makes, so many tokens at a time, or as many as suit the device. Differentiable once, in the student's states.
+    """
+    return _KLOfStates.apply(student, teacher, head, tokens or compared_tokens(student.device))
 
 
 def kl_divergence(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,9 @@
-"""What does the conversion of a real model take: seconds and peak resident set by stage, and its perplexity?
+"""What does the conversion of a real model take: seconds and peak memory by stage, and its perplexity?
 
     python -m benchmarks.cost.stages MODEL --remove 0.3 --options '{"calibration": ["text.txt"], "samples": 128}'
 
-Options are those of `fermisvd convert`, by name; OUT and the work directory are kept under --scratch where that is
+Memory is the anonymous resident set: files that are mapped, as weights that need no change are, are not in it. Options
+are those of `fermisvd convert`, by name; OUT and the work directory are kept under --scratch where that is
 given, so that a run that was stopped goes on. Results: benchmarks/results/stages-LABEL.json.
 """
 
@@ -34,7 +35,7 @@ def main() -> None:
         record = program.convert(arguments.model, folder / "out", arguments.remove, **options)
         whole = time.perf_counter() - begin
     assert record.perplexity
-    print("| stage | seconds | peak of the resident set, GB |\n|---|---|---|")
+    print("| stage | seconds | peak of the anonymous resident set, GB |\n|---|---|---|")
     for name, row in measured.items():
         print(f"| {name} | {row['seconds']:.1f} | {row['resident_bytes'] / 1e9:.2f} |")
     print(f"all: {whole:.0f} s, perplexity {record.perplexity.before:.3f} before, {record.perplexity.after:.3f} after")

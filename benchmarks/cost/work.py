@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -30,7 +31,7 @@ from fermisvd.gates import WIDTH
 from fermisvd.groups import LinearGroup
 from fermisvd.joining import TRIALS
 from fermisvd.running.blocks import KEPT_ACTIVATIONS, places_back, segments
-from fermisvd_convert.memory import Limits, Passes, Sizes, model_sizes, needs
+from fermisvd_convert.memory import KEPT_AHEAD, Limits, Passes, Sizes, model_sizes, needs
 from fermisvd_convert.options import ConvertOptions
 from fermisvd_convert.space import factors_bytes, gram_bytes
 from fermisvd_convert.text import HELD_BACK_WINDOWS
@@ -83,7 +84,7 @@ class Run:
     @property
     def aside(self) -> int:
         """Windows that joining and healing compare on."""
-        return min(ASIDE_WINDOWS, self.samples // 8)
+        return min(ASIDE_WINDOWS, -(-self.samples // 8))
 
 
 DEFAULT = Run()
@@ -172,10 +173,18 @@ def fermigrad_flops(opened: float, head: float, attention: float) -> float:
     return 4 * opened + 6 * head + 3 * attention
 
 
-def conversion_work(shape: dict, remove: float = 0.2, run: Run = DEFAULT) -> dict[str, Work]:
+def opened_numbers(groups: list[LinearGroup], mus: Sequence[float]) -> int:
+    """Numbers of A and B that a FermiGrad step multiplies by, as far as its gates are open at these real ranks."""
+    widths = [WIDTH * math.ceil((mu + 0.08 * g.full_rank) / WIDTH) for g, mu in zip(groups, mus, strict=True)]
+    return sum(min(g.full_rank, width) * (g.rows + g.columns) for g, width in zip(groups, widths, strict=True))
+
+
+def conversion_work(
+    shape: dict, remove: float = 0.2, run: Run = DEFAULT, opened: float | None = None
+) -> dict[str, Work]:
     """FLOPs of every stage, and the bytes of model and work directory that it reads, hashes or writes. FermiGrad and
     healing compute each block twice forward where its activations are large, and calibration most blocks three times
-    (docs/scale.md)."""
+    (docs/scale.md). opened: mean of `opened_numbers` over FermiGrad's steps, by default that of uniform ranks."""
     groups, hidden = separate_groups(shape), shape["hidden_size"]
     ranks = Budget.removing(remove, "pivga").uniform_ranks(groups)
     dense = sum(g.dense_parameters for g in groups)
@@ -190,12 +199,9 @@ def conversion_work(shape: dict, remove: float = 0.2, run: Run = DEFAULT) -> dic
     grams = sum(map(gram_flops, inputs.values()))
     for g in groups:
         grams += gram_flops(g.full_rank) + (2 * g.rows * g.columns if g.rows > g.columns else 0)
-    whole = sum(g.full_rank * (g.rows + g.columns) for g in groups)
-    opened = sum(
-        min(g.full_rank, WIDTH * math.ceil((r + 0.08 * g.full_rank) / WIDTH)) * (g.rows + g.columns)
-        for g, r in zip(groups, ranks, strict=True)
-    )
-    opened = 0.8 * opened + 0.2 * whole  # the budget falls linearly over the first 40 % of the steps
+    if opened is None:  # the budget falls linearly over the first 40 % of the steps
+        whole = sum(g.full_rank * (g.rows + g.columns) for g in groups)
+        opened = 0.8 * opened_numbers(groups, ranks) + 0.2 * whole
     twice = step_tokens * row > KEPT_ACTIVATIONS
     step = fermigrad_flops(opened, head, attention) + twice * (2 * opened + attention)
     kept, twice = (1 - remove) * dense, batch * row > KEPT_ACTIVATIONS
@@ -250,13 +256,13 @@ def work_bytes(shape: dict, remove: float = 0.2) -> dict[str, int]:
     }
 
 
-def sizes_of(shape: dict, item: int = 2) -> Sizes:
+def sizes_of(shape: dict, item: int = 2, device: str = "cuda") -> Sizes:
     """The converter's view of a model of this shape with the default windows. item: bytes of the passes' type."""
     groups, vocabulary, hidden = separate_groups(shape), shape["vocab_size"], shape["hidden_size"]
     shapes = {f"{group.name}.weight": (group.rows, group.columns) for group in groups}
     shapes |= dict.fromkeys(("model.embed_tokens.weight", "lm_head.weight"), (vocabulary, hidden))
     headers = {name: TensorInfo(Path("model.safetensors"), "", "BF16", numbers) for name, numbers in shapes.items()}
-    return model_sizes(headers, groups, vocabulary, default("samples") * LENGTH, item)
+    return model_sizes(headers, groups, vocabulary, default("samples") * LENGTH, item, device)
 
 
 def stages(shape: dict, remove: float = 0.2, processes: int = 1) -> dict[str, dict[str, float]]:
@@ -266,7 +272,7 @@ def stages(shape: dict, remove: float = 0.2, processes: int = 1) -> dict[str, di
     windows = default("batch_size")
     passes = Passes(windows if processes == 1 else 1, LENGTH, processes, windows)
     places = 1 + places_back(size.depth)
-    limit = Limits(8 * size.grams, places * size.text * size.item * size.width)
+    limit = Limits(8 * size.grams, places * size.text * size.item * size.width, copies=KEPT_AHEAD + 2)
     required = needs(size, options, passes, limit, processes)
     rates = {kind: {shape["hidden_size"]: value} for kind, value in ASSUMED_H200.items()}
     disk, held, found = work_bytes(shape, remove), 0, {}

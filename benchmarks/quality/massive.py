@@ -31,7 +31,7 @@ from fermisvd_convert.stages import decomposition as stage
 from fermisvd_convert.text import windows_of
 
 SEEN = 16  # windows whose energies are looked at
-SETTINGS = {"ranks": "uniform", "groups": "separate", "heal_steps": 0}
+SETTINGS = {"ranks": "uniform", "groups": "separate", "heal_steps": 0, "refit": False}
 
 
 @torch.no_grad()
@@ -45,7 +45,7 @@ def energies(folder: str, text: str, length: int) -> dict[str, dict[str, float]]
         squares = inputs[0].double().square()  # (windows, tokens, channels)
         first, others = squares[:, 0].sum(0), squares[:, 1:].sum((0, 1))
         for key, energy in (("all tokens", first + others), ("without the first", others)):
-            row[name][key] = (energy.max() / energy.median()).item()
+            row[name][key] = (energy.max() / energy[energy > 0].median()).item()
         row[name]["share of the first"] = (first.sum() / (first + others).sum()).item()
 
     row: dict[str, dict[str, float]] = {}
@@ -105,6 +105,7 @@ def main() -> None:
     parser.add_argument("--sequence-length", type=int, default=256)
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--remove", type=float, nargs="+", default=[0.3])
+    parser.add_argument("--scratch", type=Path, help="folder to keep")
     parser.add_argument("--options", type=json.loads, default={}, help="further options of convert, as JSON")
     arguments = parser.parse_args()
     found: dict[str, Any] = {"energies": energies(arguments.model, arguments.calibration, arguments.sequence_length)}
@@ -114,13 +115,14 @@ def main() -> None:
     options = SETTINGS | {"sequence_length": arguments.sequence_length, "samples": arguments.samples}
     options |= {"gradient_samples": arguments.samples, "calibration": [arguments.calibration]} | arguments.options
     found["perplexity"] = {}
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as temporary:
+        scratch = arguments.scratch or Path(temporary)
         for name, (variant, work) in VARIANTS.items():
             found["perplexity"][name] = {}
             for remove in arguments.remove:
-                out = Path(scratch) / f"{name} {remove}"
+                out = scratch / f"{name} {remove}"
                 with variant():
-                    record = convert(arguments.model, out, remove, work=Path(scratch) / work, **options)
+                    record = convert(arguments.model, out, remove, work=scratch / work, **options)
                 assert record.perplexity
                 found["perplexity"][name][remove] = record.perplexity.after
                 print(name, remove, record.perplexity, flush=True)

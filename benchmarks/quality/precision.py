@@ -23,7 +23,7 @@ from benchmarks.quality.table import models
 from benchmarks.records import new_record, write_record
 from fermisvd import load_model
 from fermisvd.calibration import calibration_grams
-from fermisvd.decomposition import DAMPING, OUTPUT_DAMPING
+from fermisvd.decomposition import DAMPING, OUTPUT_DAMPING, input_ridge
 from fermisvd.groups import find_groups
 from fermisvd.linear import linear_layer
 from fermisvd_convert.loading import load_tokenizer
@@ -64,14 +64,14 @@ def loss(weight: torch.Tensor, gram: torch.Tensor, g: torch.Tensor, a: torch.Ten
     return ((g @ error) * (error @ gram)).sum().item()
 
 
-def damped(matrix: torch.Tensor, damping: float) -> torch.Tensor:
-    return matrix + damping * matrix.diagonal().mean() * torch.eye(len(matrix), dtype=matrix.dtype)
+def damped(matrix: torch.Tensor, ridge: float) -> torch.Tensor:
+    return matrix + ridge * torch.eye(len(matrix), dtype=matrix.dtype)
 
 
 def excess(problem: Problem) -> dict[str, float]:
     """Largest relative excess over the ranks, by step."""
     weight, summed, summed_narrow, g = problem
-    gram, g = damped(summed, DAMPING), damped(g, OUTPUT_DAMPING)
+    gram, g = damped(summed, input_ridge(summed, DAMPING)), damped(g, OUTPUT_DAMPING * g.diagonal().mean().item())
     ranks = [max(1, min(weight.shape) * quarter // 4) for quarter in (1, 2, 3)]
 
     def losses(found: tuple[torch.Tensor, ...] | None) -> list[float]:
@@ -83,7 +83,7 @@ def excess(problem: Problem) -> dict[str, float]:
     assert exact is not None
     best, worst = losses(exact), {}
     for name in STEPS:
-        used = damped(summed_narrow, DAMPING) if name == "accumulation" else gram
+        used = damped(summed_narrow, input_ridge(summed_narrow, DAMPING)) if name == "accumulation" else gram
         found = losses(factors(weight, used, g, name))
         worst[name] = max(now / then - 1 for now, then in zip(found, best, strict=True))
     values, vectors = torch.linalg.eigh(summed)

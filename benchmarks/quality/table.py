@@ -95,7 +95,7 @@ def defaults() -> dict:
 
 def new_results() -> dict:
     protocol = {**PROTOCOL, "evaluation_windows": EVALUATION_WINDOWS, "methods": METHODS, "defaults": defaults()}
-    protocol["constants"] = {"damping": DAMPING, "output_damping": OUTPUT_DAMPING}
+    protocol["constants"] = {"damping": DAMPING, "damping_of": "median", "output_damping": OUTPUT_DAMPING}
     protocol = json.loads(json.dumps(protocol))
     return new_record("python -m benchmarks.quality.table", protocol) | {"cells": {}}
 

@@ -13,6 +13,18 @@ MODELS = ("stdlib-2m", "stories260K", "kinds-11m")
 RULE, PAPER, DEFAULT = "svd, uniform, separate (SVD-LLM's rule)", "FermiGrad as in the paper", "default"
 # Their own code on the same protocol, without training: LEMS + KFAC-SVD at 10 %, then MPIFA
 BEST_PEER = {"stories260K": {0.1: 5.100, 0.2: 7.933, 0.3: 14.74, 0.4: 26.06, 0.5: 40.40}}
+STAGES = (
+    "calibration",
+    "evaluation of the dense model",
+    "decomposition",
+    "the teacher",
+    "FermiGrad",
+    "--groups auto",
+    "--refit",
+    "writing",
+    "healing",
+    "evaluation",
+)
 RATE = "of dense's saturation"  # ends the names of cases of a request rate
 MIB = 2**20
 
@@ -286,6 +298,45 @@ def soak() -> str:
 # Cost of a conversion
 
 
+def stages() -> str:
+    """Before and after, by stage: seconds and the anonymous resident set's height."""
+    about = record("stages-smollm2")
+    before, after = about["before"]["stages"], about["after"]["stages"]
+
+    def cells(row: dict | None) -> list[str]:
+        if row is None:
+            return ["", ""]
+        if "projected" in row:
+            return [f"{row['seconds']:,.0f}, projected", ""]
+        return [f"{row['seconds']:,.0f}", f"{row['resident_bytes'] / 1e9:.2f}"]
+
+    names = [*before, *(name for name in after if name not in before)]
+    rows = [[name, *cells(before.get(name)), *cells(after.get(name))] for name in sorted(names, key=stage_order)]
+    sums = [sum(row["seconds"] for row in part.values()) for part in (before, after)]
+    rows.append(["all", f"{sums[0]:,.0f}", "", f"{sums[1]:,.0f}", f"ratio {sums[1] / sums[0]:.2f}"])
+    return markdown(["stage", "before, s", "peak, GB", "after, s", "peak, GB"], rows)
+
+
+def stage_order(name: str) -> int:
+    """As a conversion takes them."""
+    return next(number for number, stage in enumerate(STAGES) if stage == name)
+
+
+def massive_energies() -> str:
+    rows = [
+        [name, *(f"{row[key]:,.0f}" for key in ("all tokens", "without the first")), f"{row['share of the first']:.1%}"]
+        for name, row in record("massive")["energies"].items()
+    ]
+    return markdown(["input of", "all tokens", "without first tokens", "share of first tokens"], rows)
+
+
+def massive_perplexity() -> str:
+    found = record("massive")["perplexity"]
+    removed = list(next(iter(found.values())))
+    rows = [[name, *(f"{row[remove]:.2f}" for remove in removed)] for name, row in found.items()]
+    return markdown(["calibration", *(f"{float(remove):.0%} removed" for remove in removed)], rows)
+
+
 def fermigrad_cost() -> str:
     rows = [
         [
@@ -411,6 +462,8 @@ SOURCES = (
     "distributed-stdlib-2m",
     "precision",
     "decomposition",
+    "stages-smollm2",
+    "massive",
 )
 PARTS: dict[str, Callable[[], str]] = {
     **{f"quality-{name}": partial(quality, name) for name in MODELS},
@@ -429,6 +482,9 @@ PARTS: dict[str, Callable[[], str]] = {
     "depth": depth,
     "distributed": distributed,
     "precision": precision,
+    "stages": stages,
+    "massive energies": massive_energies,
+    "massive perplexity": massive_perplexity,
     "pieces": pieces,
     "calls": calls,
     "projection of llama-3.1-8b": partial(projection, "llama-3.1-8b"),

@@ -1,5 +1,6 @@
 """What the stages of a conversion share."""
 
+import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel
 from fermisvd.budget import Budget
 from fermisvd.precision import compute_type
 from fermisvd_convert.ahead import workers_beside
-from fermisvd_convert.memory import UNKNOWN, Limits, Passes, Sizes, memory_of
+from fermisvd_convert.memory import UNKNOWN, Limits, Passes, Sizes, give_back, memory_of
 from fermisvd_convert.options import ConvertOptions
 from fermisvd_convert.source import Source
 from fermisvd_convert.text import CalibrationText, recorded_names
@@ -92,13 +93,16 @@ class Conversion:
 
 
 def timed(part: str) -> Callable[[Callable[Concatenate[Conversion, P], R]], Callable[Concatenate[Conversion, P], R]]:
-    """A step whose wall-clock seconds are added up in its conversion, under the name of the part that it belongs to."""
+    """A step whose wall-clock seconds are added up in its conversion, under the name of the part that it belongs to;
+    what it held is given back before the next."""
 
     def decorate(step: Callable[Concatenate[Conversion, P], R]) -> Callable[Concatenate[Conversion, P], R]:
         @wraps(step)
         def run(conversion: Conversion, *args: P.args, **kwargs: P.kwargs) -> R:
             begin = time.perf_counter()
             result = step(conversion, *args, **kwargs)
+            gc.collect()  # models hold themselves by their hooks
+            give_back()
             seconds = conversion.seconds.get(part, 0) + time.perf_counter() - begin
             conversion.seconds[part] = round(seconds, 2)
             return result

@@ -109,7 +109,7 @@ class Measured:
 
     def add(self, batch: torch.Tensor, states: torch.Tensor, expected: torch.Tensor | None = None) -> None:
         """Token ids (windows, length), states behind the last block, and the reference's or none."""
-        tokens = compared_tokens(states)
+        tokens = compared_tokens(states.device)
         parts = [few_tokens(each, tokens) for each in (batch[:, :-1], batch[:, 1:], states[:, :-1])]
         others = repeat(None) if expected is None else few_tokens(expected[:, :-1], tokens)
         for (ids, following, own), other in zip(zip(*parts, strict=True), others, strict=False):

@@ -19,7 +19,7 @@ from fermisvd.files import TensorInfo
 from fermisvd.groups import LinearGroup, block_of, parent_of
 from fermisvd.running import distributed
 from fermisvd.running.blocks import KEPT_ACTIVATIONS, places_back
-from fermisvd.running.halves import HEAD_TOKENS
+from fermisvd.running.halves import HEAD_TOKENS, compared_tokens
 from fermisvd_convert.options import ConvertOptions
 
 HIDDEN_BYTES = 2**26  # hidden states held in memory with --max-memory, or a block's bytes, if they are left
@@ -32,7 +32,8 @@ GAUGE_BYTES = 28  # that PivGa takes for each number of W: 24 measured (docs/res
 
 @dataclass(frozen=True)
 class Limits:
-    """gram_bytes: of the matrices that calibration gathers in one pass; hidden_bytes: of hidden states in the host's
+    """gram_bytes: of the matrices that calibration gathers in one pass; copies: how many such sets there are at once,
+    one gathered and, beside a GPU, others being kept; hidden_bytes: of hidden states in the host's
     memory, beyond which they are in files; bounded: whether more than is needed must not be taken, where a model is no
     plain row of blocks; device_hidden_bytes: of hidden states on a GPU, beyond which they are in the host's memory."""
 
@@ -40,6 +41,7 @@ class Limits:
     hidden_bytes: int
     bounded: bool = False
     device_hidden_bytes: int = 0
+    copies: int = 1
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,8 @@ class Sizes:
     the largest, and outside of them; dense: of all groups' W; layer: of the largest group's W; gram: of the largest
     Gram matrix; grams: of all of a block; factors: full-rank A and B of all groups; width: a token's state; row: what
     a block's linear layers read and give for a token; vocabulary: a token's logits; text: the tokens that are
-    calibrated on.
+    calibrated on; compared: tokens whose logits are compared together; exact: the head's weights, where the device
+    needs them once more in float32, else 0.
     """
 
     item: int
@@ -67,9 +70,11 @@ class Sizes:
     row: int
     vocabulary: int
     text: int
+    compared: int
+    exact: int
 
 
-UNKNOWN = Sizes(*[0] * 14)
+UNKNOWN = Sizes(*[0] * 16)
 
 
 @dataclass(frozen=True)
@@ -100,9 +105,9 @@ class Passes:
 
 
 def model_sizes(
-    headers: dict[str, TensorInfo], groups: list[LinearGroup], vocabulary: int, text: int, item: int
+    headers: dict[str, TensorInfo], groups: list[LinearGroup], vocabulary: int, text: int, item: int, device: str
 ) -> Sizes:
-    """headers: the model's tensors; the others as in Sizes."""
+    """headers: the model's tensors; device: of its passes; the others as in Sizes."""
     blocks, outside = parent_of(block_of(groups[0].name)), 0
     by_block: dict[str, int] = {}
     for name, info in headers.items():
@@ -110,6 +115,7 @@ def model_sizes(
             by_block[block] = by_block.get(block, 0) + info.numel
         else:
             outside += info.numel
+    again = item < FLOAT and not device.startswith("cuda")
     depth, inputs = len(by_block), {group.source: group.columns for group in groups}
     squares = sum(n**2 for n in inputs.values())
     squares += sum(min(rows, group.columns) ** 2 for group in groups for rows in group.member_rows)
@@ -128,6 +134,8 @@ def model_sizes(
         row=sum(group.rows + group.columns for group in groups) // depth,
         vocabulary=vocabulary,
         text=text,
+        compared=compared_tokens(device),
+        exact=vocabulary * groups[0].columns if again else 0,
     )
 
 
@@ -135,19 +143,22 @@ def limits(size: Sizes, tokens: int, max_memory: int | None, device: str = "cpu"
     """By default all of a block's matrices, since a block is run again for those that are left out, and where memory
     asks for it no more than a block and the largest of them; of hidden states half of the host's memory, or what
     calibration leaves of it, and half of what it leaves of a GPU's. tokens: of a pass of calibration."""
-    usual = FLOAT * size.block + DOUBLE * size.gram
+    every, usual = DOUBLE * size.grams, FLOAT * size.block + DOUBLE * size.gram
     if max_memory is None:
-        on_gpu, host = device.startswith("cuda"), memory_of("cpu", None)
-        room, copies = memory_of(device, None), KEPT_AHEAD + 2 if on_gpu else 1
-        fits = calibration_bytes(size, tokens, DOUBLE * size.grams * copies) <= room
-        grams = DOUBLE * size.grams if fits else min(usual, DOUBLE * size.grams)
-        taken = calibration_bytes(size, tokens, grams * copies)
-        on_device = max(0, memory_of(device, None) - taken) if on_gpu else 0
+        on_gpu, host, room = device.startswith("cuda"), memory_of("cpu", None), memory_of(device, None)
+        ahead = KEPT_AHEAD + 2 if on_gpu else 1
+        taken, grams, copies = 0, 0, 0
+        for grams, copies in ((every, ahead), (every, 1), (min(usual, every), 1)):
+            taken = calibration_bytes(size, tokens, grams * copies)
+            if taken <= room:
+                break
+        on_device = max(0, room - taken) if on_gpu else 0
         left = host if on_gpu else max(0, host - taken)
-        return Limits(grams, min(int(HIDDEN_PART * host), left), device_hidden_bytes=int(HIDDEN_PART * on_device))
+        hidden = min(int(HIDDEN_PART * host), left)
+        return Limits(grams, hidden, device_hidden_bytes=int(HIDDEN_PART * on_device), copies=copies)
     rest = max_memory - calibration_bytes(size, tokens, 0)
     hidden = max(0, min(max(HIDDEN_BYTES, FLOAT * size.block), rest // 4))
-    return Limits(max(DOUBLE * size.gram, min(usual, rest - hidden)), hidden, bounded=True)
+    return Limits(max(DOUBLE * size.gram, min(every, rest - hidden)), hidden, bounded=True)
 
 
 def streamed_bytes(size: Sizes) -> int:
@@ -156,7 +167,13 @@ def streamed_bytes(size: Sizes) -> int:
 
 
 def head_bytes(size: Sizes, tokens: int) -> int:
-    """A few tokens through the head: logits, and three times their float32."""
+    """Two models' heads compared for a few tokens: four times their logits in float32, and the gradient in the passes'
+    type; and the head's own float32."""
+    return min(size.compared, tokens) * size.vocabulary * (size.item + 4 * FLOAT) + FLOAT * size.exact
+
+
+def drawn_bytes(size: Sizes, tokens: int) -> int:
+    """Calibration's draw from the head: logits, and three times their float32."""
     return min(HEAD_TOKENS, tokens) * size.vocabulary * (size.item + 3 * FLOAT)
 
 
@@ -167,7 +184,7 @@ def activation_bytes(size: Sizes, tokens: int) -> int:
 
 def calibration_bytes(size: Sizes, tokens: int, gram_bytes: int) -> int:
     """What calibration takes besides hidden states."""
-    return streamed_bytes(size) + gram_bytes + max(activation_bytes(size, tokens), head_bytes(size, tokens))
+    return streamed_bytes(size) + gram_bytes + max(activation_bytes(size, tokens), drawn_bytes(size, tokens))
 
 
 def decomposition_bytes(size: Sizes) -> int:
@@ -222,8 +239,7 @@ def needs(size: Sizes, options: ConvertOptions, passes: Passes, limit: Limits, p
     places = 1 + (places_back(size.depth) if options.whitening == "kfac" else 0)
     on_device = min(limit.device_hidden_bytes, places * size.text * state)
     hidden = min(limit.hidden_bytes, places * size.text * state - on_device)
-    ahead = KEPT_AHEAD + 1 if limit.device_hidden_bytes else 0  # matrices that wait to be kept, beside a GPU
-    calibration = calibration_bytes(size, calibrated, limit.gram_bytes * (ahead + 1)) + on_device
+    calibration = calibration_bytes(size, calibrated, limit.gram_bytes * limit.copies) + on_device
     found = {
         "calibration": Need(calibration, hidden, smaller),
         "decomposition": Need(decomposition_bytes(size), 0, "--groups separate, for smaller matrices"),
@@ -234,11 +250,12 @@ def needs(size: Sizes, options: ConvertOptions, passes: Passes, limit: Limits, p
         if options.form == "svd":
             blocks = size.item * (size.factors + size.blocks - size.dense)
             taken = divided(size, passes, blocks, blocks) + size.item * size.outside + forward
-            found["the choice of dense groups"] = Need(taken, 0, "--ranks uniform or a file of ranks")
+            found["the choice of dense groups"] = Need(taken, 0, instead)
     if options.joins:
         blocks = size.item * size.blocks
         taken = divided(size, passes, blocks, blocks) + size.item * size.outside
-        found["--groups auto"] = Need(taken + max(forward, decomposition_bytes(size)), 0, "--groups joint or separate")
+        instead = "--groups joint or separate, or more processes"
+        found["--groups auto"] = Need(taken + max(forward, decomposition_bytes(size)), 0, instead)
     if options.refits:
         grams = decomposition_bytes(size) + 4 * DOUBLE * size.gram
         taken = whole + size.item * size.block + 2 * size.text * state + max(forward, grams)

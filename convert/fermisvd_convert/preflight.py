@@ -109,7 +109,7 @@ def check_room(conversion: Conversion, groups: Sequence[LinearGroup]) -> Convers
         fitted = ranks_from_file(Path(options.ranks), list(groups), options.groups)[0]
     conversion.budget.check(fitted)
     text, item = conversion.windows.numel(), conversion.compute.itemsize
-    size = model_sizes(source.headers, list(groups), source.vocabulary, text, item)
+    size = model_sizes(source.headers, list(groups), source.vocabulary, text, item, conversion.device)
     processes = distributed.process_count()
     passes, limits = distributed.from_first(
         passes_that_fit(size, options, conversion.length, conversion.device, processes)

@@ -17,7 +17,7 @@ from fermisvd.running.blocks import BlocksError, Stop, forwards, hidden_of
 
 PROBE_TOKENS = 8
 HEAD_TOKENS = 1024  # that a head is asked for together
-HEAD_TOKENS_ON_CPU = 128  # that it is compared for: larger tensors are new memory each time, which a CPU clears first
+HEAD_TOKENS_ON_CPU = 128  # where two are compared: larger tensors are fresh memory each time, which is cleared first
 
 
 class Halves(Protocol):
@@ -30,18 +30,19 @@ class Halves(Protocol):
 
 
 class Split:
-    """A model whose head needs the states alone. Raises BlocksError for one whose head does not give its logits."""
+    """A model whose head needs the states alone, and is not trained. Raises BlocksError for one whose head does not
+    give its logits."""
 
     def __init__(self, model: nn.Module):
         self.model = model
         self.container = model.get_submodule(decoder_blocks(model))
         self.last, self.output = list(self.container.children())[-1], output_layer(model)
-        self.wide = _wide(self.output)
+        self.float32_head = _float32_weight(self.output)
         seen = []
         hook = self.last.register_forward_hook(lambda _, inputs, output: seen.append(output))
         probe = torch.arange(PROBE_TOKENS, device=next(model.parameters()).device)[None]
         with torch.no_grad():
-            with _exact(self.output, self.wide):
+            with _exact(self.output, self.float32_head):
                 expected = logits_of(model, probe).float()
             hook.remove()
             if len(seen) != 1:
@@ -69,7 +70,7 @@ class Split:
 
     def head(self, states: torch.Tensor) -> torch.Tensor:
         tokens = torch.zeros(states.shape[:2], dtype=torch.int64, device=states.device)
-        with _skipped(self.container, (states,) if self.as_tuple else states), _exact(self.output, self.wide):
+        with _skipped(self.container, (states,) if self.as_tuple else states), _exact(self.output, self.float32_head):
             return logits_of(self.model, tokens)
 
 
@@ -100,9 +101,9 @@ def halves_of(model: nn.Module) -> Halves:
         return Whole(model)
 
 
-def compared_tokens(states: torch.Tensor) -> int:
+def compared_tokens(device: torch.device | str) -> int:
     """How many tokens two models' heads are compared for together."""
-    return HEAD_TOKENS if states.is_cuda else HEAD_TOKENS_ON_CPU
+    return HEAD_TOKENS if str(device).startswith("cuda") else HEAD_TOKENS_ON_CPU
 
 
 def few_tokens(states: torch.Tensor, tokens: int = HEAD_TOKENS) -> Iterator[torch.Tensor]:
@@ -137,12 +138,12 @@ class _ExactLinear(torch.autograd.Function):
     its teacher's. The gradient takes the narrower type's speed."""
 
     @staticmethod
-    def forward(ctx, x, weight, wide):
+    def forward(ctx, x, weight, float32):
         ctx.save_for_backward(weight)
-        if wide is None:
+        if float32 is None:
             flat = torch.mm(x.flatten(0, -2), weight.T, out_dtype=torch.float32)
             return flat.view(*x.shape[:-1], len(weight))
-        return functional.linear(x.float(), wide)
+        return functional.linear(x.float(), float32)
 
     @staticmethod
     def backward(ctx, gradient):
@@ -150,18 +151,19 @@ class _ExactLinear(torch.autograd.Function):
         return gradient.to(weight.dtype) @ weight, None, None
 
 
-def _wide(layer: nn.Linear | None) -> torch.Tensor | None:
-    """The layer's weight in float32, where a device has no product of narrower numbers that gives it: a CPU."""
+def _float32_weight(layer: nn.Linear | None) -> torch.Tensor | None:
+    """The layer's weight, which must be whole, in float32; not on CUDA, which has a product of narrower numbers that
+    gives it."""
     return None if layer is None or layer.weight.is_cuda else layer.weight.detach().float()
 
 
 @contextmanager
-def _exact(layer: nn.Linear | None, wide: torch.Tensor | None) -> Iterator[None]:
-    """The layer gives float32 for the duration. wide: of `_wide`."""
+def _exact(layer: nn.Linear | None, float32: torch.Tensor | None) -> Iterator[None]:
+    """The layer gives float32 for the duration. float32: of `_float32_weight`."""
     if layer is None:
         yield
         return
-    with forwards([layer], [lambda x: _with_bias(_ExactLinear.apply(x, layer.weight, wide), layer.bias)]):
+    with forwards([layer], [lambda x: _with_bias(_ExactLinear.apply(x, layer.weight, float32), layer.bias)]):
         yield
 
 

@@ -8,12 +8,12 @@ from fermisvd.format import validate_checkpoint
 from tests.support import ROOT
 
 
-def convert(processes: int, model, out, text, work, program="fermisvd_convert") -> dict:
+def convert(processes: int, model, out, text, work, form="pivga", program="fermisvd_convert") -> dict:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     numbers = {"remove": 0.3, "samples": 12, "gradient-samples": 12, "sequence-length": 32, "steps": 6}
     numbers |= {"heal-steps": 2, "batch-size": 4, "align": 1}
     options = [part for name, value in numbers.items() for part in (f"--{name}", value)]
-    options += ["--calibration", text, "--work", work, "--compute", "float32"]
+    options += ["--calibration", text, "--work", work, "--compute", "float32", "--form", form]
     run = [*launch, "-m", program, "convert", model, out, *options]
     done = subprocess.run([str(part) for part in run], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -26,19 +26,21 @@ def names_of(folder) -> list[str]:
 
 
 @pytest.mark.long
-def test_two_processes_convert_as_one(tiny_llama, tmp_path):
+@pytest.mark.parametrize("form", ["pivga", "svd"])
+def test_two_processes_convert_as_one(tiny_llama, tmp_path, form):
     """Each with models of its own, and with parts of them: the same groups and ranks; perplexity to 1e-4, as sums are
     taken in another order."""
     text = tmp_path / "text.txt"
     text.write_text("".join(f"def f{i}(x):\n    return x * {i * i}\n\n" for i in range(600)))
-    one = convert(1, tiny_llama, tmp_path / "one", text, tmp_path / "work one")
-    for name, program in (("two", "fermisvd_convert"), ("divided", "tests.support.converted_divided")):
+    one = convert(1, tiny_llama, tmp_path / "one", text, tmp_path / "work one", form)
+    assert any(layer["trials"] for layer in one["choices"]["groups"]) and one["choices"]["joining"]
+    programs = {"two": "fermisvd_convert", "divided": "tests.support.converted_divided"}
+    for name, program in programs.items() if form == "pivga" else [("divided", programs["divided"])]:
         work = tmp_path / f"work {name}"
-        two = convert(2, tiny_llama, tmp_path / name, text, work, program)
+        two = convert(2, tiny_llama, tmp_path / name, text, work, form, program)
         assert [(g["members"], g["rank"]) for g in two["groups"]] == [(g["members"], g["rank"]) for g in one["groups"]]
-        assert [each["joined"] for each in two["choices"]["joining"]] == [
-            each["joined"] for each in one["choices"]["joining"]
-        ]
+        joined = [[each["joined"] for each in record["choices"]["joining"]] for record in (one, two)]
+        assert joined[0] == joined[1]
         for when in ("before", "after"):
             assert two["perplexity"][when] == pytest.approx(one["perplexity"][when], rel=1e-4)
         assert two["perplexity"]["tokens"] == one["perplexity"]["tokens"]

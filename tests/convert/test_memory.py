@@ -25,7 +25,7 @@ PASSES = Passes(8, LENGTH, 1, 8)
 TOKENS = 8 * LENGTH
 
 
-LLAMA_8B, IN_FLOAT32 = (sizes_of(SHAPES["llama-3.1-8b"], item) for item in (2, 4))
+LLAMA_8B, IN_FLOAT32 = (sizes_of(SHAPES["llama-3.1-8b"], *of) for of in ((2, "cuda"), (4, "cpu")))
 LLAMA_70B = sizes_of(SHAPES["llama-3.1-70b"])
 
 
@@ -88,7 +88,7 @@ def test_less_memory_gathers_fewer_matrices_but_one_at_least():
     found = [limits(IN_FLOAT32, LENGTH, gib * GIB) for gib in (8, 9, 10, 100)]
     assert [each.gram_bytes for each in found] == sorted(each.gram_bytes for each in found)
     assert found[0].gram_bytes == 8 * IN_FLOAT32.gram
-    assert found[-1].gram_bytes == 4 * IN_FLOAT32.block + 8 * IN_FLOAT32.gram < 8 * IN_FLOAT32.grams
+    assert found[-1].gram_bytes == 8 * IN_FLOAT32.grams
 
 
 def test_a_block_is_run_once_where_its_matrices_fit(machine):
@@ -137,7 +137,7 @@ def test_devices_share_fermigrad():
 
 
 def test_a_device_that_is_too_small_gets_smaller_passes(machine):
-    machine(host=120, device=23)
+    machine(host=120, device=24)
     options = ConvertOptions.named(remove=0.2, heal_steps=0, refit=False)
     passes, _ = passes_that_fit(LLAMA_8B, options, LENGTH, "cuda", processes=1)
     assert 1 <= passes.windows < 8 and passes.parts == 1
@@ -179,7 +179,7 @@ def test_bounded_conversion_gives_the_same_and_too_little_is_refused_first(tiny_
 
 def test_what_is_found_again_does_not_depend_on_what_follows(machine):
     """Windows of a pass of calibration are in its key: other steps must not change them."""
-    machine(host=120, device=23)
+    machine(host=120, device=24)
     short: dict = {"heal_steps": 0, "refit": False}
     found = [
         passes_that_fit(LLAMA_8B, ConvertOptions.named(remove=0.3, **short, **rest), LENGTH, "cuda", 1)[0]

@@ -146,9 +146,9 @@ def _gather(conversion: Conversion, statistics: Statistics, missing: Sequence[Ma
     ):
         limit = limits.gram_bytes
         given = (blocks, *names, batches, hidden, options.seed, limit, shown.advance)
-        parts, device = grams_by_blocks(*given, on_last=keeper(conversion, model)), conversion.device
-        workers = KEPT_AHEAD if device.startswith("cuda") else 1  # the disk has its time beside a GPU
-        with closing(in_order(lambda part: statistics.keep(*part), parts, device, workers)) as kept:
+        parts = grams_by_blocks(*given, on_last=keeper(conversion, model))
+        workers = KEPT_AHEAD if limits.copies > 1 else 1  # the disk has its time beside a GPU
+        with closing(in_order(lambda part: statistics.keep(*part), parts, conversion.device, workers)) as kept:
             for _ in kept:
                 give_back()
 

@@ -7,7 +7,6 @@ from transformers import PreTrainedModel
 
 from fermisvd.budget import RankedGroup, compressed
 from fermisvd.compress import set_aside
-from fermisvd.groups import block_of
 from fermisvd.joining import FEWEST_TOKENS, HOPE, TRIALS, FusedLayer, fused_layers, join_groups, layers_with_hopes
 from fermisvd.losses import StudentLoss, set_products
 from fermisvd.running import distributed
@@ -65,7 +64,7 @@ def load_products(conversion: Conversion, ranked: Sequence[RankedGroup], factors
     student = conversion.stream()
 
     def put(block: str) -> None:
-        inside = (each.group for each in ranked if block_of(each.group.name) == block)
+        inside = (each.group for each in ranked if each.group.name.startswith(f"{block}."))
         set_products(student, ((group, factors_of(group)) for group in inside))
 
     fill_all(student, conversion.passes.parts > 1, put)
