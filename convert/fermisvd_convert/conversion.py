@@ -24,6 +24,9 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+LONG_SECONDS = 5  # a step that took no longer held little: looking for it would take longer
+
+
 @dataclass(frozen=True)
 class Conversion:
     """The model and the text, how they are to be compressed, and where.
@@ -101,9 +104,10 @@ def timed(part: str) -> Callable[[Callable[Concatenate[Conversion, P], R]], Call
         def run(conversion: Conversion, *args: P.args, **kwargs: P.kwargs) -> R:
             begin = time.perf_counter()
             result = step(conversion, *args, **kwargs)
-            gc.collect()  # models hold themselves by their hooks
-            give_back()
             seconds = conversion.seconds.get(part, 0) + time.perf_counter() - begin
+            if time.perf_counter() - begin > LONG_SECONDS:
+                gc.collect()  # models hold themselves by their hooks
+                give_back()
             conversion.seconds[part] = round(seconds, 2)
             return result
 
