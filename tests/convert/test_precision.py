@@ -44,7 +44,7 @@ def test_of_the_demo_model(tmp_path, form, ranks):
 
 @FAST
 @pytest.mark.long
-@pytest.mark.parametrize(("form", "perplexity", "ranks"), [("pivga", 0.01, 0.04), ("svd", 0.06, 0.08)])
+@pytest.mark.parametrize(("form", "perplexity", "ranks"), [("pivga", 0.02, 0.04), ("svd", 0.06, 0.08)])
 def test_of_stories260k(stories260k, tmp_path, form, perplexity, ranks):
     """0.4 and 3.1 % were seen, of a model that loses much; another number of threads alone moves float32 by 0.6 %."""
     text = stories260k.parent.parent / "text" / "tinystories.train.txt"
