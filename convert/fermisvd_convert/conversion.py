@@ -97,7 +97,7 @@ class Conversion:
 
 def timed(part: str) -> Callable[[Callable[Concatenate[Conversion, P], R]], Callable[Concatenate[Conversion, P], R]]:
     """A step whose wall-clock seconds are added up in its conversion, under the name of the part that it belongs to;
-    what it held is given back before the next."""
+    what a long one held is given back before the next."""
 
     def decorate(step: Callable[Concatenate[Conversion, P], R]) -> Callable[Concatenate[Conversion, P], R]:
         @wraps(step)
