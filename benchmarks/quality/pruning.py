@@ -12,6 +12,7 @@ from fermisvd.groups import decoder_blocks
 from fermisvd.healing import HealingSettings, heal
 from fermisvd.settings import BATCH_SIZE, SEED
 from fermisvd.teacher import Taught
+from fermisvd_convert.progress import bar
 
 
 def linear_weights(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -28,9 +29,7 @@ def linear_parameters(model: nn.Module) -> int:
     return sum(weight.numel() for weight in linear_weights(model).values())
 
 
-def of_smaller_config(
-    model: LlamaForCausalLM, tensors: Mapping[str, torch.Tensor], **changes: Any
-) -> LlamaForCausalLM:
+def of_smaller_config(model: LlamaForCausalLM, tensors: Mapping[str, torch.Tensor], **changes: Any) -> LlamaForCausalLM:
     """An ordinary Llama of the model's config with these changes, and of these tensors, which it does not share."""
     config = copy.deepcopy(model.config)
     for name, value in changes.items():
@@ -46,7 +45,10 @@ def heal_pruned(model: LlamaForCausalLM, taught: Taught, aside: Taught, steps: i
     type they are stored in. Gives `heal`'s record."""
     weights = linear_weights(model)
     settings = HealingSettings(steps=steps)
-    record = heal(model, taught, aside, settings, batch_size=BATCH_SIZE, seed=SEED, factors=weights)
+    with bar("heal", steps) as shown:
+        record = heal(
+            model, taught, aside, settings, batch_size=BATCH_SIZE, seed=SEED, on_step=shown.show, factors=weights
+        )
     with torch.no_grad():
         for weight in linear_weights(model).values():
             weight.copy_(weight.to(stored))

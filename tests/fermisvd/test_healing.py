@@ -157,3 +157,18 @@ def test_a_loss_that_is_not_finite_is_an_error(dense, compressed):
     with pytest.raises(NumericalError, match="KL is nan before healing"):
         taught = teach(load_model(dense), torch.randint(2048, (2, 8)), 8)
         heal(student, taught, taught, HealingSettings(steps=1), batch_size=8, seed=0)
+
+
+def test_given_matrices_of_a_dense_student_are_trained_instead(dense):
+    """A model whose blocks were disturbed comes back towards the undisturbed one, by these matrices alone."""
+    student = load_model(dense)
+    taught = teach(load_model(dense), torch.randint(2048, (16, 32)), 8)
+    weights = {name: p for name, p in student.named_parameters() if name.endswith("_proj.weight")}
+    with torch.no_grad():
+        for weight in weights.values():
+            weight += 0.3 * weight.square().mean().sqrt() * torch.randn_like(weight)
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    record = heal(student, taught, taught[:4], HealingSettings(steps=40), batch_size=8, seed=0, factors=weights)
+    assert record["kl_after"] == StudentLoss(student, taught[:4], 8)() < 0.7 * record["kl_before"]
+    moved = {name for name, tensor in student.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert moved == set(weights)
