@@ -19,9 +19,11 @@ def linear_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     """The weights of the decoder blocks' linear layers by tensor name: what compression makes smaller."""
     blocks = decoder_blocks(model)
     return {
-        f"{name}.weight": module.weight
+        f"{name}.weight": parameter
         for name, module in model.named_modules()
         if name.startswith(f"{blocks}.") and isinstance(module, nn.Linear)
+        for kind, parameter in module.named_parameters(recurse=False)
+        if kind == "weight"
     }
 
 

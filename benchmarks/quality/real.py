@@ -52,6 +52,7 @@ ROUNDED = {"int8, rounded to nearest": 8, "int4, rounded to nearest": 4}
 
 Size = dict[str, float]  # parameters of the decoder blocks' linear layers, the fraction removed, bytes of all weights
 Made = tuple[PreTrainedModel, Size]
+Maker = Callable[..., Made]  # of a setting, and of the fraction to remove if there is one
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,9 @@ class Setting:
     @cached_property
     def stored(self) -> torch.dtype:
         """The type that the model's weights are kept in."""
-        return AutoConfig.from_pretrained(self.folder).dtype
+        dtype = AutoConfig.from_pretrained(self.folder).dtype
+        assert isinstance(dtype, torch.dtype)
+        return dtype
 
     @cached_property
     def evaluation(self) -> dict[str, Taught]:
@@ -193,7 +196,7 @@ def narrower(setting: Setting, remove: float) -> LlamaForCausalLM:
 
 def narrower_with_heads(setting: Setting, remove: float) -> LlamaForCausalLM:
     """Of kv heads about the fraction that is removed of all, and at least one."""
-    heads = max(1, round(remove * setting.dense.config.num_key_value_heads))
+    heads = max(1, round(remove * setting.importance.heads.shape[1]))
     return prune_width(setting.dense, setting.importance, remove, heads)
 
 
@@ -214,11 +217,11 @@ PRUNED = {
     "width pruning, MLP": narrower,
     "width pruning, MLP and heads": narrower_with_heads,
 }
-ONCE: dict[str, Callable[[Setting], Made]] = {
+ONCE: dict[str, Maker] = {
     "dense": as_it_is,
     **{name: partial(rounded, bits=bits) for name, bits in ROUNDED.items()},
 }
-BY_REMOVAL: dict[str, Callable[[Setting, float], Made]] = {
+BY_REMOVAL: dict[str, Maker] = {
     **{name: partial(converted, options=options) for name, options in CONVERTED.items()},
     f"default, {HEALED_LONGER}": partial(converted, options={"heal_steps": 0}, longer=True),
     **{
@@ -231,7 +234,7 @@ BY_REMOVAL: dict[str, Callable[[Setting, float], Made]] = {
 
 def measure(setting: Setting, methods: list[str], removals: list[float], fresh: bool) -> None:
     """Fill the record cell by cell: first those of the dense model's size, then by removal."""
-    wanted: dict[str, Callable[[Setting], Made]] = {name: make for name, make in ONCE.items() if name in methods}
+    wanted = {name: make for name, make in ONCE.items() if name in methods}
     for remove in removals:
         for name in methods:
             if name in BY_REMOVAL:

@@ -32,8 +32,7 @@ def importance(model: LlamaForCausalLM, windows: torch.Tensor, batch_size: int =
     """Of channels the absolute value that down_proj reads, of heads the norm of what o_proj reads of them. windows:
     token ids (windows, length)."""
     config = model.config
-    shape = (config.num_hidden_layers, config.intermediate_size)
-    channels = torch.zeros(shape, dtype=torch.float64)
+    channels = torch.zeros(config.num_hidden_layers, config.intermediate_size, dtype=torch.float64)
     heads = torch.zeros(config.num_hidden_layers, config.num_attention_heads, dtype=torch.float64)
 
     def see_channels(number: int, _: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -44,13 +43,15 @@ def importance(model: LlamaForCausalLM, windows: torch.Tensor, batch_size: int =
         heads[number] += norms.mean(1).square().sum(0).cpu()
 
     hooks = []
-    for number, block in enumerate(model.model.layers):
-        hooks.append(block.mlp.down_proj.register_forward_pre_hook(partial(see_channels, number)))
-        hooks.append(block.self_attn.o_proj.register_forward_pre_hook(partial(see_heads, number)))
+    for number in range(config.num_hidden_layers):
+        for name, see in (("mlp.down_proj", see_channels), ("self_attn.o_proj", see_heads)):
+            layer = model.get_submodule(f"model.layers.{number}.{name}")
+            hooks.append(layer.register_forward_pre_hook(partial(see, number)))
     for batch in windows.split(batch_size):
         model.model(input_ids=batch.to(model.device), use_cache=False)
     for hook in hooks:
         hook.remove()
+    assert config.num_key_value_heads  # LlamaConfig fills it in
     return Importance(channels.sqrt(), heads.sqrt().unflatten(1, (config.num_key_value_heads, -1)).sum(-1))
 
 
@@ -59,8 +60,9 @@ def prune_width(model: LlamaForCausalLM, found: Importance, remove: float, kv_he
     with their query heads, and as many MLP channels as make up the rest, to the nearest. Raises ValueError where that
     cannot be.
     """
-    config = model.config
-    blocks, channels, kept_heads = len(found.channels), found.channels.shape[1], config.num_key_value_heads - kv_heads
+    config, (blocks, channels) = model.config, found.channels.shape
+    assert config.num_key_value_heads and config.head_dim  # LlamaConfig fills them in
+    kept_heads = config.num_key_value_heads - kv_heads
     queries = config.num_attention_heads // config.num_key_value_heads
     a_channel = blocks * 3 * config.hidden_size
     a_kv_head = blocks * 2 * (queries + 1) * config.head_dim * config.hidden_size
