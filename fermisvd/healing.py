@@ -19,7 +19,7 @@ from fermisvd.batches import shuffled_batches
 from fermisvd.errors import NumericalError
 from fermisvd.factor_adam import stepping_backward
 from fermisvd.format import INTERPOLATION
-from fermisvd.groups import StructureError
+from fermisvd.groups import StructureError, decoder_blocks
 from fermisvd.losses import StudentLoss, kl_of_states
 from fermisvd.modules import CompressedLinear, PivGaColumnsLinear, PivGaRowsLinear
 from fermisvd.pivga import refuse_overflow, round_interpolation
@@ -28,18 +28,22 @@ from fermisvd.running.distributed import local, own_passes, process_count, sum_o
 from fermisvd.settings import Natural, Settings, option
 from fermisvd.teacher import Taught
 
+BATCH_TOKENS = 2048  # that the learning rate was measured with
+
 
 class HealingSettings(Settings):
     """Options of the distillation.
 
     Adam's learning rate is relative to the root mean square of each factor over the root of its longer side, so that a
-    step changes its largest singular value by the same part at any width, and to the root of the loss at the start (at
-    most 1): a loss grows as the square of the error, so what there is to mend is as large as its root. It rises over
-    the first twentieth of the steps and falls to zero as a cosine.
+    step changes its largest singular value by the same part at any width; to the root of the loss at the start (at most
+    1): a loss grows as the square of the error, so what there is to mend is as large as its root; and to one over the
+    number of decoder blocks, whose steps add up in the hidden state. With batches of fewer than BATCH_TOKENS, whose
+    gradients are noisier, it is smaller by the root of the part. It rises over the first twentieth of the steps and
+    falls to zero as a cosine.
     """
 
     steps: Annotated[Natural, option("Steps of distillation on the calibration windows at the end; 0 for none.")] = 128
-    learning_rate: Annotated[float, option("Relative to each factor's size and width.", ge=0)] = 0.1
+    learning_rate: Annotated[float, option("Relative to each factor's size and width, and to depth.", ge=0)] = 0.5
 
 
 def trained_factors(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -101,7 +105,8 @@ def heal(
         raise NumericalError(f"KL is {before} before healing; check the checkpoint and its dense model")
     device, halves = next(student.parameters()).device, loss.halves
     start = {name: local(parameter.detach()).to("cpu", copy=True) for name, parameter in factors.items()}
-    rates = {name: _rate(parameter, settings.learning_rate, before) for name, parameter in factors.items()}
+    height = settings.learning_rate * _height(student, before, batch_size * taught.windows.shape[1])
+    rates = {name: height * _size(parameter) for name, parameter in factors.items()}
     batches = shuffled_batches(len(taught), batch_size, seed)
     records: list[dict] = []
     with (
@@ -154,11 +159,16 @@ def activations(student: nn.Module) -> int:
     return sum(layer.in_features + layer.out_features for layer in layers)
 
 
-def _rate(parameter: nn.Parameter, rate: float, loss: float) -> float:
-    """The learning rate of a factor at full height."""
+def _height(student: nn.Module, loss: float, batch_tokens: int) -> float:
+    """What all factors' learning rates have in common."""
+    blocks = len(student.get_submodule(decoder_blocks(student)))
+    return min(1.0, math.sqrt(loss)) * min(1.0, math.sqrt(batch_tokens / BATCH_TOKENS)) / blocks
+
+
+def _size(parameter: nn.Parameter) -> float:
+    """Root mean square of a factor over the root of its longer side."""
     squares = whole(parameter.detach().float().square().sum())
-    size = math.sqrt(squares.item() / parameter.numel() / max(parameter.shape))
-    return rate * min(1.0, math.sqrt(loss)) * size
+    return math.sqrt(squares.item() / parameter.numel() / max(parameter.shape))
 
 
 def _schedule(step: int, steps: int) -> float:

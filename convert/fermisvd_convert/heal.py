@@ -14,7 +14,7 @@ from fermisvd.errors import OutputError
 from fermisvd.files import read_headers
 from fermisvd.format import read_config, validate_checkpoint
 from fermisvd.groups import StructureError
-from fermisvd.healing import heal, rounded_factors
+from fermisvd.healing import HealingState, heal, rounded_factors
 from fermisvd.precision import compute_type
 from fermisvd.teacher import Taught, teach
 from fermisvd_convert.checks import check_place
@@ -28,19 +28,20 @@ from fermisvd_convert.loading import (
 )
 from fermisvd_convert.options import HealOptions
 from fermisvd_convert.output import check_free, claimed, complete, list_files, move_into_place, unfinished
-from fermisvd_convert.places import OURS, real_path
+from fermisvd_convert.places import OURS, ensure_own, real_path, remove_own
 from fermisvd_convert.progress import bar
 from fermisvd_convert.record import check_readable, list_files_anew
 from fermisvd_convert.source import TORCH_TYPES, Source, open_source
 from fermisvd_convert.text import CalibrationText, TextError, calibration_text, check_vocabulary, recorded_names
+from fermisvd_convert.workspace import Stage, Workspace, file_hash
 from fermisvd_convert.writer import replace_tensors
 
 
 def heal_checkpoint(checkpoint: str | Path, healed: str | Path, **given: Any) -> dict:
     """Write `healed`, a copy of `checkpoint` with trained factors; returns the record that `healed`/healing.json holds.
 
-    given: options of HealOptions by name. `healed` appears whole or not at all. Raises FermiSVDError for bad input,
-    naming it.
+    given: options of HealOptions by name. `healed` appears whole or not at all; what an interrupted healing had done is
+    kept beside it, and the same call goes on from there. Raises FermiSVDError for bad input, naming it.
     """
     checkpoint, healed, options = Path(checkpoint), real_path(healed), HealOptions.named(**given)
     check_healed(checkpoint, healed, options.teacher)
@@ -55,8 +56,8 @@ def heal_checkpoint(checkpoint: str | Path, healed: str | Path, **given: Any) ->
         expected, taught = asked(source, device, compute, (text.held_back, text.windows), options)
         student = load_dense_or_compressed(checkpoint, device, dtype, options.trust_remote_code)
         before = evaluate(student, text.held_back, expected, batch_size=options.batch_size)
-        begin = time.perf_counter()
-        outcome = train(student, taught, options)
+        begin, key = time.perf_counter(), healing_key(checkpoint, source, text, options)
+        outcome = train(student, taught, options, Workspace(ensure_own(place.work)).stage("healed", key))
         outcome["seconds"] = round(time.perf_counter() - begin, 2)
         with unfinished(place) as partial:
             shutil.copytree(checkpoint, partial, dirs_exist_ok=True, ignore=shutil.ignore_patterns(OURS))
@@ -69,6 +70,7 @@ def heal_checkpoint(checkpoint: str | Path, healed: str | Path, **given: Any) ->
                 record = healing_record(source, text, options, before, after) | outcome
                 write_records(partial, record)
                 move_into_place(place, overwrite=False)
+        remove_own(place.work)
     return record
 
 
@@ -130,13 +132,23 @@ def asked(
         return [teach(teacher, windows, options.batch_size, shown.advance) for windows in texts]
 
 
-def train(student: PreTrainedModel, taught: Taught, options: HealOptions) -> dict:
-    """Distil the student in place; an eighth of the windows decides whether it helped.
+def healing_key(checkpoint: Path, source: Source, text: CalibrationText, options: HealOptions) -> list:
+    """All that the trained factors depend on; the checkpoint has one dense model."""
+    factors = [file_hash(file) for file in sorted(checkpoint.glob("*.safetensors"))]
+    settings = [options.healing, options.batch_size, options.seed, options.compute]
+    return [factors, source.title, text.windows, *settings]
+
+
+def train(student: PreTrainedModel, taught: Taught, options: HealOptions, stage: Stage) -> dict:
+    """Distil the student in place, from where the stage was kept last; an eighth of the windows decides whether it
+    helped.
 
     The last decide: the first may be those that the checkpoint was calibrated on.
     """
     held = -(-len(taught) // 8)
-    with bar("heal", options.healing.steps) as shown:
+    found, keep = stage.tensor_progress()
+    begun = HealingState(*found) if found else None
+    with bar("heal", options.healing.steps, done=len(begun.records) if begun else 0) as shown:
         return heal(
             student,
             taught[:-held],
@@ -145,6 +157,8 @@ def train(student: PreTrainedModel, taught: Taught, options: HealOptions) -> dic
             batch_size=options.batch_size,
             seed=options.seed,
             on_step=shown.show,
+            begun=begun,
+            on_progress=lambda state: keep(state.records, state.factors),
         )
 
 

@@ -57,6 +57,11 @@ class Place:
         return self._named("old")
 
     @property
+    def work(self) -> Path:
+        """Kept for the next run to the same OUT, by `fermisvd heal`."""
+        return self._named("work")
+
+    @property
     def checkpoint(self) -> Path:
         """The folder that is being written."""
         return self.new / CHECKPOINT
@@ -132,7 +137,7 @@ def claimed(out: Path) -> Iterator[Place]:
             yield place_of(out)
         finally:
             inside = Place(out, inside=True)
-            if not inside.new.exists():
+            if not inside.new.exists() and not inside.work.exists():
                 with suppress(OSError):
                     inside.lock.unlink(missing_ok=True)
                     inside.ours.rmdir()

@@ -140,7 +140,7 @@ def test_second_run_after_joining_and_refitting_is_the_same(tiny_llama, tmp_path
 
 def test_an_interrupted_healing_goes_on(tiny_llama, tmp_path, settings, monkeypatch):
     """To the output of an undisturbed conversion, and without the steps that were done."""
-    settings |= dict(ranks="uniform", groups="joint", heal_steps=5, heal_learning_rate=0.3)
+    settings |= dict(ranks="uniform", groups="joint", heal_steps=5, heal_learning_rate=1.2)
     convert(str(tiny_llama), tmp_path / "expected", 0.3, **settings | {"work": tmp_path / "other"})
     monkeypatch.setattr(workspace, "STATE_SECONDS", 0)
     monkeypatch.setattr(workspace, "STATE_PAUSE", 0)

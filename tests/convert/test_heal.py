@@ -7,6 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from fermisvd.errors import FermiSVDError, OutputError
 from fermisvd.format import validate_checkpoint
+from fermisvd_convert import heal, workspace
 from fermisvd_convert.convert import convert
 from fermisvd_convert.heal import heal_checkpoint
 
@@ -44,6 +45,35 @@ def test_healed_checkpoint_is_whole_and_better(models, settings, tmp_path):
     changed = {name for name in old if not torch.equal(old[name], new[name])}
     assert changed == {name for name in old if name.rpartition(".")[2] in ("skeleton", "interpolation")}
     assert {p.name for p in healed.iterdir()} - {p.name for p in compressed.iterdir()} == {"healing.json"}
+
+
+def test_an_interrupted_healing_goes_on(models, settings, tmp_path, monkeypatch):
+    """To the factors of an undisturbed one, without the steps that were done; and nothing is left beside them."""
+    _, compressed = models
+    settings |= {"steps": 5, "samples": 32}
+    heal_checkpoint(compressed, tmp_path / "expected", **settings)
+    monkeypatch.setattr(workspace, "STATE_SECONDS", 0)
+    monkeypatch.setattr(workspace, "STATE_PAUSE", 0)
+    steps, original = [], heal.heal
+
+    def interrupted(*given, on_step, on_progress, **named):
+        def kept(state):
+            on_progress(state)
+            if len(state.records) == 3:
+                raise KeyboardInterrupt
+
+        return original(*given, on_step=on_step, on_progress=kept, **named)
+
+    monkeypatch.setattr(heal, "heal", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        heal_checkpoint(compressed, tmp_path / "healed", **settings)
+    assert not (tmp_path / "healed").exists()
+    monkeypatch.setattr(heal, "heal", lambda *a, on_step, **n: original(*a, on_step=steps.append, **n))
+    heal_checkpoint(compressed, tmp_path / "healed", **settings)
+    assert [each["step"] for each in steps] == [3, 4]
+    found, wanted = (tmp_path / name / "model.safetensors" for name in ("healed", "expected"))
+    assert found.read_bytes() == wanted.read_bytes()
+    assert not list((tmp_path / ".fermisvd").glob("*.work"))
 
 
 def test_refusals_leave_nothing_behind(models, settings, tmp_path):

@@ -26,7 +26,7 @@ def main(dense: Path, checkpoint: Path, result: Path, shard: bool) -> None:
         fill_all(student, shard)
         sharded = [isinstance(factor, DTensor) for factor in trained_factors(student).values()]
         assert all(sharded) if shard else not any(sharded)
-        settings, kept = HealingSettings(steps=6, learning_rate=0.3), 0 if shard else KEPT_ACTIVATIONS
+        settings, kept = HealingSettings(steps=6, learning_rate=3.0), 0 if shard else KEPT_ACTIVATIONS
         record = heal(student, taught, taught[:3], settings, batch_size=5, seed=0, at_once=2, kept_bytes=kept)
         factors = rounded_factors(student, torch.float32)
         if distributed.this_process() == 0:
