@@ -5,8 +5,8 @@
 `import fermisvd` is all that lm-eval's own `hf` model needs to load a compressed folder; `vllm` needs none.
 Tasks: those of tasks/ here; `zero_shot` is six of lm-eval's own, on local rows. Run from the repository's root, with
 the shared data beside it. All is in float32. Metrics and their standard errors are added to
-benchmarks/results/harness-MODEL.json, a row a folder and engine; MODEL is the first folder, by convention the dense
-one. A record of another limit or another lm-eval is begun anew.
+benchmarks/results/harness-MODEL.json, a row a folder and engine, where MODEL is --name or the first folder's. Rows that
+are there are skipped; a record of another limit or another lm-eval is begun anew.
 """
 
 import argparse
@@ -25,7 +25,10 @@ import fermisvd  # noqa: F401  (registers the quantizer with transformers)
 from benchmarks.records import RESULTS, command_line, new_record, write_record
 from fermisvd_convert.loading import resolve_device
 
-TASKS = ("zero_shot", "adjunct_island")
+TASKS = {
+    "zero_shot": {"piqa", "arc_easy", "arc_challenge", "hellaswag", "winogrande", "lambada_openai"},
+    "adjunct_island": {"adjunct_island"},
+}
 FOLDER = Path(__file__).parent / "tasks"
 LONGEST = 2048  # tokens; no row of these tasks is near it
 RESAMPLED = 100  # times, for the standard error of LAMBADA's perplexity; accuracies' are by formula
@@ -60,9 +63,10 @@ def main() -> None:
     parser.add_argument("models", nargs="+", type=Path)
     parser.add_argument("--engine", action="append", choices=("hf", "vllm"))
     parser.add_argument("--task", action="append", choices=TASKS, dest="tasks")
+    parser.add_argument("--name", help="the record's MODEL")
     parser.add_argument("--limit", type=int, help="at most so many rows of a task, the first ones")
     arguments = parser.parse_args()
-    name = f"harness-{arguments.models[0].name}"
+    name, wanted = f"harness-{arguments.name or arguments.models[0].name}", arguments.tasks or ["zero_shot"]
     record = new_record(command_line(), {"limit": arguments.limit, "lm_eval": lm_eval.__version__, "dtype": "float32"})
     path = RESULTS / f"{name}.json"
     earlier = json.loads(path.read_text()) if path.exists() else {}
@@ -70,11 +74,14 @@ def main() -> None:
     manager = TaskManager(include_path=str(FOLDER))
     for engine in arguments.engine or ["hf"]:
         for model in arguments.models:
-            start = time.perf_counter()
-            found = evaluate(model, engine, arguments.tasks or ["zero_shot"], manager, arguments.limit)
-            rows.setdefault(f"{model.name}, {engine}", {}).update(found)
+            row, start = rows.setdefault(f"{model.name}, {engine}", {}), time.perf_counter()
+            missing = [task for task in wanted if not TASKS[task] <= row.keys()]
+            if not missing:
+                continue
+            found = evaluate(model, engine, missing, manager, arguments.limit)
+            row.update(found)
             write_record(name, record | {"rows": rows})
-            shown = ", ".join(f"{task} {row['acc']:.3f} ± {row['acc_stderr']:.3f}" for task, row in found.items())
+            shown = ", ".join(f"{task} {each['acc']:.3f} ± {each['acc_stderr']:.3f}" for task, each in found.items())
             print(f"{model.name}, {engine}: {shown}, {time.perf_counter() - start:.0f} s", flush=True)
 
 

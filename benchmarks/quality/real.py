@@ -6,8 +6,9 @@
 Rows are ways of compression, depth pruning, width pruning (with and without the healing that compression has), and
 rounding to 8 and 4 bits; perplexity and KL to the dense model on WikiText-2's validation split and on C4, parameters of
 the decoder blocks' linear layers, and bytes of the whole model's weights. Calibrated on the beginning of WikiText-2's
-training split; `healed for 1,000 steps` takes 1,024 windows of that and of Wikipedia instead. Texts are the shared ones
-beside the repository. Results are kept in benchmarks/results/real-MODEL.json, cell by cell; a cell that is there is
+training split; `healed for 1,000 steps` takes 1,024 windows of that and of Wikipedia instead, and `mixed calibration`
+as many windows as others of web, encyclopedia, code and chat in equal parts. Texts are the shared ones beside the
+repository. Results are kept in benchmarks/results/real-MODEL.json, cell by cell; a cell that is there is
 skipped, unless --fresh is given or --keep has no model of it yet. With --keep FOLDER every model is kept there, by the
 cell's name, for benchmarks.quality.harness and for `vllm serve`. With --scratch stages of conversions are kept too.
 """
@@ -44,6 +45,7 @@ from fermisvd_convert.loading import load_tokenizer, resolve_device
 from fermisvd_convert.text import calibration_text, windows_of
 from tests.support import SHARED
 from tests.support.smollm2 import FOLDER
+from tests.support.stdlib_text import write_texts
 
 REMOVALS = (0.1, 0.2, 0.3, 0.4)
 TEXT = SHARED / "text"
@@ -51,6 +53,8 @@ CALIBRATION = (TEXT / "wikitext2.train.txt",)
 MORE_TEXT, MORE_SAMPLES, MORE_STEPS = (*CALIBRATION, TEXT / "wikipedia.txt"), 1024, 1000
 EVALUATION = {"wikitext2": (TEXT / "wikitext2.valid.txt", 128), "c4": (TEXT / "c4.txt", 64)}  # windows of each
 CONVERTED = {name: options for name, options in METHODS.items() if name != "pivga, uniform, joint"}
+MIXED = "default, mixed calibration"
+WEB_APART = 500_000  # characters of C4's beginning, which is evaluated on, that are no calibration
 HEALED_LONGER = f"healed for {MORE_STEPS:,} steps"
 ROUNDED = {"int8, rounded to nearest": 8, "int4, rounded to nearest": 4}
 
@@ -165,14 +169,24 @@ def rounded(setting: Setting, out: Path, bits: int) -> Made:
     return model, setting.size(parameters, others + round_linear(model, bits))
 
 
-def converted(setting: Setting, out: Path, remove: float, options: dict, longer: bool = False) -> Made:
-    """Written to `out` by `fermisvd convert`; longer: then by `fermisvd heal`."""
+def mixture(setting: Setting) -> list[Path]:
+    """Calibration texts of four kinds. Chat goes through the model's template; code is the standard library's."""
+    web = setting.scratch / "web.txt"
+    web.write_text((TEXT / "c4.txt").read_text(encoding="utf-8")[WEB_APART:], encoding="utf-8")
+    code = write_texts(setting.scratch)["calibration"]
+    return [web, TEXT / "wikipedia.txt", code, SHARED / "chat" / "glaive_toolcall_en_demo.json"]
+
+
+def converted(
+    setting: Setting, out: Path, remove: float, options: dict, longer: bool = False, mixed: bool = False
+) -> Made:
+    """Written to `out` by `fermisvd convert`; longer: then by `fermisvd heal`; mixed: calibrated on `mixture`."""
     first, cut = setting.scratch / "unhealed" if longer else out, {"sequence_length": setting.length, "bos": False}
     made = convert(
         str(setting.folder),
         first,
         remove,
-        calibration=[str(path) for path in CALIBRATION],
+        calibration=[str(path) for path in (mixture(setting) if mixed else CALIBRATION)],
         samples=setting.samples,
         gradient_samples=setting.samples,
         work=setting.scratch / "work",
@@ -227,6 +241,7 @@ ONCE: dict[str, Maker] = {
 BY_REMOVAL: dict[str, Maker] = {
     **{name: partial(converted, options=options) for name, options in CONVERTED.items()},
     f"default, {HEALED_LONGER}": partial(converted, options={"heal_steps": 0}, longer=True),
+    MIXED: partial(converted, options={}, mixed=True),
     **{
         f"{name}, {healing}".removesuffix(", "): partial(pruned, prune=prune, healing=healing)
         for name, prune in PRUNED.items()

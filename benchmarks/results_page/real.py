@@ -22,6 +22,7 @@ METHODS = (
     "default without healing",
     DEFAULT,
     f"default, {LONGER}",
+    "default, mixed calibration",
     "default, svd form",
     *(f"{pruned}{healing}" for pruned in (DEPTH, WIDTH, HEADS) for healing in ("", ", healed", f", {LONGER}")),
 )
