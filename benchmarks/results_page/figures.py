@@ -1,4 +1,4 @@
-"""The figures of docs/results.md: quality.svg and load.svg, the same bytes for the same records and matplotlib."""
+"""The figures of docs/results.md as SVG files, the same bytes for the same records and matplotlib."""
 
 import math
 from pathlib import Path
@@ -7,10 +7,16 @@ import matplotlib
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator
 
+from .real import DEPTH, HEADS, LONGER, ONCE, TEXTS, WIDTH, main_accuracies, perplexity_of, points, text_names
 from .tables import (
     BEST_PEER,
+    DEFAULT,
     FORMS,
+    MIB,
+    PAPER,
+    RULE,
     by_parameters,
     load_names,
     lost,
@@ -22,6 +28,20 @@ from .tables import (
 )
 
 plt.rcParams["svg.hashsalt"] = "fermisvd"
+# A colour a way of making it smaller; solid is healed as a conversion heals, dashed longer, dotted not at all
+STYLES = {
+    DEFAULT: "C0o-",
+    f"default, {LONGER}": "C0o--",
+    "default without healing": "C0o:",
+    PAPER: "C1s:",
+    RULE: "C7s:",
+    f"{DEPTH}, healed": "C2^-",
+    f"{DEPTH}, {LONGER}": "C2^--",
+    f"{WIDTH}, healed": "C3v-",
+    f"{WIDTH}, {LONGER}": "C3v--",
+    f"{HEADS}, healed": "C4v-",
+    f"{HEADS}, {LONGER}": "C4v--",
+}
 
 
 def draw_quality(path: Path) -> None:
@@ -66,3 +86,41 @@ def draw_load(path: Path) -> None:
         axis.legend()
     panels.tight_layout()
     panels.savefig(path, metadata={"Date": None})
+
+
+def draw_real(path: Path, about: dict, harness: dict | None) -> None:
+    """The real model: perplexity on each text against the linear parameters that are kept, on the first text against
+    the bytes of all weights, where rounded models are too, and mean accuracy where lm-eval was run; dense is a line."""
+    texts, accuracy = text_names(about), main_accuracies(harness, about["cells"])
+    shown = [(perplexity_of(about, text), "parameters", f"perplexity, {TEXTS.get(text, text)}") for text in texts]
+    shown.append((shown[0][0], "bytes", shown[0][2]))
+    if accuracy:
+        shown.append((accuracy, "parameters", "mean accuracy of six tasks"))
+    panels, grid = plt.subplots(2, 2, figsize=(9, 8.6))
+    axes = grid.flatten()
+    for axis in axes[len(shown) :]:
+        axis.remove()
+    for axis, (y, size, title) in zip(axes, shown, strict=False):
+        for method, style in STYLES.items():
+            if found := points(about, method, y, size):
+                axis.plot(*zip(*found, strict=True), style, label=method)
+        if "dense" in y:
+            axis.axhline(y["dense"], color="black", linewidth=1, label="dense")
+        for number, name in enumerate(ONCE[1:] if size == "bytes" else ()):
+            if name in y:
+                axis.plot(about["cells"][name]["bytes"] / MIB, y[name], "k" + "*x"[number], label=name)
+        if y is not accuracy:
+            axis.set(yscale="log")
+            axis.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
+            for which in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+                which("{x:g}")
+        axis.set(ylabel=title, xlabel="linear parameters kept, M" if size == "parameters" else "weights, MiB")
+    labels = {
+        label: line
+        for axis in axes[: len(shown)]
+        for line, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    panels.legend(list(labels.values()), list(labels), loc="lower center", ncol=2, frameon=False)
+    panels.tight_layout(rect=(0, 0.19, 1, 1))
+    panels.savefig(path, metadata={"Date": None})
+    plt.close(panels)

@@ -1,0 +1,140 @@
+"""The real model's tables and figure, from a record that is made here with plain numbers, and from none."""
+
+import math
+
+import pytest
+
+from benchmarks.cells import folder_of
+from benchmarks.results_page import __main__ as page
+from benchmarks.results_page import real as shown
+
+
+def cell(parameters: float, wikitext2: float, c4: float, kl: float = 0.0) -> dict:
+    """parameters in millions, two bytes each beside 48 million of embeddings that stay."""
+    figures = {"wikitext2": {"perplexity": wikitext2, "kl": kl}, "c4": {"perplexity": c4, "kl": 2 * kl}}
+    return {"parameters": round(1e6 * parameters), "bytes": 2**20 * (48 + 2 * parameters), "seconds": 1234.5, **figures}
+
+
+@pytest.fixture
+def about() -> dict:
+    """Perplexities so that logarithms are whole: dense e^3, the rule e^5 and e^7, the default e^3.5 and e^4."""
+    cells = {
+        "dense": cell(100, math.e**3, math.e**4),
+        "int8, rounded to nearest": cell(100, 20.5, 55.0, 0.01),
+        f"{shown.RULE} | 0.2": cell(80, math.e**5, math.e**6, 1.5),
+        f"{shown.DEFAULT} | 0.2": cell(79.9, math.e**3.5, math.e**4.25, 0.25),
+        f"{shown.RULE} | 0.4": cell(60, math.e**7, math.e**8, 3.0),
+        f"{shown.DEFAULT} | 0.4": cell(60, math.e**4, math.e**5, 0.5),
+        "depth pruning, healed | 0.2": cell(81, math.inf, 99.0, 0.75),
+        "default, another way | 0.3": cell(70, 30.0, 60.0, 0.4),
+    }
+    return {"protocol": {"model": "smollm2", "evaluation": {"wikitext2": [], "c4": []}}, "cells": cells}
+
+
+@pytest.fixture
+def harness() -> dict:
+    """All six tasks right by 40 %, but for one by 70 %, so 45 % in the mean; vLLM's dense row lacks LAMBADA."""
+    six = {task: {"acc": 0.4, "acc_stderr": 0.02} for task in shown.TASKS} | {"piqa": {"acc": 0.7, "acc_stderr": 0.01}}
+    five = {task: row for task, row in six.items() if task != "lambada_openai"}
+    compressed = folder_of(f"{shown.DEFAULT} | 0.2")
+    return {"rows": {"smollm2, hf": six, "smollm2, vllm": five, f"{compressed}, vllm": six, "other, hf": six}}
+
+
+def rows_of(table: str) -> dict[str, list[str]]:
+    """By first cell."""
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    return {row[0]: row[1:] for row in cells}
+
+
+def test_rows_of_a_fraction(about):
+    rows = rows_of(shown.perplexity_table(about, 0.2))
+    assert rows["20% removed"] == [
+        *("parameters, M", "MiB", "made in, s"),
+        *("WikiText-2", "KL", "of the rule's loss"),
+        *("C4", "KL", "of the rule's loss"),
+    ]
+    assert rows[shown.DEFAULT] == ["79.9", "208", "1,234", "33.12", "0.2500", "0.250", "70.11", "0.5000", "0.125"]
+    assert rows[shown.RULE][3:6] == ["148.41", "1.5000", "1.000"]
+    assert rows["depth pruning, healed"][3] == "inf"
+    assert rows["default without healing"] == [""] * 9  # not run
+    assert set(shown.METHODS) <= rows.keys()
+
+
+def test_rows_without_the_rule_or_unknown_are_shown(about):
+    rows = rows_of(shown.perplexity_table(about, 0.3))
+    assert rows["default, another way"] == ["70.0", "188", "1,234", "30.00", "0.4000", "", "60.00", "0.8000", ""]
+
+
+def test_rows_of_denses_size(about):
+    rows = rows_of(shown.perplexity_table(about, None))
+    assert rows["dense"] == ["100.0", "248", "1,234", "20.09", "0.0000", "54.60", "0.0000"]
+    assert rows["int8, rounded to nearest"][3:5] == ["20.50", "0.0100"] and rows["int4, rounded to nearest"] == [""] * 7
+
+
+def test_every_cell_has_a_place(about):
+    """Also each that benchmarks.quality.real can write, in the order of its own list."""
+    tables_of = shown.perplexities(about)
+    for removal in (None, 0.2, 0.3, 0.4):
+        assert shown.perplexity_table(about, removal) in tables_of
+    from benchmarks.quality import real
+
+    assert tuple(real.ONCE) == shown.ONCE and set(real.BY_REMOVAL) == set(shown.METHODS)
+    assert set(real.EVALUATION) == set(shown.TEXTS) and shown.LONGER == real.HEALED_LONGER
+
+
+def test_accuracies_by_model_and_engine(about, harness):
+    table = shown.accuracy_table(harness, about["cells"])
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    assert [row[:2] for row in lines] == [["dense", "hf"], ["dense", "vllm"], ["other", "hf"], ["default, 0.2", "vllm"]]
+    assert lines[0][2:] == ["70.0 ± 1.0", *["40.0 ± 2.0"] * 5, "45.0"]
+    assert lines[1][-2:] == ["", ""]  # no LAMBADA, so no mean
+    assert shown.main_accuracies(harness, about["cells"]) == pytest.approx(
+        {"dense": 0.45, "other": 0.45, "default | 0.2": 0.45}
+    )
+
+
+def test_readme(about, harness):
+    rows = rows_of(shown.readme_table(about, harness))
+    assert rows["dense"] == ["20.09", "45.0", "", ""]
+    assert rows["int8, rounded to nearest"] == ["20.50", "", "", ""] and "int4, rounded to nearest" not in rows
+    assert rows["**default**"] == ["33.12", "45.0", "54.60", ""]
+    assert rows["depth pruning"] == ["inf", "", "", ""] and "width pruning" not in rows
+    assert rows_of(shown.readme_table(about, None))["SVD-LLM's rule"] == ["148.41", "1,096.63"]
+    del about["cells"][f"{shown.DEFAULT} | 0.4"]
+    with pytest.raises(SystemExit, match=r"default \| 0.4"):
+        shown.readme_table(about, harness)
+
+
+def test_readme_is_written_between_its_marks_only(about, monkeypatch):
+    monkeypatch.setattr(shown, "real_record", lambda: about)
+    monkeypatch.setattr(shown, "harness_record", lambda: None)
+    begin, end = "<!-- real: make results -->\n", "<!-- end of real -->\n"
+    text = page.readme(f"a\n{begin}old\n{end}b\n")
+    assert text == f"a\n{begin}\n{shown.readme_table(about, None)}\n\n{end}b\n"
+    assert page.readme(text) == text and page.readme("no marks\n") == "no marks\n"
+
+
+def test_without_records_the_page_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr(shown, "RESULTS", tmp_path)
+    assert {part() for part in shown.PARTS.values()} == {"Not run yet."}
+    with pytest.raises(SystemExit, match="not there"):
+        shown.readme_part()
+
+
+def test_the_figure_has_what_was_run(about, harness, tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed (the extra [report])")
+    from benchmarks.results_page.figures import STYLES, draw_real
+
+    assert set(STYLES) <= set(shown.METHODS)
+    with_accuracy, without = tmp_path / "one.svg", tmp_path / "two.svg"
+    draw_real(with_accuracy, about, harness)
+    draw_real(without, about, None)
+    for path, accuracy in ((with_accuracy, True), (without, False)):
+        text = path.read_text(encoding="utf-8")
+        assert "<!-- default -->" in text and "<!-- int8, rounded to nearest -->" in text
+        assert ("<!-- mean accuracy of six tasks -->" in text) is accuracy
+        assert "width pruning" not in text  # was not run
+    wikitext2 = shown.perplexity_of(about, "wikitext2")
+    assert shown.points(about, shown.DEFAULT, wikitext2) == [(79.9, math.e**3.5), (60.0, math.e**4)]
+    assert shown.points(about, shown.RULE, wikitext2, "bytes") == [(208.0, math.e**5), (168.0, math.e**7)]
+    assert shown.points(about, "depth pruning, healed", wikitext2) == []  # infinite
