@@ -2,12 +2,12 @@
 
     python -m benchmarks.quality.anatomy DENSE OUT --text FILE --calibration FILE
 
-A part of the linear layers is all of a kind (q_proj, down_proj), or some blocks one after the other. `without` is the KL
-to the dense model that is left once a part is dense again, `alone` the KL where only that part is compressed. By place
-and by rarity it is the KL of the whole compressed model that is split, in groups of tokens: `share` is a group's share of
-all KL, `tokens` its share of all tokens, and `rise` how far the log-likelihood of the next token falls below the dense
-model's. Rarity is the next token's count in the calibration text; a quartile is a fourth of the measured tokens. Kept
-parameters by kind and block are read from the checkpoint. Results: benchmarks/results/anatomy-MODEL.json.
+A part of the linear layers is all of a kind (q_proj, down_proj), or some blocks one after the other. `without` is the
+KL to the dense model that is left once a part is dense again, `alone` the KL where only that part is compressed. By
+place and by rarity it is the KL of the whole compressed model that is split, in groups of tokens: `share` is a group's
+share of all KL, `tokens` its share of all tokens, and `rise` how far the log-likelihood of the next token falls below
+the dense model's. Rarity is the next token's count in the calibration text; a quartile is a fourth of the measured
+tokens. Kept parameters by kind and block are read from the checkpoint. Results: benchmarks/results/anatomy-MODEL.json.
 """
 
 import argparse
@@ -25,7 +25,6 @@ from benchmarks.records import command_line, new_record, write_record
 from fermisvd import load_model
 from fermisvd.groups import find_groups
 from fermisvd.linear import linear_layer
-from fermisvd.losses import Head
 from fermisvd.modules import CompressedLinear
 from fermisvd.running.halves import compared_tokens, few_tokens, halves_of
 from fermisvd.settings import BATCH_SIZE
@@ -86,8 +85,8 @@ class Swapped:
 
 
 @torch.no_grad()
-def losses(model: nn.Module, taught: Taught, teacher_head: Head | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """By token: KL(teacher || model), (windows, length), and -log p of the next token, (windows, length - 1), float64."""
+def losses(model: nn.Module, taught: Taught) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL(teacher || model) of each token, (windows, length), and -log p of the next, (windows, length - 1), float64."""
     halves, device = halves_of(model), next(model.parameters()).device
     found, missed = [], []
     for numbers in torch.arange(len(taught)).split(BATCH_SIZE):
@@ -96,7 +95,7 @@ def losses(model: nn.Module, taught: Taught, teacher_head: Head | None = None) -
         following = batch.roll(-1, dims=1)  # what the last of a window predicts is dropped below
         few = (few_tokens(each, tokens) for each in (states, halves.body(batch), following))
         for theirs, own, targets in zip(*few, strict=True):
-            log_p = (teacher_head or halves.head)(theirs).float().log_softmax(-1)
+            log_p = halves.head(theirs).float().log_softmax(-1)
             log_q = halves.head(own).float().log_softmax(-1)
             found.append((log_p.exp() * (log_p - log_q)).sum(-1).double().flatten())
             missed.append(nll_loss(log_q.flatten(0, 1), targets.flatten(), reduction="none").double())
@@ -105,7 +104,7 @@ def losses(model: nn.Module, taught: Taught, teacher_head: Head | None = None) -
 
 
 def split(kl: torch.Tensor, rise: torch.Tensor, groups: dict[str, torch.Tensor]) -> dict[str, dict[str, float]]:
-    """kl, rise: (tokens,); groups: of token numbers."""
+    """kl, rise: (tokens,); groups: of token numbers; empty ones are left out."""
     return {
         name: {
             "tokens": len(chosen) / len(kl),
@@ -114,6 +113,7 @@ def split(kl: torch.Tensor, rise: torch.Tensor, groups: dict[str, torch.Tensor])
             "rise": rise[chosen].mean().item(),
         }
         for name, chosen in groups.items()
+        if len(chosen)
     }
 
 
