@@ -147,9 +147,15 @@ def kept_parameters(dense: PreTrainedModel, compressed: PreTrainedModel) -> dict
     return kept
 
 
+def layer_sizes(dense: PreTrainedModel) -> dict[str, int]:
+    """Parameters of a layer of each kind."""
+    names = (name for group in find_groups(dense, "separate") for name in group.members)
+    return {kind_of(name): linear_layer(dense, name).weight.numel() for name in names}
+
+
 def anatomy(dense: PreTrainedModel, compressed: PreTrainedModel, windows: torch.Tensor, calibration: torch.Tensor):
     """Everything that the record says of two models, which are changed. windows, calibration: ids (windows, length)."""
-    found: dict = {"kept": kept_parameters(dense, compressed)}
+    found: dict = {"kept": kept_parameters(dense, compressed), "sizes": layer_sizes(dense)}
     taught, swapped = teach(dense, windows, BATCH_SIZE), Swapped(dense, compressed)
     names = list(swapped.layers)
     kl, nll = losses(compressed, taught)

@@ -1,19 +1,21 @@
-"""Writes docs/results.md whole, README's table between its marks, and the two figures, from benchmarks/results.
+"""Writes docs/results.md whole, README's table between its marks, and the figures, from benchmarks/results.
 
     python -m benchmarks.results_page            # after a benchmark has written its record
     python -m benchmarks.results_page --check    # writes nothing; fails where page or README are not up to date
 
-page.md is the page's text. A line `<<name>>` in it stands for what tables.PARTS makes under that name.
+page.md is the page's text. A line `<<name>>` in it stands for what tables.PARTS or anatomy.PARTS makes under that name.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
+from . import anatomy
 from .tables import PARTS, RESULTS, readme_table, records_read
 
 ROOT = Path(__file__).parents[2]
 PAGE, README = ROOT / "docs" / "results.md", ROOT / "README.md"
+ALL_PARTS = PARTS | anatomy.PARTS
 BEGIN, END = "<!-- results: make results -->\n", "<!-- end of results -->\n"
 
 
@@ -23,9 +25,9 @@ def page() -> str:
     for line in Path(__file__).with_name("page.md").read_text(encoding="utf-8").splitlines():
         if line.startswith("<<") and line.endswith(">>"):
             used.add(line[2:-2])
-            line = PARTS[line[2:-2]]()
+            line = ALL_PARTS[line[2:-2]]()
         lines.append(line)
-    if unused := PARTS.keys() - used:
+    if unused := ALL_PARTS.keys() - used:
         raise SystemExit(f"page.md has no line for {', '.join(sorted(unused))}")
     # benchmarks.quality.table puts a record of an earlier protocol aside as quality-MODEL-until-DATE
     kept = {path.stem for path in RESULTS.glob("*.json") if "-until-" not in path.stem}
@@ -55,6 +57,7 @@ def main() -> None:
 
     draw_quality(ROOT / "docs" / "quality.svg")
     draw_load(ROOT / "docs" / "load.svg")
+    anatomy.draw_kept(ROOT / "docs" / "anatomy.svg")
 
 
 if __name__ == "__main__":

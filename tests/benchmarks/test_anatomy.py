@@ -1,6 +1,7 @@
 """Where a compressed model's loss comes from: parts are swapped as named, and what is split adds up."""
 
 import copy
+from itertools import chain
 
 import pytest
 import torch
@@ -45,7 +46,7 @@ def test_parts_and_groups_of_tokens_hold_everything_once():
     names = [f"model.layers.{block}.mlp.{kind}_proj" for block in range(7) for kind in ("up", "down")]
     kinds, depths = parts_by_kind(names), parts_by_depth(names)
     assert list(kinds) == ["up_proj", "down_proj"] and list(depths) == ["0 to 4", "5 to 6"]
-    assert sorted(sum(kinds.values(), [])) == sorted(sum(depths.values(), [])) == sorted(names)
+    assert sorted(chain(*kinds.values())) == sorted(chain(*depths.values())) == sorted(names)
     following, calibration = torch.tensor([7, 3, 3, 9, 1, 1, 7, 3]), torch.tensor([[3, 3, 3, 1, 7, 7]])
     rare = by_rarity(following, calibration)
     assert [following[chosen].tolist() for chosen in rare.values()] == [[9, 1], [1, 7], [7, 3], [3, 3]]
