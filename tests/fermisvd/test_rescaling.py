@@ -23,7 +23,7 @@ def truncated():
     """Gated student cut to RANK, its groups' kept singular values, tokens calibrated on, and what the teacher says of
     other windows; float64."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes: dict = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = LlamaConfig(vocab_size=40, max_position_embeddings=32, initializer_range=0.4, **sizes)
     model = LlamaForCausalLM(config).double().eval().requires_grad_(False)
     windows = torch.randint(40, (40, 12))
@@ -62,7 +62,9 @@ def test_curvature_is_what_the_matrices_say():
         side = output if m <= n else w.T @ output @ w
         factors = kfac_svd(w, gram, OutputGram(side, output.diagonal().mean().item()), output_damping=0.0)
         curvature = (factors.a.T @ output @ factors.a) * (factors.b @ gram @ factors.b.T)
-        torch.testing.assert_close(curvature, factors.sigma.square().diag(), rtol=1e-6, atol=1e-6 * curvature.max())
+        torch.testing.assert_close(
+            curvature, factors.sigma.square().diag(), rtol=1e-6, atol=1e-6 * curvature.max().item()
+        )
 
 
 def test_bands_share_weights_and_sums():
