@@ -8,10 +8,10 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 import torch
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, model_validator
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -32,6 +32,7 @@ from fermisvd.losses import Pair, StudentLoss, set_products
 from fermisvd.modules import replace_group
 from fermisvd.precision import compute_type, with_parameters_in
 from fermisvd.refit import refit
+from fermisvd.rescaling import rescale
 from fermisvd.settings import Batched, Count, Seeded, nested, option
 from fermisvd.storage import compressed_tensors, config_group
 from fermisvd.teacher import Taught, teach
@@ -60,6 +61,7 @@ class CompressOptions(Batched, Seeded):
     refit: Annotated[
         bool | None, option("Fit each group to what compressed layers send it.", shown="where not healed")
     ] = None
+    rescale: Annotated[bool, option("Weigh the kept directions of all groups anew, by the loss.")] = False
     align: Annotated[
         Count | None,
         BeforeValidator(lambda value: None if value == "auto" else value),
@@ -68,6 +70,12 @@ class CompressOptions(Batched, Seeded):
     minimum_rank: Annotated[Count, option("Lowest rank of any group.")] = Budget.minimum_rank
     fermigrad: Annotated[FermiGradSettings, nested("FermiGrad")] = FermiGradSettings()
     healing: Annotated[HealingSettings, nested("Healing", prefix="heal_")] = HealingSettings()
+
+    @model_validator(mode="after")
+    def _rescale_has_its_curvature(self) -> Self:
+        if self.rescale and self.whitening != "kfac":
+            raise ValueError("--rescale takes its step lengths from --whitening kfac")
+        return self
 
     @property
     def budget(self) -> Budget:
@@ -105,6 +113,8 @@ def compress(model: PreTrainedModel, windows: torch.Tensor, remove: float = 0.2,
     factors = decomposition.truncated(ranked)
     if work.options.refits:
         factors |= refitted(work, ranked, factors, decomposition)
+    if work.options.rescale and ranked:
+        factors = rescaled(work, ranked, factors, decomposition)
     student = with_modules(model, ranked, factors)
     if work.options.healing.steps and ranked:
         healed(work, student)
@@ -221,6 +231,18 @@ def refitted(
     fit, batch_size = decomposition.fit, work.options.batch_size
     better = refit(work.teacher, student, ranked, windows, work.aside, fit, batch_size=batch_size)
     return {each.group: better[each.group.name] for each in ranked if each.group.name in better}
+
+
+def rescaled(
+    work: Compression, ranked: Sequence[RankedGroup], factors: Mapping[LinearGroup, Pair], decomposition: InMemory
+) -> dict[LinearGroup, Pair]:
+    """The factors, A's columns weighed anew."""
+    student, groups = copy.deepcopy(work.teacher), [each.group for each in ranked]
+    gated = install_gates(student, groups, lambda group: factors[group])
+    sigmas = [decomposition.sigma(each.group)[: each.rank] for each in ranked]
+    tokens, batch_size = work.windows.numel(), work.options.batch_size
+    weights = rescale(student, gated, sigmas, tokens, work.training, work.aside, batch_size=batch_size)
+    return {group: (factors[group][0] * own, factors[group][1]) for group, own in zip(groups, weights, strict=True)}
 
 
 def low_rank(teacher: PreTrainedModel, factors: Mapping[LinearGroup, Pair]) -> PreTrainedModel:

@@ -31,6 +31,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 # Options that only one value of another option reads: refused beside another value, not ignored.
 READ_BY = {
     ("ranks", "fermigrad"): (*ConvertOptions.model_fields["fermigrad"].default.options(), "gradient_samples"),
+    ("whitening", "kfac"): ("rescale",),
     ("constraint", "penalty"): ("penalty", "penalty_growth"),
     ("constraint", "projection"): ("anneal",),
 }

@@ -27,6 +27,7 @@ from fermisvd_convert.stages.healing import heal_factors
 from fermisvd_convert.stages.joining import join
 from fermisvd_convert.stages.ranks import IdealRanks, choose_ranks
 from fermisvd_convert.stages.refit import refit_groups
+from fermisvd_convert.stages.rescaling import rescale_groups
 from fermisvd_convert.stages.structure import Structure, find_structure
 from fermisvd_convert.stages.teacher import ask_teacher
 from fermisvd_convert.text import recorded_names
@@ -55,6 +56,7 @@ def convert(model: str | Path, out: str | Path, remove: float, **options: Any) -
         ranked = conversion.budget.ranked(ideal.groups, ideal.ranks)
         ranked = join(conversion, ranked, decomposition, taught)
         factors_of = refit_groups(conversion, compressed(ranked), decomposition, taught)
+        factors_of = rescale_groups(conversion, compressed(ranked), decomposition, factors_of, taught)
         with unfinished(place) as folder:
             rows = group_rows(ranked, decomposition.sigma) if distributed.this_process() == 0 else []
             write(conversion, folder, compressed(ranked), factors_of, rows)

@@ -83,7 +83,7 @@ def settled(options: ConvertOptions, source: Source, device: str) -> tuple[Conve
     if there < wanted:
         logger.warning("the text gives %d windows of %d tokens; more were asked for", there, length)
     check_vocabulary(text.windows, source.vocabulary, source.folder)
-    if (options.healing.steps or options.refits) and min(there, options.samples) < 2:
+    if (options.healing.steps or options.refits or options.rescale) and min(there, options.samples) < 2:
         raise TextError(
             f"one calibration window of {length} tokens leaves none to train on; give more text or --samples, or pass "
             "--heal-steps 0 --no-refit"

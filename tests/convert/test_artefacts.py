@@ -30,6 +30,7 @@ STAGES = [
     "dense-groups",
     "groups",
     "refit",
+    "rescale",
     "healed",
 ]
 PROFILE: dict[str, Any] = dict(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -44,7 +45,9 @@ def settled(smallest_llama, tmp_path_factory):
 
     def run(folder: Path) -> None:
         options = dict(samples=8, gradient_samples=8, sequence_length=24, steps=2, heal_steps=2, batch_size=4, align=1)
-        options |= dict(form="svd", refit=True, work=folder / "work", device="cpu", calibration=[str(text)])
+        options |= dict(
+            form="svd", refit=True, rescale=True, work=folder / "work", device="cpu", calibration=[str(text)]
+        )
         convert(str(smallest_llama), folder / "out", 0.3, **options)
 
     run(base)

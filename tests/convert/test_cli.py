@@ -84,12 +84,14 @@ def test_convert_prints_the_closing_table(converted):
 
 
 BARS = ("read text", "check weights", "calibrate", "evaluate dense", "decompose", "FermiGrad", "choose dense groups")
-BARS += ("compare spectra", "join groups", "refit", "write", "heal", "evaluate compressed")
+BARS += ("compare spectra", "join groups", "refit", "rescale", "write", "heal", "evaluate compressed")
 
 
 @pytest.mark.long
 def test_settings_are_said_before_the_first_stage_and_every_bar_has_a_total(smallest_llama, texts, tmp_path):
-    options = "--remove 0.3 --form svd --refit --samples 8 --sequence-length 24 --steps 2 --heal-steps 2 --align 1"
+    options = (
+        "--remove 0.3 --form svd --refit --rescale --samples 8 --sequence-length 24 --steps 2 --heal-steps 2 --align 1"
+    )
     command = ["convert", smallest_llama, tmp_path / "out", *options.split(), "--calibration", texts / "a.txt"]
     run = [sys.executable, "-m", "fermisvd_convert", *map(str, command)]
     said = subprocess.run(run, capture_output=True, text=True, check=True).stderr

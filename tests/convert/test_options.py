@@ -59,6 +59,7 @@ SOME = {
     "form": st.sampled_from(["pivga", "svd"]),
     "ranks": st.sampled_from(["fermigrad", "uniform"]),
     "refit": st.none() | st.booleans(),
+    "rescale": st.booleans(),
     "align": st.none() | st.integers(1, 64),
     "seed": st.integers(0, 2**31 - 1),
     "sequence_length": st.none() | st.integers(2, 4096),

@@ -36,6 +36,7 @@ def windows(tiny_llama, text):
 SETTINGS = {
     "default": dict(steps=6, heal_steps=4),
     "uniform, joint, input, refitted": dict(ranks="uniform", groups="joint", whitening="input", heal_steps=0),
+    "uniform, rescaled": dict(ranks="uniform", groups="separate", heal_steps=0, refit=False, rescale=True),
 }
 
 
