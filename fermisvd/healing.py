@@ -161,7 +161,7 @@ def activations(student: nn.Module) -> int:
 
 def _height(student: nn.Module, loss: float, batch_tokens: int) -> float:
     """What all factors' learning rates have in common."""
-    blocks = len(student.get_submodule(decoder_blocks(student)))
+    blocks = sum(1 for _ in student.get_submodule(decoder_blocks(student)).children())
     return min(1.0, math.sqrt(loss)) * min(1.0, math.sqrt(batch_tokens / BATCH_TOKENS)) / blocks
 
 
