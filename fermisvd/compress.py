@@ -242,7 +242,11 @@ def rescaled(
     sigmas = [decomposition.sigma(each.group)[: each.rank] for each in ranked]
     tokens, batch_size = work.windows.numel(), work.options.batch_size
     weights = rescale(student, gated, sigmas, tokens, work.training, work.aside, batch_size=batch_size)
-    return {group: (factors[group][0] * own, factors[group][1]) for group, own in zip(groups, weights, strict=True)}
+    scaled = dict(factors)
+    for group, own in zip(groups, weights, strict=True):
+        a, b = factors[group]
+        scaled[group] = a * own.to(a), b
+    return scaled
 
 
 def low_rank(teacher: PreTrainedModel, factors: Mapping[LinearGroup, Pair]) -> PreTrainedModel:

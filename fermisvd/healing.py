@@ -105,7 +105,7 @@ def heal(
         raise NumericalError(f"KL is {before} before healing; check the checkpoint and its dense model")
     device, halves = next(student.parameters()).device, loss.halves
     start = {name: local(parameter.detach()).to("cpu", copy=True) for name, parameter in factors.items()}
-    height = settings.learning_rate * _height(student, before, batch_size * taught.windows.shape[1])
+    height = settings.learning_rate * _height(student, before, min(batch_size, len(taught)) * taught.windows.shape[1])
     rates = {name: height * _size(parameter) for name, parameter in factors.items()}
     batches = shuffled_batches(len(taught), batch_size, seed)
     records: list[dict] = []

@@ -2,11 +2,12 @@
 
 A plain truncation leaves the singular values that are kept as they were, which is best for each group by itself and its
 dense inputs. What all groups have lost together shifts the optimum. With s the weights of the directions of every
-group, A diag(s) B, at s = 1 a Gauss-Newton step is s_j = 1 - g_j / F_jj: g is the gradient of KL(teacher || student)
-at the truncated student, and F the Fisher matrix, whose diagonal `kfac` whitening gives in closed form: sigma_j^2 over
-the squared number of calibration tokens. Its blocks are diagonal within a group (the whitening made them so), but
-groups do act on each other, so that a whole step goes too far: its length is searched on windows kept aside. A group's
-directions share weights in a few bands, or else the gradient's noise outweighs it in a model of many directions.
+group, A diag(s) B, at s = 1 a Gauss-Newton step is s_j = 1 - g_j / F_jj: g is the gradient of KL(teacher || student) at
+the truncated student, and F the Fisher matrix, whose diagonal `kfac` whitening gives in closed form: sigma_j^2 over the
+squared number of calibration tokens; of factors that were refitted since it is an approximation. Its blocks are
+diagonal within a group (the whitening made them so), but groups do act on each other, so that a whole step goes too
+far: its length is searched on windows kept aside. A group's directions share weights in a few bands, or else the
+gradient's noise outweighs it in a model of many directions.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,8 +17,10 @@ from functools import partial
 import torch
 from torch import nn
 
-from fermisvd.gates import GatedGroup
+from fermisvd.fermigrad import step_windows
+from fermisvd.gates import GatedGroup, GatedLinear
 from fermisvd.losses import StudentLoss, kl_of_states
+from fermisvd.running.blocks import checkpointed
 from fermisvd.running.distributed import own_passes, sum_over_processes
 from fermisvd.running.halves import halves_of
 from fermisvd.teacher import Taught
@@ -107,14 +110,21 @@ def gradient(
     model: nn.Module, gated: Sequence[GatedGroup], bands: Bands, scales: torch.Tensor, taught: Taught, batch_size: int
 ) -> torch.Tensor:
     """d KL / d scales, (bands,) float64, over all windows."""
-    halves, device = halves_of(model), gated[0].device
-    leaf = scales.clone().requires_grad_()
-    for mine, weight in own_passes(torch.arange(len(taught)), batch_size):
-        put_weights(gated, bands.weights(leaf))
-        batch, states = taught.batch(mine, device)
-        (kl_of_states(halves.head, states, halves.body(batch)) * weight).backward()
+    halves, device, (windows, length) = halves_of(model), gated[0].device, taught.windows.shape
+    leaf, at_once = scales.clone().requires_grad_(), min(batch_size, step_windows(length))
+    with checkpointed(model, activations(model, gated), at_once * length):
+        for mine, weight in own_passes(torch.arange(windows), at_once):
+            put_weights(gated, bands.weights(leaf))
+            batch, states = taught.batch(mine, device)
+            (kl_of_states(halves.head, states, halves.body(batch)) * weight).backward()
     assert leaf.grad is not None
     return sum_over_processes(leaf.grad)
+
+
+def activations(model: nn.Module, gated: Sequence[GatedGroup]) -> int:
+    """What the gated layers read and give for a token."""
+    given = sum(len(layer.a) for layer in model.modules() if isinstance(layer, GatedLinear))
+    return given + sum(shared.b.shape[1] for shared in gated)
 
 
 def put_weights(gated: Sequence[GatedGroup], weights: Sequence[torch.Tensor]) -> None:

@@ -6,7 +6,7 @@
 Tasks: those of tasks/ here; `zero_shot` is six of lm-eval's own, on local rows. Run from the repository's root, with
 the shared data beside it. All is in float32. Metrics and their standard errors are added to
 benchmarks/results/harness-MODEL.json, a row a folder and engine, where MODEL is --name or the first folder's. Rows that
-are there are skipped; a record of another limit or another lm-eval is begun anew.
+are there are skipped; a record of another limit or another lm-eval is refused.
 """
 
 import argparse
@@ -70,7 +70,9 @@ def main() -> None:
     record = new_record(command_line(), {"limit": arguments.limit, "lm_eval": lm_eval.__version__, "dtype": "float32"})
     path = RESULTS / f"{name}.json"
     earlier = json.loads(path.read_text()) if path.exists() else {}
-    rows = earlier["rows"] if earlier.get("protocol") == record["protocol"] else {}
+    if earlier and earlier["protocol"] != record["protocol"]:
+        raise SystemExit(f"results/{name}.json is of another limit or another lm-eval; move it away")
+    rows = earlier.get("rows", {})
     manager = TaskManager(include_path=str(FOLDER))
     for engine in arguments.engine or ["hf"]:
         for model in arguments.models:

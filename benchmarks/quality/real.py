@@ -52,7 +52,11 @@ TEXT = SHARED / "text"
 CALIBRATION = (TEXT / "wikitext2.train.txt",)
 MORE_TEXT, MORE_SAMPLES, MORE_STEPS = (*CALIBRATION, TEXT / "wikipedia.txt"), 1024, 1000
 EVALUATION = {"wikitext2": (TEXT / "wikitext2.valid.txt", 128), "c4": (TEXT / "c4.txt", 64)}  # windows of each
-CONVERTED = {name: options for name, options in METHODS.items() if name != "pivga, uniform, joint"}
+UNHEALED = {"heal_steps": 0, "refit": False}  # refit asks for 404 losses of SmolLM2
+CONVERTED = {name: options for name, options in METHODS.items() if name != "pivga, uniform, joint"} | {
+    "default, neither refitted nor healed": UNHEALED,
+    "default, rescaled, neither refitted nor healed": UNHEALED | {"rescale": True},
+}
 MIXED = "default, mixed calibration"
 WEB_APART = 500_000  # characters of C4's beginning, which is evaluated on, that are no calibration
 HEALED_LONGER = f"healed for {MORE_STEPS:,} steps"
@@ -240,7 +244,7 @@ ONCE: dict[str, Maker] = {
 }
 BY_REMOVAL: dict[str, Maker] = {
     **{name: partial(converted, options=options) for name, options in CONVERTED.items()},
-    f"default, {HEALED_LONGER}": partial(converted, options={"heal_steps": 0}, longer=True),
+    f"default, {HEALED_LONGER}": partial(converted, options=UNHEALED, longer=True),
     MIXED: partial(converted, options={}, mixed=True),
     **{
         f"{name}, {healing}".removesuffix(", "): partial(pruned, prune=prune, healing=healing)

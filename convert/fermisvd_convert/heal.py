@@ -3,7 +3,8 @@
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from fermisvd_convert.loading import (
     window_length,
 )
 from fermisvd_convert.options import HealOptions
-from fermisvd_convert.output import check_free, claimed, complete, list_files, move_into_place, unfinished
+from fermisvd_convert.output import Place, check_free, claimed, complete, list_files, move_into_place, unfinished
 from fermisvd_convert.places import OURS, ensure_own, real_path, remove_own
 from fermisvd_convert.progress import bar
 from fermisvd_convert.record import check_readable, list_files_anew
@@ -56,8 +57,9 @@ def heal_checkpoint(checkpoint: str | Path, healed: str | Path, **given: Any) ->
         expected, taught = asked(source, device, compute, (text.held_back, text.windows), options)
         student = load_dense_or_compressed(checkpoint, device, dtype, options.trust_remote_code)
         before = evaluate(student, text.held_back, expected, batch_size=options.batch_size)
-        begin, key = time.perf_counter(), healing_key(checkpoint, source, text, options)
-        outcome = train(student, taught, options, Workspace(ensure_own(place.work)).stage("healed", key))
+        begin = time.perf_counter()
+        with kept_stage(place, healing_key(checkpoint, source, text, options, dtype)) as stage:
+            outcome = train(student, taught, options, stage)
         outcome["seconds"] = round(time.perf_counter() - begin, 2)
         with unfinished(place) as partial:
             shutil.copytree(checkpoint, partial, dirs_exist_ok=True, ignore=shutil.ignore_patterns(OURS))
@@ -70,7 +72,6 @@ def heal_checkpoint(checkpoint: str | Path, healed: str | Path, **given: Any) ->
                 record = healing_record(source, text, options, before, after) | outcome
                 write_records(partial, record)
                 move_into_place(place, overwrite=False)
-        remove_own(place.work)
     return record
 
 
@@ -132,10 +133,27 @@ def asked(
         return [teach(teacher, windows, options.batch_size, shown.advance) for windows in texts]
 
 
-def healing_key(checkpoint: Path, source: Source, text: CalibrationText, options: HealOptions) -> list:
-    """All that the trained factors depend on; the checkpoint has one dense model."""
+@contextmanager
+def kept_stage(place: Place, key: list) -> Iterator[Stage]:
+    """Where the training keeps how far it has come. What was kept by other settings goes, since it can be large, and
+    the folder does if it stays empty."""
+    stage = Workspace(ensure_own(place.work)).stage("healed", key)
+    for kept in place.work.glob("healed-*"):
+        if not kept.name.startswith(stage.name):
+            kept.unlink() if kept.is_file() else remove_own(kept)
+    try:
+        yield stage
+    finally:
+        if not any(place.work.glob("*.json")):
+            remove_own(place.work)
+
+
+def healing_key(
+    checkpoint: Path, source: Source, text: CalibrationText, options: HealOptions, dtype: torch.dtype
+) -> list:
+    """All that the trained factors depend on; the checkpoint has one dense model. dtype: of the student."""
     factors = [file_hash(file) for file in sorted(checkpoint.glob("*.safetensors"))]
-    settings = [options.healing, options.batch_size, options.seed, options.compute]
+    settings = [options.healing, options.batch_size, options.seed, str(dtype)]
     return [factors, source.title, text.windows, *settings]
 
 

@@ -4,7 +4,8 @@
 conversion to the same OUT moves it if this one could not. `old/checkpoint` is an earlier OUT while it is replaced.
 Where OUT is not there yet, both are in .fermisvd beside it, and the checkpoint is renamed. Where it is a folder, be it
 a mount point, somebody's working directory or one with permissions of its own, both are in .fermisvd inside, and files
-are moved one by one, config.json last: without it there is no model.
+are moved one by one, config.json last: without it there is no model. `work` is where `fermisvd heal` keeps how far it
+has come, until OUT is in its place.
 """
 
 import json
@@ -58,7 +59,7 @@ class Place:
 
     @property
     def work(self) -> Path:
-        """Kept for the next run to the same OUT, by `fermisvd heal`."""
+        """How far `fermisvd heal` has come, for the next run to the same OUT."""
         return self._named("work")
 
     @property
@@ -241,6 +242,7 @@ def _put_into_place(place: Place) -> None:
                 old.rename(place.out)
                 (place.old / MOVED).unlink()
         raise OutputError(f"{place.out}: cannot be put into place ({reason(error)})") from error
+    remove_own(place.work)
     remove_own(place.new)
     remove_own(place.old)
 

@@ -86,7 +86,7 @@ def settled(options: ConvertOptions, source: Source, device: str) -> tuple[Conve
     if (options.healing.steps or options.refits or options.rescale) and min(there, options.samples) < 2:
         raise TextError(
             f"one calibration window of {length} tokens leaves none to train on; give more text or --samples, or pass "
-            "--heal-steps 0 --no-refit"
+            f"--heal-steps 0 --no-refit{' --no-rescale' if options.rescale else ''}"
         )
     known = {
         "sequence_length": length,

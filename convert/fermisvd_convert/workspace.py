@@ -34,7 +34,7 @@ logger = logging.getLogger("fermisvd")
 
 MANIFEST = "manifest"
 SCRATCH = ".fermisvd-scratch"  # what is half-written, and hidden states
-METHOD = 3  # raised when the same settings no longer give the same result
+METHOD = 4  # raised when the same settings no longer give the same result
 PROGRESS, PROGRESS_SECONDS = ".progress", 60
 STATE_SECONDS, STATE_PAUSE = 300, 10  # before a stage's tensors are kept; and times as long as that took
 
@@ -47,7 +47,7 @@ def settings_key(*parts: Any) -> str:
 def _plain(value: Any) -> Any:
     """What JSON has no word for."""
     if isinstance(value, torch.Tensor):
-        return hashlib.sha256(value.contiguous().numpy().tobytes()).hexdigest()
+        return [list(value.shape), hashlib.sha256(value.contiguous().numpy().tobytes()).hexdigest()]
     return value.model_dump(mode="json") if isinstance(value, Settings) else asdict(value)
 
 

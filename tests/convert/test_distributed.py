@@ -8,12 +8,12 @@ from fermisvd.format import validate_checkpoint
 from tests.support import ROOT
 
 
-def convert(processes: int, model, out, text, work, form="pivga", program="fermisvd_convert") -> dict:
+def convert(processes: int, model, out, text, work, form="pivga", program="fermisvd_convert", more=()) -> dict:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     numbers = {"remove": 0.3, "samples": 12, "gradient-samples": 12, "sequence-length": 32, "steps": 6}
-    numbers |= {"heal-steps": 2, "batch-size": 4, "align": 1}
+    numbers |= {"batch-size": 4, "align": 1, "heal-steps": 0 if more else 2}
     options = [part for name, value in numbers.items() for part in (f"--{name}", value)]
-    options += ["--calibration", text, "--work", work, "--compute", "float32", "--form", form]
+    options += ["--calibration", text, "--work", work, "--compute", "float32", "--form", form, *more]
     run = [*launch, "-m", program, "convert", model, out, *options]
     done = subprocess.run([str(part) for part in run], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -45,6 +45,20 @@ def test_two_processes_convert_as_one(tiny_llama, tmp_path, form):
             assert two["perplexity"][when] == pytest.approx(one["perplexity"][when], rel=1e-4)
         assert two["perplexity"]["tokens"] == one["perplexity"]["tokens"]
         assert names_of(work) == names_of(tmp_path / "work one")
+
+
+@pytest.mark.long
+def test_two_processes_refit_and_rescale_as_one(tiny_llama, tmp_path):
+    """What the first process has refitted is read by both; the same steps, and perplexity to 1e-4."""
+    text, more = tmp_path / "text.txt", ("--refit", "--rescale", "--groups", "joint")
+    text.write_text("".join(f"def f{i}(x):\n    return x * {i * i}\n\n" for i in range(600)))
+    one, two = (
+        convert(count, tiny_llama, tmp_path / str(count), text, tmp_path / f"work {count}", more=more)
+        for count in (1, 2)
+    )
+    steps = [[each["step"] for each in record["choices"]["rescale"]] for record in (one, two)]
+    assert steps[0] == steps[1] and any(steps[0])
+    assert two["perplexity"]["after"] == pytest.approx(one["perplexity"]["after"], rel=1e-4)
 
 
 def written(processes: int, model, text, out, work, *failing: str) -> tuple[dict[str, bytes], dict[str, set], str]:

@@ -53,6 +53,7 @@ def refit_groups(
         return {"refitted": sorted(found), "records": records}
 
     result = stage.json(make, lambda found: all(stage.has(name) for name in found["refitted"]), together=True)
+    conversion.workspace.wait_for_all()  # who did not write them learns of them
 
     def factors_of(group: LinearGroup) -> Pair:
         if group.name in result["refitted"]:
