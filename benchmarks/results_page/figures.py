@@ -33,6 +33,8 @@ STYLES = {
     DEFAULT: "C0o-",
     f"default, {LONGER}": "C0o--",
     "default without healing": "C0o:",
+    "default, neither refitted nor healed": "C0x:",
+    "default, rescaled, neither refitted nor healed": "C0+:",
     PAPER: "C1s:",
     RULE: "C7s:",
     f"{DEPTH}, healed": "C2^-",

@@ -20,6 +20,8 @@ METHODS = (
     RULE,
     PAPER,
     "default without healing",
+    "default, neither refitted nor healed",
+    "default, rescaled, neither refitted nor healed",
     DEFAULT,
     f"default, {LONGER}",
     "default, mixed calibration",
