@@ -11,6 +11,7 @@ tokens. Kept parameters by kind and block are read from the checkpoint. Results:
 """
 
 import argparse
+import json
 import re
 import time
 from collections.abc import Iterable, Sequence
@@ -196,6 +197,7 @@ def main() -> None:
         "calibration": Path(arguments.calibration).name,
         "windows": len(windows),
         "length": arguments.length,
+        "conversion": json.loads((arguments.compressed / "fermisvd.json").read_text(encoding="utf-8"))["settings"],
     }
     record = new_record(command_line(), protocol) | {"seconds": round(time.perf_counter() - start, 1)}
     write_record(f"anatomy-{arguments.dense.name}", record | found)

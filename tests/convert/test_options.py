@@ -162,3 +162,9 @@ def test_a_nested_model_is_taken_whole_and_changed_by_name():
 def test_a_penalty_beyond_numbers_is_refused(wrong):
     with pytest.raises(OptionError, match="--penalty"):
         CompressOptions.named(remove=0.3, constraint="penalty", **wrong)
+
+
+def test_rescaling_asks_for_the_whitening_that_it_reads():
+    assert CompressOptions.named(remove=0.3, rescale=True).whitening == "kfac"
+    with pytest.raises(OptionError, match="--rescale"):
+        CompressOptions.named(remove=0.3, rescale=True, whitening="input")

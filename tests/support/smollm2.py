@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.support import ROOT
 
@@ -54,6 +54,8 @@ def write_dense(gguf: Path, out: Path) -> None:
     The values are made wide in float32 and rounded once; without `dequantize` transformers would leave them packed
     wherever it has a kernel for that.
     """
+    from transformers import GgufConfig  # the demo on our own model needs none
+
     source: dict[str, Any] = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
     model = AutoModelForCausalLM.from_pretrained(
         **source, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
