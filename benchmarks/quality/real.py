@@ -27,13 +27,13 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, LlamaForCausalLM, PreTrainedModel
 
-from benchmarks.cells import folder_of
+from benchmarks.cells import folder_of, kept, locked, put, same_protocol
 from benchmarks.quality.depth_pruning import block_influence, least_influential, without_blocks
 from benchmarks.quality.pruning import heal_pruned, linear_parameters
 from benchmarks.quality.rounding import round_linear
-from benchmarks.quality.table import METHODS, defaults, locked, same_protocol
+from benchmarks.quality.table import METHODS, defaults
 from benchmarks.quality.width_pruning import Importance, importance, prune_width
-from benchmarks.records import RESULTS, commit, new_record, write_record
+from benchmarks.records import new_record, write_record
 from fermisvd import HealingSettings, load_model
 from fermisvd.compress import set_aside
 from fermisvd.settings import BATCH_SIZE
@@ -267,7 +267,7 @@ def measure(
     begin(setting, list(wanted) if fresh else [])
     for key, make in wanted.items():
         out = keep / folder_of(key) if keep else setting.scratch / "out"
-        if key in (kept(setting) or {"cells": {}})["cells"] and (keep is None or out.is_dir()):
+        if key in (kept(name_of(setting)) or {"cells": {}})["cells"] and (keep is None or out.is_dir()):
             continue
         start = time.perf_counter()
         shutil.rmtree(out, ignore_errors=True)
@@ -276,7 +276,7 @@ def measure(
         if keep and not out.is_dir():
             save(setting, model, out)
         found = {name: evaluate(model, t.windows, t).as_dict() for name, t in setting.evaluation.items()}
-        put(setting, key, size | found | seconds)
+        put(name_of(setting), new_results(setting), key, size | found | seconds)
         shown = ", ".join(f"{name} {row['perplexity']:.3f} (KL {row['kl']:.4f})" for name, row in found.items())
         print(f"{key}: {shown}, {size['removed']:.2%} removed, {size['bytes']:,} bytes", flush=True)
 
@@ -304,30 +304,20 @@ def name_of(setting: Setting) -> str:
     return f"real-{setting.folder.name}"
 
 
-def kept(setting: Setting) -> dict | None:
-    path = RESULTS / f"{name_of(setting)}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+def new_results(setting: Setting) -> dict:
+    return new_record(command(setting), setting.protocol) | {"cells": {}}
 
 
 def begin(setting: Setting, forget: list[str]) -> None:
     """See that there is a record of this protocol, without the cells to `forget`. Raises SystemExit for a record of
     another protocol or other versions."""
     with locked(name_of(setting)):
-        fresh = new_record(command(setting), setting.protocol) | {"cells": {}}
-        record = kept(setting) or fresh
+        fresh = new_results(setting)
+        record = kept(name_of(setting)) or fresh
         if not same_protocol(record, fresh):
             raise SystemExit(f"results/{name_of(setting)}.json is of another protocol or other versions; move it away")
         for key in forget:
             record["cells"].pop(key, None)
-        write_record(name_of(setting), record)
-
-
-def put(setting: Setting, key: str, cell: dict) -> None:
-    with locked(name_of(setting)):
-        record = kept(setting)
-        if record is None or record["protocol"] != setting.protocol:
-            raise SystemExit(f"results/{name_of(setting)}.json has become another; {key} is not written")
-        record["cells"][key] = cell | {"date": time.strftime("%F"), "commit": commit()}
         write_record(name_of(setting), record)
 
 

@@ -10,14 +10,13 @@ docs/results.md from them.
 """
 
 import argparse
-import fcntl
 import json
 import tempfile
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
-from benchmarks.records import RESULTS, commit, new_record, write_record
+from benchmarks.cells import kept, locked, put, same_protocol
+from benchmarks.records import new_record, write_record
 from fermisvd import load_model
 from fermisvd.decomposition import DAMPING, OUTPUT_DAMPING
 from fermisvd.settings import BATCH_SIZE
@@ -100,16 +99,10 @@ def new_results() -> dict:
     return new_record("python -m benchmarks.quality.table", protocol) | {"cells": {}}
 
 
-def kept(name: str) -> dict | None:
-    """The model's record, if there is one."""
-    path = RESULTS / f"quality-{name}.json"
-    return json.loads(path.read_text()) if path.exists() else None
-
-
 def begin(name: str, forget: list[str]) -> None:
     """See that the model has a record of today's protocol and versions, without the cells to `forget`."""
-    with locked(name):
-        results, earlier = new_results(), kept(name)
+    with locked(f"quality-{name}"):
+        results, earlier = new_results(), kept(f"quality-{name}")
         if earlier and same_protocol(earlier, results):
             results = earlier
         elif earlier:
@@ -117,28 +110,6 @@ def begin(name: str, forget: list[str]) -> None:
         for key in forget:
             results["cells"].pop(key, None)
         write_record(f"quality-{name}", results)
-
-
-def put(name: str, key: str, cell: dict) -> None:
-    """Add a cell. Raises SystemExit where the record is no longer of the protocol this run began with."""
-    with locked(name):
-        results = kept(name)
-        if results is None or not same_protocol(results, new_results()):
-            raise SystemExit(f"quality-{name}.json has become one of another protocol; {key} is not written")
-        results["cells"][key] = cell | {"commit": commit()}
-        write_record(f"quality-{name}", results)
-
-
-def same_protocol(one: dict, other: dict) -> bool:
-    return all(one[key] == other[key] for key in ("protocol", "versions"))
-
-
-@contextmanager
-def locked(name: str):
-    """Runs beside each other may fill different cells of one model."""
-    with (Path(tempfile.gettempdir()) / f"quality-{name}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def measure(only: str | None, methods: list[str], removals: list[float], fresh: bool) -> None:
@@ -155,7 +126,7 @@ def measure(only: str | None, methods: list[str], removals: list[float], fresh: 
             dense = load_model(model["path"])
             taught = teach(dense, windows, BATCH_SIZE)
             if "dense" not in measured()[name]:
-                put(name, "dense", evaluate(dense, windows).as_dict())
+                put(f"quality-{name}", new_results(), "dense", evaluate(dense, windows).as_dict())
             for remove, method, key in wanted:
                 if key in measured()[name]:
                     continue
@@ -178,12 +149,12 @@ def measure(only: str | None, methods: list[str], removals: list[float], fresh: 
                     "stage_seconds": made.seconds,
                 }
                 print(name, key, f"{cell['perplexity']:.3f}", f"{seconds:.0f} s", flush=True)
-                put(name, key, cell)
+                put(f"quality-{name}", new_results(), key, cell)
 
 
 def measured() -> dict[str, dict]:
     """Cells of every model that has a record."""
-    return {name: record["cells"] for name in NAMES if (record := kept(name))}
+    return {name: record["cells"] for name in NAMES if (record := kept(f"quality-{name}"))}
 
 
 if __name__ == "__main__":

@@ -28,8 +28,7 @@ def test_models_are_kept_and_are_those_of_the_cells(tmp_path, monkeypatch, demo_
     does."""
     results, keep = tmp_path / "results", tmp_path / "kept"
     results.mkdir()
-    for module in (real, records):
-        monkeypatch.setattr(module, "RESULTS", results)
+    monkeypatch.setattr(records, "RESULTS", results)
     monkeypatch.setattr(real, "CALIBRATION", (demo_text["calibration"],))
     monkeypatch.setattr(real, "EVALUATION", {"code": (demo_text["validation"], 2)})
     options = {"heal_steps": 0, "steps": 2, "groups": "separate"}
