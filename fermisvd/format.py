@@ -207,31 +207,40 @@ def check_headers(config: CheckpointConfig, headers: Mapping[str, TensorInfo], f
             raise FormatError(f"{folder}: {name}: missing from the checkpoint; {MEND}")
 
 
-def check_group_headers(group: Group, headers: Mapping[str, TensorInfo], folder: Path) -> None:
-    """Raises FormatError if a tensor of the group is missing or its shape or type is not what the config says."""
+def stacked_shape(group: Group, headers: Mapping[str, TensorInfo], folder: Path) -> tuple[list[int], int]:
+    """Rows of each member and the columns of the matrix that a group stands for. They are not in the config but read
+    off one tensor each. Raises FormatError if one is missing or has another number of dimensions."""
 
     def shape_of(tensor: str, dimensions: int = 2) -> tuple[int, ...]:
-        if tensor not in headers:
-            raise FormatError(f"{folder}: {tensor}: missing from the checkpoint; {MEND}")
-        if len(headers[tensor].shape) != dimensions:
-            raise FormatError(
-                f"{headers[tensor].file}: {tensor}: {dimensions} dimensions expected, "
-                f"shape is {headers[tensor].shape}; {MEND}"
-            )
-        return headers[tensor].shape
+        return shape_in(headers, tensor, dimensions, folder)
 
-    # The matrix's own size is not in the config; it is read off one tensor and every other must agree with it.
     if group.form == "svd":
-        columns = shape_of(f"{group.name}.{LOWRANK_B}")[1]
-        rows = [shape_of(f"{member}.{LOWRANK_A}")[0] for member in group.members]
-    elif group.side == "columns":
-        columns = shape_of(f"{group.name}.{PERMUTATION}", 1)[0]
+        return [shape_of(f"{member}.{LOWRANK_A}")[0] for member in group.members], shape_of(
+            f"{group.name}.{LOWRANK_B}"
+        )[1]
+    if group.side == "columns":
         rows = [shape_of(f"{member}.{SKELETON}")[0] for member in group.members]
-    else:
-        columns = shape_of(f"{group.name}.{SKELETON}")[1]
-        rows = [shape_of(f"{group.name}.{PERMUTATION}", 1)[0]]
+        return rows, shape_of(f"{group.name}.{PERMUTATION}", 1)[0]
+    return [shape_of(f"{group.name}.{PERMUTATION}", 1)[0]], shape_of(f"{group.name}.{SKELETON}")[1]
+
+
+def shape_in(headers: Mapping[str, TensorInfo], tensor: str, dimensions: int, folder: Path) -> tuple[int, ...]:
+    """Raises FormatError unless the tensor is there and has so many dimensions."""
+    if tensor not in headers:
+        raise FormatError(f"{folder}: {tensor}: missing from the checkpoint; {MEND}")
+    if len(headers[tensor].shape) != dimensions:
+        raise FormatError(
+            f"{headers[tensor].file}: {tensor}: {dimensions} dimensions expected, "
+            f"shape is {headers[tensor].shape}; {MEND}"
+        )
+    return headers[tensor].shape
+
+
+def check_group_headers(group: Group, headers: Mapping[str, TensorInfo], folder: Path) -> None:
+    """Raises FormatError if a tensor of the group is missing or its shape or type is not what the config says."""
+    rows, columns = stacked_shape(group, headers, folder)
     for name, shape in expected_tensors(group, rows, columns).items():
-        if shape_of(name, len(shape)) != shape:
+        if shape_in(headers, name, len(shape), folder) != shape:
             raise FormatError(
                 f"{headers[name].file}: {name}: shape {headers[name].shape}, "
                 f"but rank {group.rank} asks for {shape}; {MEND}"

@@ -1,6 +1,7 @@
 """`fermisvd heal`: distil a compressed checkpoint's factors from its dense model, and write it anew."""
 
 import json
+import logging
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -13,8 +14,15 @@ from transformers import PreTrainedModel
 
 from fermisvd.errors import OutputError
 from fermisvd.files import read_headers
-from fermisvd.format import read_config, validate_checkpoint
-from fermisvd.groups import StructureError
+from fermisvd.format import (
+    PERMUTATION,
+    expected_tensors,
+    read_checkpoint,
+    read_config,
+    stacked_shape,
+    validate_checkpoint,
+)
+from fermisvd.groups import LinearGroup, StructureError
 from fermisvd.healing import HealingState, heal, rounded_factors
 from fermisvd.precision import compute_type
 from fermisvd.teacher import Taught, teach
@@ -27,15 +35,19 @@ from fermisvd_convert.loading import (
     resolve_device,
     window_length,
 )
+from fermisvd_convert.memory import healing_windows, model_sizes
 from fermisvd_convert.options import HealOptions
 from fermisvd_convert.output import Place, check_free, claimed, complete, list_files, move_into_place, unfinished
 from fermisvd_convert.places import OURS, ensure_own, real_path, remove_own
 from fermisvd_convert.progress import bar
 from fermisvd_convert.record import check_readable, list_files_anew
 from fermisvd_convert.source import TORCH_TYPES, Source, open_source
+from fermisvd_convert.space import check_space
 from fermisvd_convert.text import CalibrationText, TextError, calibration_text, check_vocabulary, recorded_names
 from fermisvd_convert.workspace import Stage, Workspace, file_hash
 from fermisvd_convert.writer import replace_tensors
+
+logger = logging.getLogger("fermisvd")
 
 
 def heal_checkpoint(checkpoint: str | Path, healed: str | Path, **given: Any) -> dict:
@@ -52,6 +64,7 @@ def heal_checkpoint(checkpoint: str | Path, healed: str | Path, **given: Any) ->
     compute, text = compute_type(options.compute, device), training_text(checkpoint, source, options)
     stored = factors_type(checkpoint)
     dtype = torch.promote_types(compute, stored)  # no digit is lost
+    at_once = check_room(checkpoint, healed, source, text, options, dtype, device)
     with claimed(healed) as place:
         check_free(healed, "choose another HEALED")  # with what was put back
         expected, taught = asked(source, device, compute, (text.held_back, text.windows), options)
@@ -59,7 +72,7 @@ def heal_checkpoint(checkpoint: str | Path, healed: str | Path, **given: Any) ->
         before = evaluate(student, text.held_back, expected, batch_size=options.batch_size)
         begin = time.perf_counter()
         with kept_stage(place, healing_key(checkpoint, source, text, options, dtype)) as stage:
-            outcome = train(student, taught, options, stage)
+            outcome = train(student, taught, options, stage, at_once)
         outcome["seconds"] = round(time.perf_counter() - begin, 2)
         with unfinished(place) as partial:
             shutil.copytree(checkpoint, partial, dirs_exist_ok=True, ignore=shutil.ignore_patterns(OURS))
@@ -123,6 +136,38 @@ def training_text(checkpoint: Path, source: Source, options: HealOptions) -> Cal
     return text
 
 
+def check_room(
+    checkpoint: Path,
+    healed: Path,
+    source: Source,
+    text: CalibrationText,
+    options: HealOptions,
+    dtype: torch.dtype,
+    device: str,
+) -> int:
+    """Windows of a pass, as many of a batch as memory has room for. Raises OptionError where it has none for one,
+    OutputError where the disk has none for HEALED. dtype: of the student."""
+    config, headers = read_checkpoint(checkpoint)
+    groups = []
+    for group in config.groups:
+        rows, columns = stacked_shape(group, headers, checkpoint)
+        groups.append(LinearGroup(group.members, tuple(rows), columns, group.side or "columns", group.name))
+    factors = sum(
+        headers[name].numel
+        for group, shape in zip(config.groups, groups, strict=True)
+        for name in expected_tensors(group, shape.member_rows, shape.columns)
+        if not name.endswith(PERMUTATION)
+    )
+    tokens, length = text.windows.numel() + text.held_back.numel(), text.windows.shape[1]
+    size = model_sizes(source.headers, groups, source.vocabulary, tokens, dtype.itemsize, device)
+    copy = sum((checkpoint / name).stat().st_size for name in list_files(checkpoint))
+    check_space({healed: {"a copy of the checkpoint": copy}})
+    windows = healing_windows(size, factors / size.dense, length, options.batch_size, device)
+    if windows < options.batch_size:
+        logger.warning("memory has room for passes of %d windows: a batch takes several", windows)
+    return windows
+
+
 def asked(
     source: Source, device: str, compute: torch.dtype, texts: Sequence[torch.Tensor], options: HealOptions
 ) -> list[Taught]:
@@ -157,9 +202,9 @@ def healing_key(
     return [factors, source.title, text.windows, *settings]
 
 
-def train(student: PreTrainedModel, taught: Taught, options: HealOptions, stage: Stage) -> dict:
-    """Distil the student in place, from where the stage was kept last; an eighth of the windows decides whether it
-    helped.
+def train(student: PreTrainedModel, taught: Taught, options: HealOptions, stage: Stage, at_once: int) -> dict:
+    """Distil the student in place, at_once windows in a pass, from where the stage was kept last; an eighth of the
+    windows decides whether it helped.
 
     The last decide: the first may be those that the checkpoint was calibrated on.
     """
@@ -173,6 +218,7 @@ def train(student: PreTrainedModel, taught: Taught, options: HealOptions, stage:
             taught[-held:],
             options.healing,
             batch_size=options.batch_size,
+            at_once=at_once,
             seed=options.seed,
             on_step=shown.show,
             begun=begun,

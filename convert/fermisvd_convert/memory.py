@@ -278,16 +278,18 @@ def fewer(batch_size: int) -> Iterator[int]:
         batch_size //= 2
 
 
-def missing(required: dict[str, Need], room: int, host_room: int | None) -> str:
+def missing(
+    required: dict[str, Need], room: int, host_room: int | None, bound: str = "--max-memory, or what the machine has"
+) -> str:
     """What is said of the first step that takes more than `room` bytes, or in the host's memory beside a GPU more than
-    `host_room`; nothing where all fit. host_room: None where the device is the CPU."""
+    `host_room`; nothing where all fit. host_room: None where the device is the CPU; bound: what decides these."""
     for step, need in required.items():
         taken = need.device + (need.host if host_room is None else 0)
         for place, bytes_needed, there in (("", taken, room), (" of the host's memory", need.host, host_room)):
             if there is not None and bytes_needed > there:
                 return (
                     f"{step} takes about {bytes_needed / 2**30:.2f} GiB{place}, there are {there / 2**30:.2f} "
-                    f"(--max-memory, or what the machine has); give more, or: {need.instead}"
+                    f"({bound}); give more, or: {need.instead}"
                 )
     return ""
 
@@ -311,6 +313,22 @@ def passes_that_fit(
             passes = Passes(windows, length, parts, calibrated)
             if not (lacking := missing(needs(size, options, passes, limit, processes), room, host_room)):
                 return passes, limit
+    raise OptionError(lacking)
+
+
+def healing_windows(size: Sizes, kept: float, length: int, batch_size: int, device: str) -> int:
+    """Windows of a batch in a pass of `fermisvd heal`: as many as fit. Raises OptionError where one does not, or where
+    the dense model does not. kept: fraction of the dense parameters that the factors have; size.text: the tokens that
+    the dense model is asked about."""
+    states, start = size.text * size.item * size.width, int(size.item * kept * size.dense)
+    host_room, lacking = memory_of("cpu", None) if device.startswith("cuda") else None, ""
+    for windows in fewer(batch_size):
+        whole = size.item * (size.blocks + size.outside) + head_bytes(size, windows * length)
+        dense = Need(whole + activation_bytes(size, windows * length) // 2, states, "fewer --samples")
+        trained = healing_bytes(size, Passes(windows, length), kept, batch_size)
+        required = {"the dense model": dense, "healing": Need(trained, states + start, "--sequence-length smaller")}
+        if not (lacking := missing(required, memory_of(device, None), host_room, "what the machine has")):
+            return windows
     raise OptionError(lacking)
 
 

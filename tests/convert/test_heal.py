@@ -5,9 +5,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fermisvd.errors import FermiSVDError, OutputError
+from fermisvd.errors import FermiSVDError, OptionError, OutputError
 from fermisvd.format import validate_checkpoint
-from fermisvd_convert import heal, workspace
+from fermisvd_convert import heal, memory, workspace
 from fermisvd_convert.convert import convert
 from fermisvd_convert.heal import heal_checkpoint
 
@@ -74,6 +74,28 @@ def test_an_interrupted_healing_goes_on(models, settings, tmp_path, monkeypatch)
     found, wanted = (tmp_path / name / "model.safetensors" for name in ("healed", "expected"))
     assert found.read_bytes() == wanted.read_bytes()
     assert not list((tmp_path / ".fermisvd").glob("*.work"))
+
+
+def test_a_small_machine_takes_smaller_passes_or_is_refused(models, settings, tmp_path, monkeypatch, caplog):
+    _, compressed = models
+    settings |= {"steps": 2, "samples": 16}
+    whole = heal_checkpoint(compressed, tmp_path / "whole", **settings)
+    monkeypatch.setattr(memory, "memory_of", lambda *_: 30_000_000)
+    fewer = heal_checkpoint(compressed, tmp_path / "fewer", **settings)
+    assert "memory has room for passes of" in caplog.text
+    assert [step["kl"] for step in fewer["trace"]] == pytest.approx([step["kl"] for step in whole["trace"]], rel=1e-3)
+    monkeypatch.setattr(memory, "memory_of", lambda *_: 4_000_000)
+    with pytest.raises(OptionError, match=r"the dense model takes about .*\(what the machine has\)"):
+        heal_checkpoint(compressed, tmp_path / "none", **settings)
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_full_disk_is_refused_before_the_work(models, settings, tmp_path, monkeypatch):
+    free = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free._replace(free=1000))
+    with pytest.raises(OutputError, match=r"no space: .* a copy of the checkpoint "):
+        heal_checkpoint(models[1], tmp_path / "none", **settings)
+    assert not list(tmp_path.iterdir())
 
 
 def test_refusals_leave_nothing_behind(models, settings, tmp_path):
