@@ -219,7 +219,7 @@ def join(work: Compression, ranked: Sequence[RankedGroup], decomposition: InMemo
     student = low_rank(work.teacher, decomposition.truncated(compressed(ranked)))
     loss = StudentLoss(student, work.aside, work.options.batch_size)
     layers = layers_with_hopes(ranked, work.budget, decomposition)
-    found, _ = join_groups(student, layers, decomposition, loss, work.aside.windows)
+    found, _ = join_groups(student, layers, decomposition, loss)
     return work.budget.ranked([each.group for each in found], [each.rank for each in found])
 
 

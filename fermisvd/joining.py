@@ -13,14 +13,12 @@ from fermisvd.budget import Budget, RankedGroup, group_parameters
 from fermisvd.decomposition import Decomposition
 from fermisvd.groups import LinearGroup, parent_of
 from fermisvd.linear import linear_layer, weight_of
-from fermisvd.losses import set_weight
+from fermisvd.losses import LossFromABlock, StudentLoss, set_weight
 from fermisvd.running.distributed import local
 
 HOPE = 1.2  # a partition is tried if its whitened error is at most so many times that of the groups apart
 TRIALS = 5  # what all trials cost together, in losses on all windows
 FEWEST_TOKENS = 2048  # of a trial
-
-Loss = Callable[[int], float]  # KL(dense || student), of the student as it stands, on the first so many windows aside
 
 
 def joined(groups: Sequence[LinearGroup]) -> LinearGroup:
@@ -135,7 +133,7 @@ def put(student: nn.Module, ranked: Sequence[RankedGroup], decomposition: Decomp
 
 
 def tried(
-    student: nn.Module, layer: FusedLayer, decomposition: Decomposition, loss: Callable[[], float], kl: float
+    student: nn.Module, layer: FusedLayer, decomposition: Decomposition, loss: LossFromABlock, kl: float
 ) -> tuple[list[RankedGroup], float, list[dict]]:
     """The groups of a fused layer that have the least loss, which the student is left with, their loss, and a record of
     each hope. kl: the loss with the parts."""
@@ -148,6 +146,7 @@ def tried(
     def weights() -> list[torch.Tensor]:
         return [weight.clone() for weight in own]
 
+    loss.begin_at(names[0])
     chosen, best, kept, records = layer.parts, kl, weights(), []
     for hope in layer.hopes:
         put(student, hope.groups, decomposition)
@@ -166,27 +165,27 @@ def join_groups(
     student: nn.Module,
     layers: Sequence[FusedLayer],
     decomposition: Decomposition,
-    loss: Loss,
-    aside: torch.Tensor,
+    loss: StudentLoss,
     on_layer: Callable[[dict], None] = lambda _: None,
 ) -> tuple[list[RankedGroup], list[dict]]:
     """Groups and ranks after joining neighbours of a fused layer wherever that does not raise the loss.
 
     student: the dense model with the groups' weights replaced by their low-rank products; it has those of the result
-    afterwards. layers: of `layers_with_hopes`; aside: the windows that decide, (samples, length). Every hope is tried
-    on a few of them, so few that all trials cost TRIALS losses on all, but FEWEST_TOKENS. What was joined is then
-    measured on all; the half that gained less is taken apart as long as that lowers the loss, or the loss is above that
-    of separate groups. A joint group serves faster, so it wins a tie.
+    afterwards. layers: of `layers_with_hopes`; loss: of the student, on the windows that decide. Every hope is tried on
+    a few of them, so few that whole passes would cost TRIALS losses on all, but FEWEST_TOKENS; blocks before the layer
+    are not run again. What was joined is then measured on all; the half that gained less is taken apart as long as that
+    lowers the loss, or the loss is above that of separate groups. A joint group serves faster, so it wins a tie.
     Returns the groups and a record of each loss on all windows; on_layer sees one of each layer of several groups.
     """
     hopes = sum(len(layer.hopes) for layer in layers)
-    windows, length = aside.shape
+    windows, length = loss.taught.windows.shape
     few = min(windows, max(TRIALS * windows // max(1, hopes), math.ceil(FEWEST_TOKENS / length)))
-    whole = [{"joined": 0, "kl": loss(windows)}] if hopes else []
-    current = loss(few) if hopes else 0.0
+    whole = [{"joined": 0, "kl": loss()}] if hopes else []
+    trial = loss.from_a_block(few)
+    current = trial() if hopes else 0.0
     chosen, gains = [], []
     for i, layer in enumerate(layers):
-        groups, kl, trials = tried(student, layer, decomposition, lambda: loss(few), current)
+        groups, kl, trials = tried(student, layer, decomposition, trial, current)
         chosen.append(groups)
         if groups is not layer.parts:
             gains.append((current - kl, i))
@@ -197,7 +196,7 @@ def join_groups(
     order = [i for _, i in sorted(gains, reverse=True)]  # the layer that gained most first
     best, count = 0, len(order)
     while count:
-        whole.append({"joined": count, "kl": loss(windows)})
+        whole.append({"joined": count, "kl": loss()})
         if whole[-1]["kl"] <= min(record["kl"] for record in whole):
             best = count
         elif best:

@@ -9,7 +9,7 @@ from torch import nn
 from fermisvd.groups import LinearGroup
 from fermisvd.linear import linear_layer, weight_of
 from fermisvd.running.distributed import own_passes, put_part, sum_over_processes
-from fermisvd.running.halves import compared_tokens, few_tokens, halves_of
+from fermisvd.running.halves import Split, compared_tokens, few_tokens, halves_of
 from fermisvd.teacher import Taught
 
 M = TypeVar("M", bound=nn.Module)
@@ -66,13 +66,49 @@ class StudentLoss:
         self.halves, self.taught, self.batch_size = halves_of(student), taught, batch_size
         self.device = next(student.parameters()).device
 
-    @torch.no_grad()
     def __call__(self, windows: int | None = None) -> float:
-        numbers = torch.arange(len(self.taught) if windows is None else windows)
-        total = torch.zeros((), dtype=torch.float64)
-        for mine, weight in own_passes(numbers, self.batch_size):
-            batch, states = self.taught.batch(mine, self.device)
-            total += kl_of_states(self.halves.head, states, self.halves.body(batch)).double().cpu() * weight
+        return self.from_a_block(windows)()
+
+    def from_a_block(self, windows: int | None = None) -> "LossFromABlock":
+        return LossFromABlock(self, len(self.taught) if windows is None else windows)
+
+
+class LossFromABlock:
+    """The same of a student that changes in one block after the other: blocks before that one are not run again, but
+    those of a model that cannot be taken apart."""
+
+    def __init__(self, loss: StudentLoss, windows: int):
+        self.loss, self.passes = loss, own_passes(torch.arange(windows), loss.batch_size)
+        self.first, self.before = 0, self._nothing()  # states before block `first`
+
+    def _nothing(self) -> list[torch.Tensor | None]:
+        return [None] * len(self.passes)
+
+    @torch.no_grad()
+    def begin_at(self, layer: str) -> None:
+        """From now on only the block of this layer changes, and those behind it; all before it are as they stand."""
+        halves = self.loss.halves
+        if not isinstance(halves, Split):
+            return
+        block = next(i for i in range(len(halves.blocks)) if layer.startswith(f"{halves.prefix}.{i}."))
+        if block < self.first:
+            self.first, self.before = 0, self._nothing()
+        if block > self.first:
+            for i, (mine, _) in enumerate(self.passes):
+                batch = self.loss.taught.windows[mine].to(self.loss.device)
+                self.before[i] = halves.through(batch, range(self.first, block), self.before[i])
+            self.first = block
+
+    @torch.no_grad()
+    def __call__(self) -> float:
+        total, halves = torch.zeros((), dtype=torch.float64), self.loss.halves
+        for (mine, weight), before in zip(self.passes, self.before, strict=True):
+            batch, taught = self.loss.taught.batch(mine, self.loss.device)
+            if isinstance(halves, Split):
+                states = halves.through(batch, range(self.first, len(halves.blocks)), before)
+            else:
+                states = halves.body(batch)
+            total += kl_of_states(halves.head, taught, states).double().cpu() * weight
         return sum_over_processes(total).item()
 
 

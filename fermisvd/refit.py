@@ -65,13 +65,14 @@ def refit(
     batches = own_part(windows[: len(windows) // batch_size * batch_size].to(device).split(batch_size))
     models = DecoderBlocks(dense), DecoderBlocks(student)
     hidden = [[blocks.first(batch) for batch in batches] for blocks in models]
-    loss = StudentLoss(student, aside, batch_size)
+    loss = StudentLoss(student, aside, batch_size).from_a_block()
     found, current = {}, loss()
     for index in range(len(models[0].blocks)):
         inside = [each for each in ranked if each.group.name.startswith(f"{models[0].prefix}.{index}.")]
         with models[0].present(index):
             for source, readers in groupby(inside, key=lambda each: each.group.source):
                 inputs = _input_grams(models, hidden, index, source)
+                loss.begin_at(source)
                 for each in readers:
                     current, better = _refitted(student, each, inputs, decompose, loss, current, on_group)
                     if better is not None:

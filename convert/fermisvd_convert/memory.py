@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from fermisvd.compress import ASIDE_WINDOWS
 from fermisvd.errors import OptionError
 from fermisvd.fermigrad import step_windows
 from fermisvd.files import TensorInfo
@@ -236,6 +237,7 @@ def needs(size: Sizes, options: ConvertOptions, passes: Passes, limit: Limits, p
     whole, smaller = size.item * (size.blocks + size.outside), "--sequence-length smaller"
     state, calibrated = size.item * size.width, passes.calibrated * passes.length
     forward = activation_bytes(size, passes.tokens) // 2 + head_bytes(size, passes.tokens)
+    aside = ASIDE_WINDOWS * passes.length * state  # before the block that is tried
     places = 1 + (places_back(size.depth) if options.whitening == "kfac" else 0)
     on_device = min(limit.device_hidden_bytes, places * size.text * state)
     hidden = min(limit.hidden_bytes, places * size.text * state - on_device)
@@ -255,10 +257,11 @@ def needs(size: Sizes, options: ConvertOptions, passes: Passes, limit: Limits, p
         blocks = size.item * size.blocks
         taken = divided(size, passes, blocks, blocks) + size.item * size.outside
         instead = "--groups joint or separate, or more processes"
-        found["--groups auto"] = Need(taken + max(forward, decomposition_bytes(size)), 0, instead)
+        taken += max(forward, decomposition_bytes(size)) + aside
+        found["--groups auto"] = Need(taken, 0, instead)
     if options.refits:
         grams = decomposition_bytes(size) + 4 * DOUBLE * size.gram
-        taken = whole + size.item * size.block + 2 * size.text * state + max(forward, grams)
+        taken = whole + size.item * size.block + 2 * size.text * state + max(forward, grams) + aside
         found["--refit"] = Need(taken, 0, "--no-refit")
     if options.rescale:
         found["--rescale"] = Need(gated_bytes(size, passes), 0, "--no-rescale")

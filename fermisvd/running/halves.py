@@ -34,12 +34,12 @@ class Split:
     give its logits."""
 
     def __init__(self, model: nn.Module):
-        self.model = model
-        self.container = model.get_submodule(decoder_blocks(model))
-        self.last, self.output = list(self.container.children())[-1], output_layer(model)
+        self.model, self.prefix = model, decoder_blocks(model)
+        self.container = model.get_submodule(self.prefix)
+        self.blocks, self.output = list(self.container.children()), output_layer(model)
         self.float32_head = _float32_weight(self.output)
         seen = []
-        hook = self.last.register_forward_hook(lambda _, inputs, output: seen.append(output))
+        hook = self.blocks[-1].register_forward_hook(lambda _, inputs, output: seen.append(output))
         probe = torch.arange(PROBE_TOKENS, device=next(model.parameters()).device)[None]
         with torch.no_grad():
             with _exact(self.output, self.float32_head):
@@ -56,22 +56,40 @@ class Split:
             raise BlocksError(f"{type(model).__name__}: its head needs more than the states behind the last block")
 
     def body(self, batch: torch.Tensor) -> torch.Tensor:
+        return self.through(batch, range(len(self.blocks)))
+
+    def through(self, batch: torch.Tensor, blocks: range, states: torch.Tensor | None = None) -> torch.Tensor:
+        """States of these windows behind a run of blocks, given those before it; the first block needs none."""
+
         def stop(block, inputs, output):
             raise Stop(hidden_of(output))
 
-        hook = self.last.register_forward_hook(stop)
+        hook = self.blocks[blocks.stop - 1].register_forward_hook(stop)
         try:
-            logits_of(self.model, batch)
+            with self._skipped(blocks.start, states):
+                logits_of(self.model, batch)
         except Stop as stopped:
             return stopped.hidden
         finally:
             hook.remove()
-        raise BlocksError(f"{type(self.model).__name__}: its last block is not called")
+        raise BlocksError(f"{type(self.model).__name__}: block {blocks.stop - 1} is not called")
 
     def head(self, states: torch.Tensor) -> torch.Tensor:
         tokens = torch.zeros(states.shape[:2], dtype=torch.int64, device=states.device)
-        with _skipped(self.container, (states,) if self.as_tuple else states), _exact(self.output, self.float32_head):
+        with self._skipped(len(self.blocks), states), _exact(self.output, self.float32_head):
             return logits_of(self.model, tokens)
+
+    @contextmanager
+    def _skipped(self, count: int, states: torch.Tensor | None) -> Iterator[None]:
+        """The first so many blocks are not run; states: behind them."""
+        modules = self.container._modules
+        blocks = dict(list(self.container.named_children())[:count])
+        output = (states,) if self.as_tuple else states
+        modules.update({name: _Skip(block, output) for name, block in blocks.items()})
+        try:
+            yield
+        finally:
+            modules.update(blocks)
 
 
 def output_layer(model: nn.Module) -> nn.Linear | None:
@@ -169,13 +187,3 @@ def _exact(layer: nn.Linear | None, float32: torch.Tensor | None) -> Iterator[No
 
 def _with_bias(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return x if bias is None else x + bias
-
-
-@contextmanager
-def _skipped(container: nn.Module, output: Any) -> Iterator[None]:
-    blocks = dict(container.named_children())
-    container._modules.update({name: _Skip(block, output) for name, block in blocks.items()})
-    try:
-        yield
-    finally:
-        container._modules.update(blocks)

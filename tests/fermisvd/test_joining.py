@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from fermisvd import joining, load_model
+from fermisvd import joining, load_model, losses
 from fermisvd.budget import Budget, Form, RankedGroup, compressed, group_parameters
 from fermisvd.compress import InMemory
 from fermisvd.groups import find_groups, stacked_weight
@@ -62,10 +62,9 @@ class Problem:
     def layers(self):
         return layers_with_hopes(self.ranked, self.budget, self.decomposition)
 
-    def join(self, loss=None):
+    def join(self):
         found = []
-        loss = loss or self.loss
-        result, whole = join_groups(self.student, self.layers, self.decomposition, loss, self.aside, found.append)
+        result, whole = join_groups(self.student, self.layers, self.decomposition, self.loss, found.append)
         return result, found, whole
 
     def check_student(self, result):
@@ -120,7 +119,8 @@ def test_layers_that_share_directions_are_joined_and_others_never_cost_loss(tiny
 def test_layers_that_share_nothing_stay_apart_at_no_cost(tiny_llama, monkeypatch):
     problem = Problem(tiny_llama, share_rows=False)
     monkeypatch.setattr(joining, "HOPE", 0.9)
-    result, records, whole = problem.join(loss=lambda _: pytest.fail("measured, with no hope"))
+    monkeypatch.setattr(losses.LossFromABlock, "__call__", lambda _: pytest.fail("measured, with no hope"))
+    result, records, whole = problem.join()
     assert result == problem.ranked and whole == [] and [record["groups"] for record in records] == [3, 2, 3, 2]
     problem.check_student(result)
 
@@ -139,13 +139,15 @@ def test_what_trials_joined_is_taken_apart_where_all_windows_say_so(tiny_llama, 
     problem = Problem(tiny_llama, share_rows=True)
     monkeypatch.setattr(joining, "FEWEST_TOKENS", 1)
     monkeypatch.setattr(joining, "TRIALS", 3)  # of six hopes: two of four windows each
-    on_all, calls = iter(measured), []
+    on_all, calls, original = iter(measured), [], losses.LossFromABlock.__call__
 
-    def loss(windows: int) -> float:
-        calls.append(windows)
-        return next(on_all) if windows == 4 else problem.loss(windows)
+    def loss(loss):
+        calls.append(sum(len(part) for part, _ in loss.passes))
+        return next(on_all) if calls[-1] == 4 else original(loss)
 
-    result, records, whole = problem.join(loss)
+    monkeypatch.setattr(losses.LossFromABlock, "__call__", loss)
+    result, records, whole = problem.join()
+    monkeypatch.undo()
     assert calls == [4, *[2] * 7, 4, 4] and [record["kl"] for record in whole] == measured
     assert sum(len(each.group.members) > 1 for each in result) == joined_layers
     if joined_layers == 1:  # the one that gained more

@@ -5,7 +5,8 @@ import torch
 
 from fermisvd import load_model
 from fermisvd.losses import StudentLoss, kl_divergence, kl_of_states
-from fermisvd.running.halves import halves_of
+from fermisvd.running.blocks import BlocksError
+from fermisvd.running.halves import Split, Whole, halves_of
 from fermisvd.teacher import teach
 
 
@@ -66,3 +67,30 @@ def test_a_teacher_is_asked_once_for_each_window(tiny_llama):
         torch.testing.assert_close(states, torch.stack([expected.states[number] for number in numbers]))
     assert len(taught[2:5]) == 3 and not asked
     torch.testing.assert_close(taught[2:5].batch([0], cpu)[1], states.new_tensor(expected.states[2][None].tolist()))
+
+
+def test_loss_of_later_blocks_is_the_whole_loss_without_the_earlier_ones(tiny_llama):
+    """Reference: the student run whole, changed in one block after the other, and in the first again."""
+    teacher, student, ids = load_model(tiny_llama), load_model(tiny_llama), torch.randint(2048, (5, 12))
+    loss, blocks, runs = StudentLoss(student, teach(teacher, ids, 2), 2), student.model.layers, []
+    for index, block in enumerate(blocks):
+        block.register_forward_hook(lambda *_, index=index: runs.append(index))
+    later = loss.from_a_block(3)
+    for index in (0, 1, 0):
+        layer = f"model.layers.{index}.mlp.up_proj"
+        later.begin_at(layer)
+        student.get_submodule(layer).get_parameter("weight").data.mul_(0.5)
+        runs.clear()
+        found = later()
+        assert runs == list(range(index, len(blocks))) * 2  # passes of two windows and of one
+        assert found == loss(3) > 0
+
+
+def test_loss_of_a_model_that_is_left_whole(tiny_llama, monkeypatch):
+    teacher, student, ids = load_model(tiny_llama), load_model(tiny_llama), torch.randint(2048, (3, 12))
+    monkeypatch.setattr(Split, "__init__", lambda self, model: (_ for _ in ()).throw(BlocksError("no blocks")))
+    loss = StudentLoss(student, teach(teacher, ids, 2), 2)
+    later = loss.from_a_block()
+    later.begin_at("model.layers.1.mlp.up_proj")
+    student.model.layers[0].mlp.up_proj.weight.data *= 0.5
+    assert isinstance(loss.halves, Whole) and later() == loss() > 0

@@ -47,7 +47,7 @@ def join(
 
             student = load_products(conversion, compressed(ranked), decomposition.kept(ranked))
             loss = StudentLoss(student, aside, conversion.passes.windows)
-            found, whole = join_groups(student, layers, decomposition, loss, aside.windows, show)
+            found, whole = join_groups(student, layers, decomposition, loss, show)
         groups = [{**asdict(each.group), "rank": each.rank} for each in found]
         return {"groups": groups, "records": records, "whole": whole}
 

@@ -19,6 +19,8 @@ def test_head_of_body_is_the_model(family, tmp_path):
     with torch.no_grad():
         expected, states = model(input_ids=ids, use_cache=False).logits, halves.body(ids)
         assert states.shape[:2] == ids.shape and states.shape[2] < expected.shape[2]
+        before = halves.through(ids, range(1))
+        torch.testing.assert_close(halves.through(ids, range(1, len(blocks)), before), states, rtol=0, atol=0)
         for wanted, part in zip(few_tokens(expected, 5), few_tokens(states, 5), strict=True):
             torch.testing.assert_close(halves.head(part), wanted)
     assert list(halves.container.children()) == blocks
