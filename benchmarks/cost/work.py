@@ -207,6 +207,7 @@ def conversion_work(
     kept, twice = (1 - remove) * dense, batch * row > KEPT_ACTIVATIONS
     healing = (6 + 2 * twice) * kept + 6 * head + (3 + twice) * attention
     compared = 2 * kept + 4 * head + attention  # before and after, on windows kept aside
+    trial = (forward - 2 * head) / 2 + 4 * head  # half of the blocks lie before the one that is tried
     model, disk = 2 * (dense + 2 * head), work_bytes(shape, remove)
     states = disk["the teacher's states"]
     pivga = [piece for g, r in zip(groups, ranks, strict=True) for piece in gauge_work(g.rows, g.columns, r, g.side)]
@@ -232,7 +233,7 @@ def conversion_work(
         ],
         "--groups auto": [
             (EIGH, hidden, sum(EIGH_FLOPS / 3 * g.full_rank**3 for g in groups_of(shape))),
-            (MODEL, hidden, (TRIALS + WHOLE_LOSSES) * run.aside * run.length * (forward + 2 * head)),
+            (MODEL, hidden, run.aside * run.length * (WHOLE_LOSSES * (forward + 2 * head) + TRIALS * trial)),
             (READ, 1, 2 * model + 2 * disk["factors"]),
         ],
         "writing": [*longer, (KEEP, 1, model)],
