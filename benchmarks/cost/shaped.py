@@ -5,8 +5,8 @@
     python -m benchmarks.cost.shaped small --samples 32 --sequence-length 256 --blocks 4
 
 Peaks are counted ones (fermisvd_convert.memory.needs) and measured ones: on a GPU what torch has allocated, beside it
-and on a CPU the growth of the anonymous resident set, after a first conversion of a few small blocks. The text is Python's standard library, by the demo's tokenizer.
-Results: benchmarks/results/shaped-SHAPE-BLOCKS-DEVICE.json.
+and on a CPU the growth of the anonymous resident set, after a first conversion of a few small blocks. The text is
+Python's standard library, by the demo's tokenizer. Results: benchmarks/results/shaped-SHAPE-BLOCKS-DEVICE.json.
 """
 
 import argparse
@@ -111,8 +111,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
         folder = Path(scratch)
         write_text(folder / "text.txt")
-        text = [str(folder / "text.txt")]
-        first_conversion(folder / "first", *text, device)
+        text = str(folder / "text.txt")
+        first_conversion(folder / "first", text, device)
         begin = time.perf_counter()
         parameters = random_model(folder / "model", shape, device)
         if device == "cuda":
@@ -120,7 +120,7 @@ def main() -> None:
         print(f"{parameters:,} parameters made in {time.perf_counter() - begin:.0f} s", flush=True)
         preflight.passes_that_fit = counted(required)
         measured, begin = watch_stages(), time.perf_counter()
-        options |= {"calibration": text, "bos": False, "work": folder / "work"}
+        options |= {"calibration": [text], "bos": False, "work": folder / "work"}
         record = program.convert(str(folder / "model"), folder / "out", arguments.remove, **options)
         whole = time.perf_counter() - begin
         work = sum(path.stat().st_size for path in (folder / "work").rglob("*") if path.is_file())
