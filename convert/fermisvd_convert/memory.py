@@ -28,6 +28,8 @@ HIDDEN_PART = 0.5  # of the memory that there is, for hidden states without --ma
 CONTAINER = Path("/sys/fs/cgroup/memory.max")  # cgroup v2's limit, seen from inside
 FLOAT, DOUBLE = 4, 8
 KEPT_AHEAD = 2  # parts of matrices that are being kept while the GPU has the next
+GATED_TIMES = 1.75  # its activations, that a pass there and back takes which trains no weights; measured, docs/scale.md
+TRAINED_TIMES = {"cuda": 2.0, "cpu": 3.1}  # one that does; on a CPU with the holes that the C library keeps
 GAUGE_BYTES = 28  # that PivGa takes for each number of W: 24 measured (docs/results.md), and the factors
 
 
@@ -54,7 +56,7 @@ class Sizes:
     Gram matrix; grams: of all of a block; factors: full-rank A and B of all groups; width: a token's state; row: what
     a block's linear layers read and give for a token; vocabulary: a token's logits; text: the tokens that are
     calibrated on; compared: tokens whose logits are compared together; exact: the head's weights, where the device
-    needs them once more in float32, else 0.
+    needs them once more in float32, else 0; trained: how many times its activations a pass that trains weights takes.
     """
 
     item: int
@@ -73,9 +75,10 @@ class Sizes:
     text: int
     compared: int
     exact: int
+    trained: float
 
 
-UNKNOWN = Sizes(*[0] * 16)
+UNKNOWN = Sizes(*[0] * 17)
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,7 @@ def model_sizes(
             by_block[block] = by_block.get(block, 0) + info.numel
         else:
             outside += info.numel
-    again = item < FLOAT and not device.startswith("cuda")
+    kind = "cuda" if device.startswith("cuda") else "cpu"
     depth, inputs = len(by_block), {group.source: group.columns for group in groups}
     squares = sum(n**2 for n in inputs.values())
     squares += sum(min(rows, group.columns) ** 2 for group in groups for rows in group.member_rows)
@@ -136,7 +139,8 @@ def model_sizes(
         vocabulary=vocabulary,
         text=text,
         compared=compared_tokens(device),
-        exact=vocabulary * groups[0].columns if again else 0,
+        exact=vocabulary * groups[0].columns if item < FLOAT and kind == "cpu" else 0,
+        trained=TRAINED_TIMES[kind],
     )
 
 
@@ -198,12 +202,12 @@ def gauge_bytes(size: Sizes) -> int:
     return GAUGE_BYTES * size.layer
 
 
-def training_bytes(size: Sizes, tokens: int) -> int:
-    """Activations of a pass there and back through all blocks, which compute them again beyond KEPT_ACTIVATIONS; and
-    the head."""
+def training_bytes(size: Sizes, tokens: int, times: float) -> int:
+    """Activations of a pass there and back through all blocks, so many times, which compute them again beyond
+    KEPT_ACTIVATIONS; and the head."""
     kept = size.item * tokens * size.row * size.depth
     if kept <= KEPT_ACTIVATIONS:
-        return 2 * kept + head_bytes(size, tokens)
+        return int(times * kept) + head_bytes(size, tokens)
     states = size.item * tokens * size.width * size.depth
     return states + activation_bytes(size, tokens) + head_bytes(size, tokens)
 
@@ -217,7 +221,7 @@ def gated_bytes(size: Sizes, passes: Passes) -> int:
     """What FermiGrad holds on each device."""
     gated = size.item * (size.factors + size.blocks - size.dense)
     tokens = min(passes.windows, step_windows(passes.length)) * passes.length
-    return divided(size, passes, gated, gated) + size.item * size.outside + training_bytes(size, tokens)
+    return divided(size, passes, gated, gated) + size.item * size.outside + training_bytes(size, tokens, GATED_TIMES)
 
 
 def healing_bytes(size: Sizes, passes: Passes, kept: float, share: int) -> int:
@@ -229,7 +233,8 @@ def healing_bytes(size: Sizes, passes: Passes, kept: float, share: int) -> int:
     waiting = size.item if passes.windows < share else 0
     beside = factors * (2 * size.item + (FLOAT if size.item < FLOAT else 0) + waiting)
     tokens = min(passes.windows, share) * passes.length
-    return divided(size, passes, weights + beside, weights) + size.item * size.outside + training_bytes(size, tokens)
+    held = divided(size, passes, weights + beside, weights) + size.item * size.outside
+    return held + training_bytes(size, tokens, size.trained)
 
 
 def needs(size: Sizes, options: ConvertOptions, passes: Passes, limit: Limits, processes: int = 1) -> dict[str, Need]:
