@@ -30,7 +30,7 @@ from fermisvd.joining import join_groups, layers_with_hopes
 from fermisvd.linear import linear_layer
 from fermisvd.losses import Pair, StudentLoss, set_products
 from fermisvd.modules import replace_group
-from fermisvd.precision import compute_type, with_parameters_in
+from fermisvd.precision import compute_type, width_of, with_parameters_in
 from fermisvd.refit import refit
 from fermisvd.rescaling import rescale
 from fermisvd.settings import Batched, Count, Seeded, nested, option
@@ -156,7 +156,7 @@ class Compression:
             raise OptionError("the model is quantised or compressed already; give the dense one")
         check_unshared(model)
         self.model, self.windows, self.options, self.budget = model, windows, options, options.budget
-        self.compute = compute_type(options.compute, model.device)
+        self.compute = compute_type(options.compute, model.device, width_of(model.config))
         self.teacher = for_passes(model, self.compute)
         self.taught = teach(self.teacher, windows, options.batch_size)
         self.aside, self.training = set_aside(self.taught)

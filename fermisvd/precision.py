@@ -4,21 +4,28 @@ from typing import Literal, TypeVar
 
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 
 M = TypeVar("M", bound=nn.Module)
 Compute = Literal["auto", "float32", "bfloat16"]
+NARROW = 128  # channels; fewer gain nothing by bfloat16 on a CPU (docs/decisions.md)
 
 
-def compute_type(compute: Compute, device: torch.device | str) -> torch.dtype:
-    """auto: bfloat16 where the device multiplies it several times as fast (GPUs from Ampere on, CPUs with AMX), else
-    float32."""
+def compute_type(compute: Compute, device: torch.device | str, width: int = NARROW) -> torch.dtype:
+    """auto: bfloat16 where the device multiplies it several times as fast (GPUs from Ampere on, CPUs with AMX and
+    models that are not narrow), else float32. width: of the model's hidden states."""
     if compute != "auto":
         return torch.float32 if compute == "float32" else torch.bfloat16
     if torch.device(device).type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        fast = torch.cpu._is_amx_tile_supported()
+        fast = width >= NARROW and torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if fast else torch.float32
+
+
+def width_of(config: PretrainedConfig) -> int:
+    """Channels of a model's hidden states."""
+    return config.get_text_config().hidden_size
 
 
 def with_parameters_in(model: M, dtype: torch.dtype) -> M:

@@ -24,7 +24,7 @@ from fermisvd.format import (
 )
 from fermisvd.groups import LinearGroup, StructureError
 from fermisvd.healing import HealingState, heal, rounded_factors
-from fermisvd.precision import compute_type
+from fermisvd.precision import compute_type, width_of
 from fermisvd.teacher import Taught, teach
 from fermisvd_convert.checks import check_place
 from fermisvd_convert.evaluate import Evaluation, evaluate
@@ -61,7 +61,8 @@ def heal_checkpoint(checkpoint: str | Path, healed: str | Path, **given: Any) ->
     validate_checkpoint(checkpoint)
     check_readable(checkpoint)
     source, device = dense_model(checkpoint, options), resolve_device(options.device)
-    compute, text = compute_type(options.compute, device), training_text(checkpoint, source, options)
+    compute = compute_type(options.compute, device, width_of(source.parsed))
+    text = training_text(checkpoint, source, options)
     stored = factors_type(checkpoint)
     dtype = torch.promote_types(compute, stored)  # no digit is lost
     at_once = check_room(checkpoint, healed, source, text, options, dtype, device)

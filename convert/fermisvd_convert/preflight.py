@@ -13,7 +13,7 @@ from fermisvd.budget import check_fraction
 from fermisvd.compress import RANK_RULES
 from fermisvd.files import INDEX_NAME, check_name
 from fermisvd.groups import LinearGroup
-from fermisvd.precision import compute_type
+from fermisvd.precision import compute_type, width_of
 from fermisvd.running import distributed
 from fermisvd_convert.checks import check_out
 from fermisvd_convert.conversion import Conversion, timed
@@ -94,7 +94,7 @@ def settled(options: ConvertOptions, source: Source, device: str) -> tuple[Conve
         "gradient_samples": min(options.gradient_samples, there),
         "refit": options.refits,
         "bos": text.bos,
-        "compute": str(compute_type(options.compute, device)).removeprefix("torch."),
+        "compute": str(compute_type(options.compute, device, width_of(source.parsed))).removeprefix("torch."),
     }
     return options.model_copy(update=known), text
 

@@ -3,9 +3,11 @@
 import pytest
 import torch
 
-from fermisvd.precision import compute_type
+from fermisvd import load_model
+from fermisvd.precision import compute_type, width_of
 from fermisvd_convert.convert import convert
 from tests.support import DEMO_MODEL
+from tests.support.families import FAMILIES, save
 from tests.support.stdlib_text import training_documents
 
 FAST = pytest.mark.skipif(compute_type("auto", "cpu") != torch.bfloat16, reason="minutes on a CPU without AMX")
@@ -49,6 +51,22 @@ def test_of_stories260k(stories260k, tmp_path, form, perplexity, ranks):
     """0.4 and 3.1 % were seen, of a model that loses much; another number of threads alone moves float32 by 0.6 %."""
     text = stories260k.parent.parent / "text" / "tinystories.train.txt"
     check(converted(stories260k, text, tmp_path, form=form, groups="separate"), perplexity, ranks)
+
+
+@pytest.mark.parametrize(
+    ("amx", "width", "expected"), [(True, 127, "float32"), (True, 128, "bfloat16"), (False, 4096, "float32")]
+)
+def test_narrow_models_are_run_in_float32_on_a_cpu(monkeypatch, amx, width, expected):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert str(compute_type("auto", "cpu", width)) == f"torch.{expected}"
+    assert str(compute_type("bfloat16", "cpu", width)) == "torch.bfloat16"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_width_is_that_of_the_hidden_states(family, tmp_path):
+    model = load_model(save(family, tmp_path / "model"))
+    states = model(torch.zeros(1, 2, dtype=torch.int64), output_hidden_states=True).hidden_states[-1]
+    assert width_of(model.config) == states.shape[-1]
 
 
 def test_what_is_asked_for_is_taken_whatever_the_device_is_fast_at():
