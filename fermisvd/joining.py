@@ -17,7 +17,7 @@ from fermisvd.losses import LossFromABlock, StudentLoss, set_weight
 from fermisvd.running.distributed import local
 
 HOPE = 1.2  # a partition is tried if its whitened error is at most so many times that of the groups apart
-TRIALS = 5  # what all trials cost together, in losses on all windows
+TRIALS = 5  # what all trials would cost together, run whole, in losses on all windows
 FEWEST_TOKENS = 2048  # of a trial
 
 

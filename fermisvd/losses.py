@@ -59,23 +59,23 @@ def kl_divergence(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
 
 
 class StudentLoss:
-    """KL(teacher || student) of a student as it stands, on fixed windows, all of them or the first so many; of several
-    processes each takes its part."""
+    """KL(teacher || student) of a student as it stands, on fixed windows; of several processes each takes its part."""
 
     def __init__(self, student: nn.Module, taught: Taught, batch_size: int):
         self.halves, self.taught, self.batch_size = halves_of(student), taught, batch_size
         self.device = next(student.parameters()).device
 
-    def __call__(self, windows: int | None = None) -> float:
-        return self.from_a_block(windows)()
+    def __call__(self) -> float:
+        return self.from_a_block()()
 
     def from_a_block(self, windows: int | None = None) -> "LossFromABlock":
+        """On the first so many windows, or all, for trials in one block after the other."""
         return LossFromABlock(self, len(self.taught) if windows is None else windows)
 
 
 class LossFromABlock:
     """The same of a student that changes in one block after the other: blocks before that one are not run again, but
-    those of a model that cannot be taken apart."""
+    those of a model that cannot be resumed at a block."""
 
     def __init__(self, loss: StudentLoss, windows: int):
         self.loss, self.passes = loss, own_passes(torch.arange(windows), loss.batch_size)
@@ -88,9 +88,9 @@ class LossFromABlock:
     def begin_at(self, layer: str) -> None:
         """From now on only the block of this layer changes, and those behind it; all before it are as they stand."""
         halves = self.loss.halves
-        if not isinstance(halves, Split):
+        if not isinstance(halves, Split) or not halves.resumes:
             return
-        block = next(i for i in range(len(halves.blocks)) if layer.startswith(f"{halves.prefix}.{i}."))
+        block = halves.number_of(layer)
         if block < self.first:
             self.first, self.before = 0, self._nothing()
         if block > self.first:
@@ -104,7 +104,7 @@ class LossFromABlock:
         total, halves = torch.zeros((), dtype=torch.float64), self.loss.halves
         for (mine, weight), before in zip(self.passes, self.before, strict=True):
             batch, taught = self.loss.taught.batch(mine, self.loss.device)
-            if isinstance(halves, Split):
+            if isinstance(halves, Split) and self.first:
                 states = halves.through(batch, range(self.first, len(halves.blocks)), before)
             else:
                 states = halves.body(batch)

@@ -11,7 +11,7 @@ Compute = Literal["auto", "float32", "bfloat16"]
 NARROW = 128  # channels; fewer gain nothing by bfloat16 on a CPU (docs/decisions.md)
 
 
-def compute_type(compute: Compute, device: torch.device | str, width: int = NARROW) -> torch.dtype:
+def compute_type(compute: Compute, device: torch.device | str, width: int) -> torch.dtype:
     """auto: bfloat16 where the device multiplies it several times as fast (GPUs from Ampere on, CPUs with AMX and
     models that are not narrow), else float32. width: of the model's hidden states."""
     if compute != "auto":
@@ -24,8 +24,8 @@ def compute_type(compute: Compute, device: torch.device | str, width: int = NARR
 
 
 def width_of(config: PretrainedConfig) -> int:
-    """Channels of a model's hidden states."""
-    return config.get_text_config().hidden_size
+    """Channels of a model's hidden states; NARROW where its config, which may be code of its own, does not say."""
+    return getattr(config.get_text_config(), "hidden_size", None) or NARROW
 
 
 def with_parameters_in(model: M, dtype: torch.dtype) -> M:

@@ -12,7 +12,6 @@ import torch
 from transformers import PreTrainedModel
 
 from fermisvd.budget import Budget
-from fermisvd.precision import compute_type, width_of
 from fermisvd_convert.ahead import workers_beside
 from fermisvd_convert.memory import UNKNOWN, Limits, Passes, Sizes, give_back, memory_of
 from fermisvd_convert.options import ConvertOptions
@@ -80,7 +79,7 @@ class Conversion:
     @property
     def compute(self) -> torch.dtype:
         """Type of the model's passes."""
-        return compute_type(self.options.compute, self.device, width_of(self.source.parsed))
+        return getattr(torch, self.options.compute)
 
     def workers(self, each: int) -> int:
         """How many pieces of work that take so many bytes are in hand at once."""

@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 from fermisvd.errors import NumericalError
 from fermisvd.hf import vocabulary_of
 from fermisvd.losses import Head, kl_divergence
-from fermisvd.precision import compute_type
 from fermisvd.running.blocks import BlocksError, DecoderBlocks, HiddenStates, device_of, states_by_blocks
 from fermisvd.running.distributed import own_part, sum_over_processes
 from fermisvd.running.halves import compared_tokens, few_tokens, halves_of
@@ -144,11 +143,10 @@ def evaluate_files(model: str, **given: Any) -> Evaluation:
     """
     options = EvaluateOptions.named(**given)
     device, trust = resolve_device(options.device), options.trust_remote_code
-    compute = compute_type(options.compute, device)
-    loaded, folder = load_checked(model, device, compute, trust)
+    loaded, folder = load_checked(model, device, options.compute, trust)
     compared = taught = head = None
     if options.reference is not None:
-        compared = load_checked(options.reference, device, compute, trust)[0]
+        compared = load_checked(options.reference, device, options.compute, trust)[0]
         if compared.config.vocab_size != loaded.config.vocab_size:
             sizes = f"{compared.config.vocab_size} and {loaded.config.vocab_size}"
             raise SourceError(f"--reference {options.reference}: another vocabulary than {model} ({sizes} tokens)")

@@ -1,7 +1,6 @@
 """`fermisvd heal`: distil a compressed checkpoint's factors from its dense model, and write it anew."""
 
 import json
-import logging
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -14,20 +13,14 @@ from transformers import PreTrainedModel
 
 from fermisvd.errors import OutputError
 from fermisvd.files import read_headers
-from fermisvd.format import (
-    PERMUTATION,
-    expected_tensors,
-    read_checkpoint,
-    read_config,
-    stacked_shape,
-    validate_checkpoint,
-)
-from fermisvd.groups import LinearGroup, StructureError
+from fermisvd.format import read_config, validate_checkpoint
+from fermisvd.groups import StructureError
 from fermisvd.healing import HealingState, heal, rounded_factors
 from fermisvd.precision import compute_type, width_of
 from fermisvd.teacher import Taught, teach
 from fermisvd_convert.checks import check_place
 from fermisvd_convert.evaluate import Evaluation, evaluate
+from fermisvd_convert.heal_room import bytes_of, windows_that_fit
 from fermisvd_convert.loading import (
     SourceError,
     load_dense_or_compressed,
@@ -35,7 +28,6 @@ from fermisvd_convert.loading import (
     resolve_device,
     window_length,
 )
-from fermisvd_convert.memory import healing_windows, model_sizes
 from fermisvd_convert.options import HealOptions
 from fermisvd_convert.output import Place, check_free, claimed, complete, list_files, move_into_place, unfinished
 from fermisvd_convert.places import OURS, ensure_own, real_path, remove_own
@@ -46,8 +38,6 @@ from fermisvd_convert.space import check_space
 from fermisvd_convert.text import CalibrationText, TextError, calibration_text, check_vocabulary, recorded_names
 from fermisvd_convert.workspace import Stage, Workspace, file_hash
 from fermisvd_convert.writer import replace_tensors
-
-logger = logging.getLogger("fermisvd")
 
 
 def heal_checkpoint(checkpoint: str | Path, healed: str | Path, **given: Any) -> dict:
@@ -65,25 +55,25 @@ def heal_checkpoint(checkpoint: str | Path, healed: str | Path, **given: Any) ->
     text = training_text(checkpoint, source, options)
     stored = factors_type(checkpoint)
     dtype = torch.promote_types(compute, stored)  # no digit is lost
-    at_once = check_room(checkpoint, healed, source, text, options, dtype, device)
     with claimed(healed) as place:
         check_free(healed, "choose another HEALED")  # with what was put back
-        expected, taught = asked(source, device, compute, (text.held_back, text.windows), options)
+        check_space({healed: {"a copy of the checkpoint": bytes_of(checkpoint)}})
+        at_once = windows_that_fit(checkpoint, source, text, options.batch_size, dtype, device)
+        expected, taught = asked(source, device, compute, (text.held_back, text.windows), at_once)
         student = load_dense_or_compressed(checkpoint, device, dtype, options.trust_remote_code)
-        before = evaluate(student, text.held_back, expected, batch_size=options.batch_size)
+        before = evaluate(student, text.held_back, expected, batch_size=at_once)
         begin = time.perf_counter()
-        with kept_stage(place, healing_key(checkpoint, source, text, options, dtype)) as stage:
+        with kept_stage(place, healing_key(checkpoint, source, text, options, (compute, dtype))) as stage:
             outcome = train(student, taught, options, stage, at_once)
         outcome["seconds"] = round(time.perf_counter() - begin, 2)
         with unfinished(place) as partial:
             shutil.copytree(checkpoint, partial, dirs_exist_ok=True, ignore=shutil.ignore_patterns(OURS))
             replace_tensors(partial, rounded_factors(student, stored))
+            del student  # or two would be held
             with complete(place):
                 final = load_dense_or_compressed(partial, device, dtype, options.trust_remote_code)
-                after = evaluate(
-                    final, text.held_back, expected, batch_size=options.batch_size, label="evaluate healed"
-                )
-                record = healing_record(source, text, options, before, after) | outcome
+                after = evaluate(final, text.held_back, expected, batch_size=at_once, label="evaluate healed")
+                record = healing_record(source, text, options, compute, before, after) | outcome
                 write_records(partial, record)
                 move_into_place(place, overwrite=False)
     return record
@@ -137,46 +127,14 @@ def training_text(checkpoint: Path, source: Source, options: HealOptions) -> Cal
     return text
 
 
-def check_room(
-    checkpoint: Path,
-    healed: Path,
-    source: Source,
-    text: CalibrationText,
-    options: HealOptions,
-    dtype: torch.dtype,
-    device: str,
-) -> int:
-    """Windows of a pass, as many of a batch as memory has room for. Raises OptionError where it has none for one,
-    OutputError where the disk has none for HEALED. dtype: of the student."""
-    config, headers = read_checkpoint(checkpoint)
-    groups = []
-    for group in config.groups:
-        rows, columns = stacked_shape(group, headers, checkpoint)
-        groups.append(LinearGroup(group.members, tuple(rows), columns, group.side or "columns", group.name))
-    factors = sum(
-        headers[name].numel
-        for group, shape in zip(config.groups, groups, strict=True)
-        for name in expected_tensors(group, shape.member_rows, shape.columns)
-        if not name.endswith(PERMUTATION)
-    )
-    tokens, length = text.windows.numel() + text.held_back.numel(), text.windows.shape[1]
-    size = model_sizes(source.headers, groups, source.vocabulary, tokens, dtype.itemsize, device)
-    copy = sum((checkpoint / name).stat().st_size for name in list_files(checkpoint))
-    check_space({healed: {"a copy of the checkpoint": copy}})
-    windows = healing_windows(size, factors / size.dense, length, options.batch_size, device)
-    if windows < options.batch_size:
-        logger.warning("memory has room for passes of %d windows: a batch takes several", windows)
-    return windows
-
-
 def asked(
-    source: Source, device: str, compute: torch.dtype, texts: Sequence[torch.Tensor], options: HealOptions
+    source: Source, device: str, compute: torch.dtype, texts: Sequence[torch.Tensor], at_once: int
 ) -> list[Taught]:
-    """What the dense model, which is then dropped, makes of each text's windows."""
+    """What the dense model, which is then dropped, makes of each text's windows, at_once of them in a pass."""
     teacher = source.load(device, compute)
-    batches = sum(len(windows.split(options.batch_size)) for windows in texts)
+    batches = sum(len(windows.split(at_once)) for windows in texts)
     with bar("ask the teacher", batches, "batch") as shown:
-        return [teach(teacher, windows, options.batch_size, shown.advance) for windows in texts]
+        return [teach(teacher, windows, at_once, shown.advance) for windows in texts]
 
 
 @contextmanager
@@ -195,11 +153,11 @@ def kept_stage(place: Place, key: list) -> Iterator[Stage]:
 
 
 def healing_key(
-    checkpoint: Path, source: Source, text: CalibrationText, options: HealOptions, dtype: torch.dtype
+    checkpoint: Path, source: Source, text: CalibrationText, options: HealOptions, types: Sequence[torch.dtype]
 ) -> list:
-    """All that the trained factors depend on; the checkpoint has one dense model. dtype: of the student."""
+    """All that the trained factors depend on; the checkpoint has one dense model. types: of it and of the student."""
     factors = [file_hash(file) for file in sorted(checkpoint.glob("*.safetensors"))]
-    settings = [options.healing, options.batch_size, options.seed, str(dtype)]
+    settings = [options.healing, options.batch_size, options.seed, str(types)]
     return [factors, source.title, text.windows, *settings]
 
 
@@ -228,7 +186,12 @@ def train(student: PreTrainedModel, taught: Taught, options: HealOptions, stage:
 
 
 def healing_record(
-    source: Source, text: CalibrationText, options: HealOptions, before: Evaluation, after: Evaluation
+    source: Source,
+    text: CalibrationText,
+    options: HealOptions,
+    compute: torch.dtype,
+    before: Evaluation,
+    after: Evaluation,
 ) -> dict:
     """healing.json, but for what the training gives."""
     return {
@@ -240,7 +203,7 @@ def healing_record(
         "windows": len(text.windows),
         "learning_rate": options.healing.learning_rate,
         "seed": options.seed,
-        "compute": options.compute,
+        "compute": str(compute).removeprefix("torch."),
         "before": before.as_dict(),
         "after": after.as_dict(),
     }

@@ -28,8 +28,9 @@ HIDDEN_PART = 0.5  # of the memory that there is, for hidden states without --ma
 CONTAINER = Path("/sys/fs/cgroup/memory.max")  # cgroup v2's limit, seen from inside
 FLOAT, DOUBLE = 4, 8
 KEPT_AHEAD = 2  # parts of matrices that are being kept while the GPU has the next
-GATED_TIMES = 1.75  # its activations, that a pass there and back takes which trains no weights; measured, docs/scale.md
-TRAINED_TIMES = {"cuda": 2.0, "cpu": 3.1}  # one that does; on a CPU with the holes that the C library keeps
+# its activations, that a pass there and back takes, which trains no weights or does; on a CPU as its resident set was
+# measured, with holes that the C library keeps (docs/results.md, memory counted and measured)
+GATED_TIMES, TRAINED_TIMES = {"cuda": 2.0, "cpu": 1.75}, {"cuda": 2.0, "cpu": 3.1}
 GAUGE_BYTES = 28  # that PivGa takes for each number of W: 24 measured (docs/results.md), and the factors
 
 
@@ -56,7 +57,8 @@ class Sizes:
     Gram matrix; grams: of all of a block; factors: full-rank A and B of all groups; width: a token's state; row: what
     a block's linear layers read and give for a token; vocabulary: a token's logits; text: the tokens that are
     calibrated on; compared: tokens whose logits are compared together; exact: the head's weights, where the device
-    needs them once more in float32, else 0; trained: how many times its activations a pass that trains weights takes.
+    needs them once more in float32, else 0; gated, trained: how many times its activations a pass takes that trains
+    no weights, and one that does.
     """
 
     item: int
@@ -75,10 +77,11 @@ class Sizes:
     text: int
     compared: int
     exact: int
+    gated: float
     trained: float
 
 
-UNKNOWN = Sizes(*[0] * 17)
+UNKNOWN = Sizes(*[0] * 18)
 
 
 @dataclass(frozen=True)
@@ -109,9 +112,16 @@ class Passes:
 
 
 def model_sizes(
-    headers: dict[str, TensorInfo], groups: list[LinearGroup], vocabulary: int, text: int, item: int, device: str
+    headers: dict[str, TensorInfo],
+    groups: list[LinearGroup],
+    vocabulary: int,
+    text: int,
+    item: int,
+    device: str,
+    width: int | None = None,
 ) -> Sizes:
-    """headers: the model's tensors; device: of its passes; the others as in Sizes."""
+    """headers: the model's tensors; device: of its passes; width: of a state, by default what the first layer reads;
+    the others as in Sizes."""
     blocks, outside = parent_of(block_of(groups[0].name)), 0
     by_block: dict[str, int] = {}
     for name, info in headers.items():
@@ -119,6 +129,7 @@ def model_sizes(
             by_block[block] = by_block.get(block, 0) + info.numel
         else:
             outside += info.numel
+    width = width or groups[0].columns
     kind = "cuda" if device.startswith("cuda") else "cpu"
     depth, inputs = len(by_block), {group.source: group.columns for group in groups}
     squares = sum(n**2 for n in inputs.values())
@@ -134,12 +145,13 @@ def model_sizes(
         gram=max(group.columns**2 for group in groups),
         grams=squares // depth,
         factors=sum(group.full_rank * (group.rows + group.columns) for group in groups),
-        width=groups[0].columns,
+        width=width,
         row=sum(group.rows + group.columns for group in groups) // depth,
         vocabulary=vocabulary,
         text=text,
         compared=compared_tokens(device),
-        exact=vocabulary * groups[0].columns if item < FLOAT and kind == "cpu" else 0,
+        exact=vocabulary * width if item < FLOAT and kind == "cpu" else 0,
+        gated=GATED_TIMES[kind],
         trained=TRAINED_TIMES[kind],
     )
 
@@ -221,7 +233,7 @@ def gated_bytes(size: Sizes, passes: Passes) -> int:
     """What FermiGrad holds on each device."""
     gated = size.item * (size.factors + size.blocks - size.dense)
     tokens = min(passes.windows, step_windows(passes.length)) * passes.length
-    return divided(size, passes, gated, gated) + size.item * size.outside + training_bytes(size, tokens, GATED_TIMES)
+    return divided(size, passes, gated, gated) + size.item * size.outside + training_bytes(size, tokens, size.gated)
 
 
 def healing_bytes(size: Sizes, passes: Passes, kept: float, share: int) -> int:
@@ -321,22 +333,6 @@ def passes_that_fit(
             passes = Passes(windows, length, parts, calibrated)
             if not (lacking := missing(needs(size, options, passes, limit, processes), room, host_room)):
                 return passes, limit
-    raise OptionError(lacking)
-
-
-def healing_windows(size: Sizes, kept: float, length: int, batch_size: int, device: str) -> int:
-    """Windows of a batch in a pass of `fermisvd heal`: as many as fit. Raises OptionError where one does not, or where
-    the dense model does not. kept: fraction of the dense parameters that the factors have; size.text: the tokens that
-    the dense model is asked about."""
-    states, start = size.text * size.item * size.width, int(size.item * kept * size.dense)
-    host_room, lacking = memory_of("cpu", None) if device.startswith("cuda") else None, ""
-    for windows in fewer(batch_size):
-        whole = size.item * (size.blocks + size.outside) + head_bytes(size, windows * length)
-        dense = Need(whole + activation_bytes(size, windows * length) // 2, states, "fewer --samples")
-        trained = healing_bytes(size, Passes(windows, length), kept, batch_size)
-        required = {"the dense model": dense, "healing": Need(trained, states + start, "--sequence-length smaller")}
-        if not (lacking := missing(required, memory_of(device, None), host_room, "what the machine has")):
-            return windows
     raise OptionError(lacking)
 
 

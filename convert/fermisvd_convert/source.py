@@ -9,13 +9,14 @@ from pathlib import Path
 import torch
 from huggingface_hub import constants, snapshot_download
 from safetensors import safe_open
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from fermisvd.errors import FormatError, explained, reason
 from fermisvd.files import COPY, TensorInfo, check_name, is_lfs_pointer, read_headers
 from fermisvd.format import quantization_method
 from fermisvd.groups import LinearGroup, StructureError, check_unshared
 from fermisvd.hf import empty_model, vocabulary_of
+from fermisvd.precision import Compute, compute_type, width_of
 from fermisvd.tensors import ModelTensors, model_tensors
 from fermisvd_convert.loading import (
     SourceError,
@@ -171,9 +172,10 @@ def folder_name(folder: str | Path) -> str:
 
 
 def load_checked(
-    model: str, device: str, dtype: torch.dtype, trust_remote_code: bool = False
+    model: str, device: str, compute: Compute, trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, Path]:
-    """A model in `dtype` and its folder, dense or compressed: all of it checked, as a conversion checks its model.
+    """A model in the type of its passes and its folder, dense or compressed: all of it checked, as a conversion checks
+    its model.
 
     Raises SourceError or FormatError: transformers would fill what is missing with random numbers, and go on.
     """
@@ -181,7 +183,10 @@ def load_checked(
     if quantization_method(folder) is None:
         source = open_source(model, trust_remote_code=trust_remote_code)
         source.check_values()
-        return source.load(device, dtype), folder
+        return source.load(device, compute_type(compute, device, width_of(source.parsed))), folder
+    with explained(SourceError, f"{folder}: transformers cannot load it"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    dtype = compute_type(compute, device, width_of(config))
     return load_dense_or_compressed(folder, device, dtype, trust_remote_code), folder
 
 

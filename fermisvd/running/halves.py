@@ -6,6 +6,7 @@ a few tokens at a time.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -40,14 +41,16 @@ class Split:
         self.float32_head = _float32_weight(self.output)
         seen = []
         hook = self.blocks[-1].register_forward_hook(lambda _, inputs, output: seen.append(output))
-        probe = torch.arange(PROBE_TOKENS, device=next(model.parameters()).device)[None]
+        self.probe = torch.arange(PROBE_TOKENS, device=next(model.parameters()).device)[None]
         with torch.no_grad():
             with _exact(self.output, self.float32_head):
-                expected = logits_of(model, probe).float()
+                expected = logits_of(model, self.probe).float()
             hook.remove()
             if len(seen) != 1:
                 raise BlocksError(f"{type(model).__name__}: its last block is called {len(seen)} times")
             self.as_tuple = isinstance(seen[0], tuple | list)
+            if hidden_of(seen[0]).shape[:-1] != self.probe.shape:  # Gemma 3n's are several of a token
+                raise BlocksError(f"{type(model).__name__}: its states are no (windows, length, width)")
             try:
                 found = self.head(hidden_of(seen[0])).float()
             except Exception as error:  # of a model that wants more of its blocks than their states
@@ -58,8 +61,24 @@ class Split:
     def body(self, batch: torch.Tensor) -> torch.Tensor:
         return self.through(batch, range(len(self.blocks)))
 
+    @cached_property
+    def resumes(self) -> bool:
+        """Whether blocks can be run from the states before them alone; not where blocks share more (Gemma 4's keys and
+        values)."""
+        last = len(self.blocks) - 1
+        if not last:
+            return False
+        with torch.no_grad():
+            expected = self.body(self.probe)
+            try:
+                found = self.through(self.probe, range(last, last + 1), self.through(self.probe, range(last)))
+            except Exception:  # whatever a block does that misses an earlier one's
+                return False
+        return torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+
     def through(self, batch: torch.Tensor, blocks: range, states: torch.Tensor | None = None) -> torch.Tensor:
-        """States of these windows behind a run of blocks, given those before it; the first block needs none."""
+        """States of these windows behind a run of blocks, given those before it, of a model that `resumes`; the first
+        block needs none."""
 
         def stop(block, inputs, output):
             raise Stop(hidden_of(output))
@@ -73,6 +92,10 @@ class Split:
         finally:
             hook.remove()
         raise BlocksError(f"{type(self.model).__name__}: block {blocks.stop - 1} is not called")
+
+    def number_of(self, layer: str) -> int:
+        """Of the block that a layer is in, by the layer's name."""
+        return int(layer.removeprefix(f"{self.prefix}.").partition(".")[0])
 
     def head(self, states: torch.Tensor) -> torch.Tensor:
         tokens = torch.zeros(states.shape[:2], dtype=torch.int64, device=states.device)

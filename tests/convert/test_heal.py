@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from fermisvd.errors import FermiSVDError, OptionError, OutputError
 from fermisvd.format import validate_checkpoint
-from fermisvd_convert import heal, memory, workspace
+from fermisvd_convert import heal, heal_room, workspace
 from fermisvd_convert.convert import convert
 from fermisvd_convert.heal import heal_checkpoint
 
@@ -80,11 +80,11 @@ def test_a_small_machine_takes_smaller_passes_or_is_refused(models, settings, tm
     _, compressed = models
     settings |= {"steps": 2, "samples": 16}
     whole = heal_checkpoint(compressed, tmp_path / "whole", **settings)
-    monkeypatch.setattr(memory, "memory_of", lambda *_: 30_000_000)
+    monkeypatch.setattr(heal_room, "memory_of", lambda *_: 30_000_000)
     fewer = heal_checkpoint(compressed, tmp_path / "fewer", **settings)
     assert "memory has room for passes of" in caplog.text
     assert [step["kl"] for step in fewer["trace"]] == pytest.approx([step["kl"] for step in whole["trace"]], rel=1e-3)
-    monkeypatch.setattr(memory, "memory_of", lambda *_: 4_000_000)
+    monkeypatch.setattr(heal_room, "memory_of", lambda *_: 4_000_000)
     with pytest.raises(OptionError, match=r"the dense model takes about .*\(what the machine has\)"):
         heal_checkpoint(compressed, tmp_path / "none", **settings)
     assert not (tmp_path / "none").exists()

@@ -2,15 +2,16 @@
 
 import pytest
 import torch
+from transformers import PretrainedConfig
 
 from fermisvd import load_model
-from fermisvd.precision import compute_type, width_of
+from fermisvd.precision import NARROW, compute_type, width_of
 from fermisvd_convert.convert import convert
 from tests.support import DEMO_MODEL
-from tests.support.families import FAMILIES, save
+from tests.support.families import FAMILIES, UNSERVED, save
 from tests.support.stdlib_text import training_documents
 
-FAST = pytest.mark.skipif(compute_type("auto", "cpu") != torch.bfloat16, reason="minutes on a CPU without AMX")
+FAST = pytest.mark.skipif(compute_type("auto", "cpu", 4096) != torch.bfloat16, reason="minutes on a CPU without AMX")
 
 
 def converted(model, text, folder, **settings):
@@ -62,13 +63,17 @@ def test_narrow_models_are_run_in_float32_on_a_cpu(monkeypatch, amx, width, expe
     assert str(compute_type("bfloat16", "cpu", width)) == "torch.bfloat16"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES | UNSERVED)
 def test_width_is_that_of_the_hidden_states(family, tmp_path):
     model = load_model(save(family, tmp_path / "model"))
     states = model(torch.zeros(1, 2, dtype=torch.int64), output_hidden_states=True).hidden_states[-1]
     assert width_of(model.config) == states.shape[-1]
 
 
+def test_width_of_a_config_that_does_not_say_is_enough():
+    assert width_of(PretrainedConfig()) == NARROW
+
+
 def test_what_is_asked_for_is_taken_whatever_the_device_is_fast_at():
-    assert str(compute_type("float32", "cpu")) == "torch.float32"
-    assert str(compute_type("bfloat16", "cpu")) == "torch.bfloat16"
+    assert str(compute_type("float32", "cpu", 4096)) == "torch.float32"
+    assert str(compute_type("bfloat16", "cpu", 4096)) == "torch.bfloat16"

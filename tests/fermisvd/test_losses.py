@@ -1,7 +1,10 @@
 """KL(teacher || student) of states, a few tokens at a time. Reference: whole logits, and autograd."""
 
+from typing import Any
+
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, Gemma4TextConfig, LlamaConfig
 
 from fermisvd import load_model
 from fermisvd.losses import StudentLoss, kl_divergence, kl_of_states
@@ -69,21 +72,59 @@ def test_a_teacher_is_asked_once_for_each_window(tiny_llama):
     torch.testing.assert_close(taught[2:5].batch([0], cpu)[1], states.new_tensor(expected.states[2][None].tolist()))
 
 
-def test_loss_of_later_blocks_is_the_whole_loss_without_the_earlier_ones(tiny_llama):
-    """Reference: the student run whole, changed in one block after the other, and in the first again."""
-    teacher, student, ids = load_model(tiny_llama), load_model(tiny_llama), torch.randint(2048, (5, 12))
+SMALL: dict[str, Any] = dict(
+    vocab_size=100,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=4,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=16,
+)
+
+
+def twins(config):
+    torch.manual_seed(0)
+    models = [AutoModelForCausalLM.from_config(config).eval() for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    return models
+
+
+def test_loss_of_later_blocks_is_the_whole_loss_without_the_earlier_ones():
+    """Reference: logits of the student run whole, changed in one block after the other and in an earlier one again."""
+    teacher, student = twins(LlamaConfig(**SMALL))
+    ids = torch.randint(100, (5, 12))
     loss, blocks, runs = StudentLoss(student, teach(teacher, ids, 2), 2), student.model.layers, []
     for index, block in enumerate(blocks):
         block.register_forward_hook(lambda *_, index=index: runs.append(index))
     later = loss.from_a_block(3)
-    for index in (0, 1, 0):
+    for index in (0, 1, 3, 2):
         layer = f"model.layers.{index}.mlp.up_proj"
         later.begin_at(layer)
         student.get_submodule(layer).get_parameter("weight").data.mul_(0.5)
         runs.clear()
         found = later()
         assert runs == list(range(index, len(blocks))) * 2  # passes of two windows and of one
-        assert found == loss(3) > 0
+        with torch.no_grad():
+            expected = kl_divergence(teacher(ids[:3]).logits, student(ids[:3]).logits).item()
+        assert found == pytest.approx(expected, rel=1e-4) and found > 0
+
+
+def test_loss_of_blocks_that_share_more_than_states_runs_all_of_them():
+    """Gemma 4's last blocks take keys and values of earlier ones."""
+    kinds = ["sliding_attention", "full_attention"] * 2
+    more: dict[str, Any] = dict(num_kv_shared_layers=2, layer_types=kinds, global_head_dim=16)
+    more |= dict(vocab_size_per_layer_input=100, hidden_size_per_layer_input=8)
+    teacher, student = twins(Gemma4TextConfig(**SMALL, **more))
+    ids = torch.randint(100, (3, 12))
+    loss = StudentLoss(student, teach(teacher, ids, 2), 2)
+    assert isinstance(loss.halves, Split) and not loss.halves.resumes
+    later, layer = loss.from_a_block(), "model.layers.2.mlp.up_proj"
+    later.begin_at(layer)
+    student.get_submodule(layer).get_parameter("weight").data.mul_(0.5)
+    with torch.no_grad():
+        expected = kl_divergence(teacher(ids).logits, student(ids).logits).item()
+    assert later() == pytest.approx(expected, rel=1e-3) and expected > 0
 
 
 def test_loss_of_a_model_that_is_left_whole(tiny_llama, monkeypatch):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM, Gemma3nTextConfig
 
 from fermisvd import load_model
 from fermisvd.running.halves import Split, Whole, few_tokens, halves_of
@@ -61,6 +62,25 @@ def test_a_head_that_needs_more_is_left_whole(tiny_llama):
     assert isinstance(halves, Whole)
     with torch.no_grad():
         torch.testing.assert_close(halves.head(halves.body(ids)), model(ids).logits)
+
+
+def test_a_model_of_several_states_a_token_is_left_whole():
+    """Gemma 3n's: (4, windows, length, width)."""
+    config = Gemma3nTextConfig(
+        vocab_size=100,
+        vocab_size_per_layer_input=100,
+        hidden_size=32,
+        hidden_size_per_layer_input=8,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        num_kv_shared_layers=0,
+        laurel_rank=4,
+        activation_sparsity_pattern=[0.0] * 2,
+    )
+    assert isinstance(halves_of(AutoModelForCausalLM.from_config(config).eval()), Whole)
 
 
 @pytest.mark.parametrize("tokens, shapes", [(3, [3, 3, 2] * 5), (8, [8] * 5), (20, [16, 16, 8]), (100, [40])])

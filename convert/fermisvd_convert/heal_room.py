@@ -1,0 +1,84 @@
+"""Before `fermisvd heal`'s long work: whether memory has room for it, and in what passes."""
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from fermisvd.budget import factor_parameters
+from fermisvd.errors import OptionError
+from fermisvd.format import read_checkpoint, stacked_shape
+from fermisvd.groups import LinearGroup, block_of, parent_of
+from fermisvd.precision import width_of
+from fermisvd_convert.memory import (
+    Need,
+    Passes,
+    Sizes,
+    activation_bytes,
+    fewer,
+    head_bytes,
+    healing_bytes,
+    memory_of,
+    missing,
+    model_sizes,
+)
+from fermisvd_convert.output import files_of
+from fermisvd_convert.source import Source
+from fermisvd_convert.text import CalibrationText
+
+logger = logging.getLogger("fermisvd")
+
+
+def bytes_of(checkpoint: Path) -> int:
+    """Of all its files."""
+    return sum((checkpoint / name).stat().st_size for name in files_of(checkpoint))
+
+
+def windows_that_fit(
+    checkpoint: Path, source: Source, text: CalibrationText, batch_size: int, dtype: torch.dtype, device: str
+) -> int:
+    """Windows of a pass, as many of a batch as memory has room for; said where they are fewer. dtype: of the student.
+    Raises OptionError where it has none for one."""
+    size, factors = sizes_of(checkpoint, source, text, dtype, device)
+    host_room, lacking = memory_of("cpu", None) if device.startswith("cuda") else None, ""
+    for windows in fewer(batch_size):
+        required = heal_needs(size, factors, Passes(windows, text.windows.shape[1]), batch_size, host_room is not None)
+        if not (lacking := missing(required, memory_of(device, None), host_room, "what the machine has")):
+            if windows < batch_size:
+                logger.warning("memory has room for passes of %d windows: a batch takes several", windows)
+            return windows
+    raise OptionError(lacking)
+
+
+def sizes_of(
+    checkpoint: Path, source: Source, text: CalibrationText, dtype: torch.dtype, device: str
+) -> tuple[Sizes, int]:
+    """Of the dense model, its compressed layers' numbers as `dense`, and how many numbers their factors have."""
+    config, headers = read_checkpoint(checkpoint)
+    shapes = [(each, *stacked_shape(each, headers, checkpoint)) for each in config.groups]
+    blocks = parent_of(block_of(config.groups[0].name))
+    linear = [
+        LinearGroup((name.removesuffix(".weight"),), (info.shape[0],), info.shape[1], "columns", name)
+        for name, info in source.headers.items()
+        if parent_of(block_of(name)) == blocks and len(info.shape) == 2
+    ]
+    tokens, width = text.windows.numel() + text.held_back.numel(), width_of(source.parsed)
+    size = model_sizes(source.headers, linear, source.vocabulary, tokens, dtype.itemsize, device, width)
+    dense = sum(sum(rows) * columns for _, rows, columns in shapes)
+    factors = sum(factor_parameters(each.rank, sum(rows), columns, each.form) for each, rows, columns in shapes)
+    return replace(size, dense=dense), int(factors)
+
+
+def heal_needs(size: Sizes, factors: int, passes: Passes, batch_size: int, on_gpu: bool) -> dict[str, Need]:
+    """Of the steps of `fermisvd heal`, by name. Models are loaded in the host's memory and then put on a GPU."""
+    whole, kept = size.item * (size.blocks + size.outside), factors / size.dense
+    student, states = whole - size.item * (size.dense - factors), size.item * size.text * size.width
+    asked = whole + head_bytes(size, passes.tokens) + activation_bytes(size, passes.tokens) // 2
+    trained, start = healing_bytes(size, passes, kept, batch_size), size.item * factors
+    larger, shorter = "a machine with more", "fewer --samples, or --sequence-length smaller"
+    return {
+        "the dense model": Need(asked, whole if on_gpu else 0, f"--device cpu, or {larger}" if on_gpu else larger),
+        "what the dense model makes of the text": Need(0, states, shorter),
+        "healing": Need(trained, states + (max(start, student) if on_gpu else start), shorter),
+    }
