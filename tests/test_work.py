@@ -15,6 +15,7 @@ from fermisvd.healing import heal
 from fermisvd_convert import convert as program
 
 STAGES = {"calibrate": "calibration", "choose_ranks": "FermiGrad", "heal_factors": "healing"}
+SHAPE = SMALL | {"hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 4, "num_key_value_heads": 2}
 RUN = Run(samples=64, length=32, batch_size=4, steps=10, heal_steps=4)
 
 
@@ -39,7 +40,7 @@ class Counter(TorchDispatchMode):
 def counted(tmp_path_factory, request):
     """What torch counts of each stage."""
     folder, found = tmp_path_factory.mktemp("work"), {}
-    random_model(folder / "model", SMALL, "cpu")
+    random_model(folder / "model", SHAPE, "cpu")
     write_text(folder / "text.txt")
 
     def counting(run, name):
@@ -66,14 +67,14 @@ def counted(tmp_path_factory, request):
         done = program.convert(
             str(folder / "model"), folder / "out", 0.2, calibration=text, work=folder / "work", **options
         )
-        groups = {group.name: group for group in separate_groups(SMALL)}
+        groups = {group.name: group for group in separate_groups(SHAPE)}
         groups = [groups[name] for name in done.trace.groups]
         shares = [[1.0] * len(groups), *(step.share for step in done.trace.steps[:-1])]  # that a step begins with
         mus = [[s * g.full_rank for s, g in zip(each, groups, strict=True)] for each in shares]
         opened = [opened_numbers(groups, each) for each in mus]
         expected = {
             name: sum(flops for kind, _, flops in pieces if kind in (MODEL, GRAM, NARROW_PRODUCT))
-            for name, pieces in conversion_work(SMALL, 0.2, RUN, sum(opened) / len(opened)).items()
+            for name, pieces in conversion_work(SHAPE, 0.2, RUN, sum(opened) / len(opened)).items()
         }
     return {name: (flops, expected[name]) for name, flops in found.items()}
 

@@ -81,13 +81,24 @@ def test_a_small_machine_takes_smaller_passes_or_is_refused(models, settings, tm
     settings |= {"steps": 2, "samples": 16}
     whole = heal_checkpoint(compressed, tmp_path / "whole", **settings)
     monkeypatch.setattr(heal_room, "memory_of", lambda *_: 30_000_000)
+    asked, original = [], heal.teach
+    monkeypatch.setattr(heal, "teach", lambda *given: asked.append(given[2]) or original(*given))
     fewer = heal_checkpoint(compressed, tmp_path / "fewer", **settings)
-    assert "memory has room for passes of" in caplog.text
+    (windows,) = set(asked)
+    assert windows < 8 and f"memory has room for passes of {windows} windows" in caplog.text
     assert [step["kl"] for step in fewer["trace"]] == pytest.approx([step["kl"] for step in whole["trace"]], rel=1e-3)
     monkeypatch.setattr(heal_room, "memory_of", lambda *_: 4_000_000)
     with pytest.raises(OptionError, match=r"the dense model takes about .*\(what the machine has\)"):
         heal_checkpoint(compressed, tmp_path / "none", **settings)
     assert not (tmp_path / "none").exists()
+
+
+def test_a_checkpoint_without_a_record_is_healed(models, settings, tmp_path):
+    """As fermisvd.compress and save_pretrained leave it."""
+    compressed = shutil.copytree(models[1], tmp_path / "compressed")
+    (compressed / "fermisvd.json").unlink()
+    record = heal_checkpoint(compressed, tmp_path / "healed", **settings | {"steps": 2, "samples": 16})
+    assert len(record["trace"]) == 2 and not (tmp_path / "healed" / "fermisvd.json").exists()
 
 
 def test_a_full_disk_is_refused_before_the_work(models, settings, tmp_path, monkeypatch):

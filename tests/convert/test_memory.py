@@ -5,9 +5,11 @@ import pytest
 
 from benchmarks.cost.work import sizes_of
 from benchmarks.shapes import SHAPES
+from fermisvd.compress import ASIDE_WINDOWS
 from fermisvd.errors import OptionError
 from fermisvd_convert import memory
 from fermisvd_convert.convert import convert
+from fermisvd_convert.heal_room import heal_needs
 from fermisvd_convert.memory import (
     Passes,
     calibration_bytes,
@@ -205,3 +207,24 @@ def test_a_cpu_without_a_bound_takes_what_a_bound_takes(monkeypatch):
         for most in (None, gib * GIB):
             options = ConvertOptions.named(**small, max_memory=most)
             assert passes_that_fit(IN_FLOAT32, options, LENGTH, "cpu", 1)[0].windows == 8
+
+
+def test_states_before_a_tried_block_are_counted():
+    options = ConvertOptions.named(remove=0.2, refit=True)
+    short, long = (
+        needs(LLAMA_8B, options, Passes(1, length, 1, 1), limits(LLAMA_8B, TOKENS, None)) for length in (1024, 2048)
+    )
+    states = ASIDE_WINDOWS * 1024 * LLAMA_8B.width * LLAMA_8B.item
+    for step in ("--groups auto", "--refit"):
+        assert long[step].device - short[step].device >= states
+
+
+def test_heal_needs_the_host_too_beside_a_gpu():
+    """Models are made there first."""
+    factors, passes = int(0.8 * LLAMA_8B.dense), Passes(8, LENGTH)
+    alone, beside = (heal_needs(LLAMA_8B, factors, passes, 8, on_gpu) for on_gpu in (False, True))
+    weights = LLAMA_8B.item * (LLAMA_8B.blocks + LLAMA_8B.outside)
+    assert [alone["the dense model"].host, beside["the dense model"].host] == [0, weights]
+    assert alone["the dense model"].device > weights and beside["healing"].host > alone["healing"].host
+    states = beside["what the dense model makes of the text"]
+    assert states.host == LLAMA_8B.item * LLAMA_8B.text * LLAMA_8B.width and "fewer --samples" in states.instead
