@@ -8,7 +8,7 @@ import json
 import re
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,6 +19,18 @@ def kept(name: str) -> dict | None:
     """The record of that name, if there is one."""
     path = records.RESULTS / f"{name}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def begin(name: str, fresh: dict, forget: Iterable[str] = ()) -> None:
+    """See that there is a record like the empty one of today, without the cells to forget. Raises SystemExit for one of
+    another protocol or other versions."""
+    with locked(name):
+        record = kept(name) or fresh
+        if not same_protocol(record, fresh):
+            raise SystemExit(f"results/{name}.json is of another protocol or other versions; move it away")
+        for key in forget:
+            record["cells"].pop(key, None)
+        records.write_record(name, record)
 
 
 def put(name: str, fresh: dict, key: str, cell: dict) -> None:

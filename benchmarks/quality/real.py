@@ -15,43 +15,44 @@ cell's name, for benchmarks.quality.harness and for `vllm serve`. With --scratch
 
 import argparse
 import copy
-import json
 import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaForCausalLM, PreTrainedModel
 
-from benchmarks.cells import folder_of, kept, locked, put, same_protocol
-from benchmarks.quality.depth_pruning import block_influence, least_influential, without_blocks
+from benchmarks.cells import begin, folder_of, kept, put
+from benchmarks.quality.depth_pruning import least_influential, without_blocks
 from benchmarks.quality.pruning import heal_pruned, linear_parameters
+from benchmarks.quality.real_setting import (
+    CALIBRATION,
+    MORE_SAMPLES,
+    MORE_TEXT,
+    TEXT,
+    Setting,
+    Size,
+    add_arguments,
+    said,
+    setting_of,
+)
 from benchmarks.quality.rounding import round_linear
-from benchmarks.quality.table import METHODS, defaults
-from benchmarks.quality.width_pruning import Importance, importance, prune_width
-from benchmarks.records import new_record, write_record
-from fermisvd import HealingSettings, load_model
+from benchmarks.quality.table import METHODS
+from benchmarks.quality.width_pruning import prune_width
+from benchmarks.records import new_record
+from fermisvd import HealingSettings
 from fermisvd.compress import set_aside
-from fermisvd.settings import BATCH_SIZE
-from fermisvd.teacher import Taught, teach
 from fermisvd_convert.convert import convert
-from fermisvd_convert.evaluate import evaluate
 from fermisvd_convert.heal import heal_checkpoint
-from fermisvd_convert.loading import load_tokenizer, resolve_device
-from fermisvd_convert.text import calibration_text, windows_of
+from fermisvd_convert.loading import load_tokenizer
 from tests.support import SHARED
-from tests.support.smollm2 import FOLDER
 from tests.support.stdlib_text import write_texts
 
 REMOVALS = (0.1, 0.2, 0.3, 0.4)
-TEXT = SHARED / "text"
-CALIBRATION = (TEXT / "wikitext2.train.txt",)
-MORE_TEXT, MORE_SAMPLES, MORE_STEPS = (*CALIBRATION, TEXT / "wikipedia.txt"), 1024, 1000
-EVALUATION = {"wikitext2": (TEXT / "wikitext2.valid.txt", 128), "c4": (TEXT / "c4.txt", 64)}  # windows of each
+MORE_STEPS = 1000
 UNHEALED = {"heal_steps": 0, "refit": False}  # refit asks for 404 losses of SmolLM2
 CONVERTED = {name: options for name, options in METHODS.items() if name != "pivga, uniform, joint"} | {
     "default, neither refitted nor healed": UNHEALED,
@@ -62,103 +63,8 @@ WEB_APART = 500_000  # characters of C4's beginning, which is evaluated on, that
 HEALED_LONGER = f"healed for {MORE_STEPS:,} steps"
 ROUNDED = {"int8, rounded to nearest": 8, "int4, rounded to nearest": 4}
 
-Size = dict[str, float]  # parameters of the decoder blocks' linear layers, the fraction removed, bytes of all weights
 Made = tuple[PreTrainedModel, Size]
 Maker = Callable[..., Made]  # of a setting and a folder for a checkpoint, and of the fraction to remove if there is one
-
-
-@dataclass(frozen=True)
-class Setting:
-    """The dense model, and what is measured of it once. samples, length: calibration windows and their tokens; windows:
-    most of an evaluation text."""
-
-    folder: Path
-    scratch: Path
-    samples: int
-    length: int
-    windows: int | None
-
-    @property
-    def protocol(self) -> dict:
-        """JSON-able."""
-        return json.loads(
-            json.dumps(
-                {
-                    "model": self.folder.name,
-                    "samples": self.samples,
-                    "sequence_length": self.length,
-                    "bos": False,
-                    "calibration": [path.name for path in CALIBRATION],
-                    "evaluation": {name: (path.name, self.count(n)) for name, (path, n) in EVALUATION.items()},
-                    "longer_healing": [[path.name for path in MORE_TEXT], MORE_SAMPLES, MORE_STEPS],
-                    "methods": CONVERTED,
-                    "defaults": defaults(),
-                }
-            )
-        )
-
-    def count(self, windows: int) -> int:
-        return min(windows, self.windows or windows)
-
-    def load(self, folder: Path | None = None) -> LlamaForCausalLM:
-        """A model of a folder, the dense one by default, in float32 on the machine's device."""
-        model = load_model(folder or self.folder).to(resolve_device("auto"))  # pyright: ignore[reportArgumentType]
-        assert isinstance(model, LlamaForCausalLM)
-        return model
-
-    @cached_property
-    def dense(self) -> LlamaForCausalLM:
-        return self.load()
-
-    @cached_property
-    def stored(self) -> torch.dtype:
-        """The type that the model's weights are kept in."""
-        dtype = AutoConfig.from_pretrained(self.folder).dtype
-        assert isinstance(dtype, torch.dtype)
-        return dtype
-
-    @cached_property
-    def evaluation(self) -> dict[str, Taught]:
-        """By text: windows, and what the dense model makes of them."""
-        tokenizer, found = load_tokenizer(self.folder), {}
-        for name, (path, windows) in EVALUATION.items():
-            ids = windows_of(tokenizer, str(path), self.length, self.count(windows), bos=False)
-            found[name] = teach(self.dense, ids, BATCH_SIZE)
-        return found
-
-    @cached_property
-    def taught(self) -> Taught:
-        """Of the calibration windows, which are those of `convert`."""
-        return self._taught(CALIBRATION, self.samples)
-
-    @cached_property
-    def taught_more(self) -> Taught:
-        """Of the windows of the longer healing, which are those of `heal_checkpoint`."""
-        return self._taught(MORE_TEXT, MORE_SAMPLES)
-
-    def _taught(self, texts: tuple[Path, ...], samples: int) -> Taught:
-        names = [str(path) for path in texts]
-        text = calibration_text(load_tokenizer(self.folder), names, samples, self.length, bos=False)
-        return teach(self.dense, text.windows, BATCH_SIZE)
-
-    @cached_property
-    def influence(self) -> torch.Tensor:
-        return block_influence(self.dense, self.taught.windows)
-
-    @cached_property
-    def importance(self) -> Importance:
-        return importance(self.dense, self.taught.windows)
-
-    def size(self, parameters: int, all_bytes: int) -> Size:
-        return {
-            "parameters": parameters,
-            "removed": 1 - parameters / linear_parameters(self.dense),
-            "bytes": all_bytes,
-        }
-
-    def dense_bytes(self, model: PreTrainedModel) -> int:
-        """Of a model without compressed layers, as it is stored; tied weights once."""
-        return sum(parameter.numel() for parameter in model.parameters()) * self.stored.itemsize
 
 
 def as_it_is(setting: Setting, out: Path) -> Made:
@@ -264,7 +170,7 @@ def measure(
         for name in methods:
             if name in BY_REMOVAL:
                 wanted[f"{name} | {remove}"] = partial(BY_REMOVAL[name], remove=remove)
-    begin(setting, list(wanted) if fresh else [])
+    begin(name_of(setting), new_results(setting), list(wanted) if fresh else [])
     for key, make in wanted.items():
         out = keep / folder_of(key) if keep else setting.scratch / "out"
         if key in (kept(name_of(setting)) or {"cells": {}})["cells"] and (keep is None or out.is_dir()):
@@ -275,10 +181,9 @@ def measure(
         seconds = {"seconds": round(time.perf_counter() - start, 1), "threads": torch.get_num_threads()}
         if keep and not out.is_dir():
             save(setting, model, out)
-        found = {name: evaluate(model, t.windows, t).as_dict() for name, t in setting.evaluation.items()}
+        found = setting.quality(model)
         put(name_of(setting), new_results(setting), key, size | found | seconds)
-        shown = ", ".join(f"{name} {row['perplexity']:.3f} (KL {row['kl']:.4f})" for name, row in found.items())
-        print(f"{key}: {shown}, {size['removed']:.2%} removed, {size['bytes']:,} bytes", flush=True)
+        print(f"{key}: {said(found)}, {size['removed']:.2%} removed, {size['bytes']:,} bytes", flush=True)
 
 
 def save(setting: Setting, model: PreTrainedModel, folder: Path) -> None:
@@ -305,45 +210,23 @@ def name_of(setting: Setting) -> str:
 
 
 def new_results(setting: Setting) -> dict:
-    return new_record(command(setting), setting.protocol) | {"cells": {}}
-
-
-def begin(setting: Setting, forget: list[str]) -> None:
-    """See that there is a record of this protocol, without the cells to `forget`. Raises SystemExit for a record of
-    another protocol or other versions."""
-    with locked(name_of(setting)):
-        fresh = new_results(setting)
-        record = kept(name_of(setting)) or fresh
-        if not same_protocol(record, fresh):
-            raise SystemExit(f"results/{name_of(setting)}.json is of another protocol or other versions; move it away")
-        for key in forget:
-            record["cells"].pop(key, None)
-        write_record(name_of(setting), record)
+    longer = [[path.name for path in MORE_TEXT], MORE_SAMPLES, MORE_STEPS]
+    return new_record(command(setting), setting.protocol(longer_healing=longer, methods=CONVERTED)) | {"cells": {}}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("model", type=Path, nargs="?", default=FOLDER)
+    add_arguments(parser)
     parser.add_argument("--method", choices=[*ONCE, *BY_REMOVAL], action="append", dest="methods")
     parser.add_argument("--remove", type=float, choices=REMOVALS, action="append", dest="removals")
-    parser.add_argument("--samples", type=int, default=256, help="calibration windows")
-    parser.add_argument("--sequence-length", type=int, default=256, help="tokens of every window")
-    parser.add_argument("--windows", type=int, help="at most so many of an evaluation text")
     parser.add_argument("--threads", type=int, help="of torch")
-    parser.add_argument("--scratch", type=Path, help="folder to keep")
     parser.add_argument("--keep", type=Path, help="folder for the models themselves")
     parser.add_argument("--fresh", action="store_true", help="measure anew what is there")
     arguments = parser.parse_args()
-    if not arguments.model.is_dir():
-        parser.error(f"{arguments.model}: not there; `make smollm2` makes SmolLM2")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     methods, removals = arguments.methods or [*ONCE, *BY_REMOVAL], arguments.removals or list(REMOVALS)
-    with tempfile.TemporaryDirectory() as temporary:
-        scratch = (arguments.scratch or Path(temporary)).resolve()
-        scratch.mkdir(parents=True, exist_ok=True)
-        folder = arguments.model.resolve()
-        setting = Setting(folder, scratch, arguments.samples, arguments.sequence_length, arguments.windows)
+    with setting_of(arguments) as setting:
         measure(setting, methods, removals, arguments.fresh, arguments.keep)
 
 

@@ -76,10 +76,10 @@ def test_every_cell_has_a_place(about):
     tables_of = shown.perplexities(about)
     for removal in (None, 0.2, 0.3, 0.4):
         assert shown.perplexity_table(about, removal) in tables_of
-    from benchmarks.quality import real
+    from benchmarks.quality import real, real_setting
 
     assert tuple(real.ONCE) == shown.ONCE and set(real.BY_REMOVAL) == set(shown.METHODS)
-    assert set(real.EVALUATION) == set(shown.TEXTS) and shown.LONGER == real.HEALED_LONGER
+    assert set(real_setting.EVALUATION) == set(shown.TEXTS) and shown.LONGER == real.HEALED_LONGER
 
 
 def test_accuracies_by_model_and_engine(about, harness):
