@@ -50,7 +50,7 @@ def counted() -> str:
 
     def cell(row: dict) -> str:
         needed = row["counted_device_bytes"] + row["counted_host_bytes"]
-        return f"{needed / 1e9:.2f} / {row['resident_growth_bytes'] / 1e9:.2f}"
+        return f"{needed / 1e9:.2f} / {max(0, row['resident_growth_bytes']) / 1e9:.2f}"
 
     names = [name for name, row in runs[BLOCKS[0]].items() if row["counted_device_bytes"]]
     rows = [[name, *(cell(runs[count][name]) for count in BLOCKS)] for name in names]
