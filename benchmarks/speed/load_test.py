@@ -6,9 +6,9 @@
 
 All three servers are up at once and asked in turn by `vllm bench serve`, case by case and repetition by repetition, so
 that a noisy minute hits all of them; figures are medians, ratios are to dense in the same repetition. It is checked
-that each server holds just the numbers that its ranks say. With --offline, `vllm bench throughput` and `latency` come
-first, an engine at a time. Results: benchmarks/results/load-NAME-REMOVE.json, from which `make results`
-writes docs/results.md.
+that each server holds just the numbers that its ranks say. All are served in the type that the machine is fast at,
+unless --serve gives another --dtype. With --offline, `vllm bench throughput` and `latency` come first, an engine at a
+time. Results: benchmarks/results/load-NAME-REMOVE.json, from which `make results` writes docs/results.md.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from contextlib import ExitStack, redirect_stdout, suppress
 from pathlib import Path
 
 import psutil
+import torch
 
 from benchmarks.records import command_line, new_record, vllm_versions, write_record
 from benchmarks.shapes import FORMS, SHAPES, write_folder
@@ -186,7 +187,10 @@ def measure(arguments: argparse.Namespace) -> None:
                 about[form] = dict(write_folder(folders[form], name, form, arguments.remove))
         if len(arguments.model) == 1:
             serve_options = ["--load-format", "dummy", *serve_options]
-        serve_options = ["--no-enable-prefix-caching", *serve_options]  # the same prompts are asked again
+        record["dtype"] = fast_type()
+        print(f"served in {record['dtype']}", flush=True)
+        # the same prompts are asked again
+        serve_options = ["--no-enable-prefix-caching", "--dtype", record["dtype"], *serve_options]
         stream_options = ["--stream-interval", str(arguments.stream_interval)]
         runs: dict[str, list[dict]] = {}
         for repeat in range(arguments.offline):
@@ -220,6 +224,14 @@ def measure(arguments: argparse.Namespace) -> None:
                 todo |= rates(arguments, busiest["output_throughput"] / OUTPUTS)
             else:
                 write_record(title, record)
+
+
+def fast_type() -> str:
+    """That this machine multiplies fast: float32 on a CPU without instructions for bfloat16, where such products are
+    ten times slower and prove nothing."""
+    if torch.cuda.is_available() or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported():
+        return "bfloat16"
+    return "float32"
 
 
 def rates(arguments: argparse.Namespace, saturation: float) -> dict[str, list[str]]:

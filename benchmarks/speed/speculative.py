@@ -46,6 +46,25 @@ def generate(model: str, draft: str | None, prompts: list[list[int]]) -> tuple[l
     return [list(o.outputs[0].token_ids) for o in outputs], metrics
 
 
+def in_own_process(
+    model: Path, draft: Path | None, prompts: list[list[int]]
+) -> tuple[list[list[int]], dict[str, float]]:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(generate, str(model), draft and str(draft), prompts).result()
+
+
+def drafted(model: Path, draft: Path, prompts: list[list[int]], parent: list[list[int]]) -> dict:
+    """What the draft is worth, and how many answers are the parent's own."""
+    tokens, metrics = in_own_process(model, draft, prompts)
+    drafts, accepted = (metrics[f"vllm:spec_decode_num_{x}"] for x in ("drafts", "accepted_tokens"))
+    return {
+        "acceptance_length": 1 + accepted / drafts,
+        "drafts": drafts,
+        "answers_equal_to_the_parents": sum(a == b for a, b in zip(tokens, parent, strict=True)),
+        "answers": len(parent),
+    }
+
+
 def main() -> None:
     from fermisvd_convert.convert import convert
     from fermisvd_convert.loading import load_tokenizer
@@ -61,11 +80,7 @@ def main() -> None:
     windows = windows_of(load_tokenizer(arguments.model), str(texts["validation"]), PROMPT_LENGTH, PROMPTS)
     prompts = [window.tolist() for window in windows]
 
-    def engine(draft: Path | None):
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            return pool.submit(generate, str(arguments.model), draft and str(draft), prompts).result()
-
-    parent, _ = engine(None)
+    parent, _ = in_own_process(arguments.model, None, prompts)
     rows = []
     for ranks in RANKS:
         for remove in FRACTIONS:
@@ -85,19 +100,7 @@ def main() -> None:
                     sequence_length=256,
                     work=arguments.work / "stages",
                 )
-            tokens, metrics = engine(out)
-            drafts, accepted = (metrics[f"vllm:spec_decode_num_{x}"] for x in ("drafts", "accepted_tokens"))
-            same = sum(a == b for a, b in zip(tokens, parent, strict=True))
-            rows.append(
-                {
-                    "ranks": ranks,
-                    "remove": remove,
-                    "acceptance_length": 1 + accepted / drafts,
-                    "drafts": drafts,
-                    "answers_equal_to_the_parents": same,
-                    "answers": len(parent),
-                }
-            )
+            rows.append({"ranks": ranks, "remove": remove} | drafted(arguments.model, out, prompts, parent))
             print(rows[-1], flush=True)
     protocol = {
         "model": arguments.model.name,
