@@ -67,6 +67,8 @@ def quality(name: str) -> str:
     rows = []
     for method in about["protocol"]["methods"]:
         found = [cells.get(f"{method} | {remove}") for remove in fractions]
+        if not any(found):
+            continue
         rows.append([method, *(f"{cell['perplexity']:.3f}" if cell else "" for cell in found)])
     if name in BEST_PEER:
         rows.append(["best peer", *(f"{BEST_PEER[name][remove]:.3f}" for remove in fractions)])

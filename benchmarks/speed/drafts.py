@@ -10,11 +10,9 @@ import argparse
 from pathlib import Path
 
 from benchmarks.records import command_line, new_record, vllm_versions, write_record
-from benchmarks.speed.prompts import KINDS, prompts_of
+from benchmarks.speed.prompts import KINDS, LONGEST, prompts_of
 from benchmarks.speed.speculative import NEW_TOKENS, PROMPTS, SPECULATIVE_TOKENS, drafted, in_own_process
 from fermisvd_convert.loading import load_tokenizer
-
-LONGEST = 160  # tokens of a prompt
 
 
 def main() -> None:
@@ -25,7 +23,7 @@ def main() -> None:
     arguments = parser.parse_args()
     tokenizer, rows = load_tokenizer(arguments.model), []
     for kind in KINDS:
-        prompts = prompts_of(kind, tokenizer, arguments.prompts, LONGEST)
+        prompts = prompts_of(kind, tokenizer, arguments.prompts)
         parent, _ = in_own_process(arguments.model, None, prompts)
         for draft in arguments.drafts:
             rows.append({"prompts": kind, "draft": draft.name} | drafted(arguments.model, draft, prompts, parent))

@@ -149,14 +149,15 @@ def number_in(log: Path, pattern: re.Pattern) -> int | None:
     return int(found[1].replace(",", "")) if found else None
 
 
-def weight_memory(folder: Path, log: Path, about: dict) -> dict[str, int | str]:
-    """What vLLM says that the weights take; where it says nothing, as on a CPU, what files or shape make of them."""
+def weight_memory(folder: Path, log: Path, about: dict, item: int) -> dict[str, int | str]:
+    """What vLLM says that the weights take; where it says nothing, as on a CPU, what files or shape make of them.
+    item: bytes of a number as it is served."""
     if said := WEIGHT_MEMORY.search(log.read_text()):
         return {"weight_bytes": int(float(said[1]) * 2**30), "weights_from": "measured by vLLM"}
     if files := sum(file.stat().st_size for file in folder.glob("*.safetensors")):
         return {"weight_bytes": files, "weights_from": "of the files"}
     numbers = about["layers"] + 2 * about["head"]  # embedding and head are of one size
-    return {"weight_bytes": 2 * numbers, "weights_from": "computed"}
+    return {"weight_bytes": item * numbers, "weights_from": "computed"}
 
 
 def check_held(form: str, log: Path, layers: int | None) -> int | None:
@@ -187,10 +188,11 @@ def measure(arguments: argparse.Namespace) -> None:
                 about[form] = dict(write_folder(folders[form], name, form, arguments.remove))
         if len(arguments.model) == 1:
             serve_options = ["--load-format", "dummy", *serve_options]
-        record["dtype"] = fast_type()
-        print(f"served in {record['dtype']}", flush=True)
-        # the same prompts are asked again
-        serve_options = ["--no-enable-prefix-caching", "--dtype", record["dtype"], *serve_options]
+        if "--dtype" not in arguments.serve:
+            serve_options = ["--dtype", fast_type(), *serve_options]
+        print("served with", shlex.join(serve_options), flush=True)
+        serve_options = ["--no-enable-prefix-caching", *serve_options]  # the same prompts are asked again
+        record["serve_options"] = serve_options
         stream_options = ["--stream-interval", str(arguments.stream_interval)]
         runs: dict[str, list[dict]] = {}
         for repeat in range(arguments.offline):
@@ -204,7 +206,7 @@ def measure(arguments: argparse.Namespace) -> None:
             about[form]["start_seconds"] = round(time.perf_counter() - begin, 1)
             about[form]["low_rank_numbers"] = check_held(form, log, about[form].get("layers"))
             about[form]["kv_cache_tokens"] = number_in(log, KV_TOKENS)
-            about[form] |= weight_memory(folders[form], log, about[form])
+            about[form] |= weight_memory(folders[form], log, about[form], 4 if "float32" in serve_options else 2)
             print(form, about[form], flush=True)
         record["kept_apart"] = keep_apart(servers.values())  # all are up: those started later would inherit the cores
         todo = cases(arguments.concurrent, arguments.prefill, arguments.requests, arguments.decode_only)
@@ -227,8 +229,8 @@ def measure(arguments: argparse.Namespace) -> None:
 
 
 def fast_type() -> str:
-    """That this machine multiplies fast: float32 on a CPU without instructions for bfloat16, where such products are
-    ten times slower and prove nothing."""
+    """That this machine serves fast: float32 on a CPU without instructions for bfloat16. Those of AVX-512 will do,
+    since decoding reads weights more than it multiplies."""
     if torch.cuda.is_available() or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported():
         return "bfloat16"
     return "float32"

@@ -2,8 +2,8 @@
 
     python -m benchmarks.speed.parity models/smollm2 models/real/default-0.2 models/real/default-svd-form-0.2
 
-Each model answers maths problems and role play from the shared data, half of either, through the OpenAI-compatible
-engine's own code in a process of its own. Then Hugging Face's forward of prompt and answer says for each token whether
+Each model answers maths problems and role play from the shared data, as many of each, through vLLM's engine in a
+process of its own. Then Hugging Face's forward of prompt and answer says for each token whether
 it is the likeliest, and how far its logit is below that of the likeliest. Results: benchmarks/results/parity-NAME.json.
 """
 
@@ -13,12 +13,10 @@ from pathlib import Path
 import torch
 
 from benchmarks.records import command_line, new_record, vllm_versions, write_record
-from benchmarks.speed.prompts import KINDS, prompts_of
+from benchmarks.speed.prompts import KINDS, LONGEST, prompts_of
 from benchmarks.speed.speculative import NEW_TOKENS, PROMPTS, in_own_process
 from fermisvd import load_model
 from fermisvd_convert.loading import load_tokenizer
-
-LONGEST = 160  # tokens of a prompt
 
 
 @torch.no_grad()
@@ -35,12 +33,12 @@ def gaps_of(folder: Path, prompts: list[list[int]], answers: list[list[int]]) ->
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("models", type=Path, nargs="+")
-    parser.add_argument("--prompts", type=int, default=PROMPTS, help="of all kinds together")
+    parser.add_argument("--prompts", type=int, default=PROMPTS // len(KINDS), help="of each kind")
     arguments = parser.parse_args()
     rows = []
     for folder in arguments.models:
-        tokenizer, each = load_tokenizer(folder), arguments.prompts // len(KINDS)
-        prompts = [ids for kind in KINDS for ids in prompts_of(kind, tokenizer, each, LONGEST)]
+        tokenizer = load_tokenizer(folder)
+        prompts = [ids for kind in KINDS for ids in prompts_of(kind, tokenizer, arguments.prompts)]
         answers, _ = in_own_process(folder, None, prompts)
         gaps = gaps_of(folder, prompts, answers)
         flat = [gap for answer in gaps for gap in answer]

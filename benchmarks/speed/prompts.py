@@ -2,9 +2,12 @@
 
 import json
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any
 
 from tests.support import SHARED
+
+LONGEST = 160  # tokens of a prompt
 
 
 def gsm8k() -> Iterator[str]:
@@ -20,14 +23,11 @@ def role_play() -> Iterator[str]:
 KINDS: dict[str, Callable[[], Iterator[str]]] = {"gsm8k": gsm8k, "chat": role_play}
 
 
-def prompts_of(kind: str, tokenizer: Any, count: int, longest: int) -> list[list[int]]:
-    """Token ids of the first so many that take `longest` tokens at most. Raises SystemExit where there are fewer."""
-    found: list[list[int]] = []
-    for question in KINDS[kind]():
-        message = [{"role": "user", "content": question}]
-        ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
-        if len(ids) <= longest:
-            found.append(ids)
-        if len(found) == count:
-            return found
-    raise SystemExit(f"{kind}: {len(found)} prompts of at most {longest} tokens, {count} are asked for")
+def prompts_of(kind: str, tokenizer: Any, count: int) -> list[list[int]]:
+    """Token ids of the first so many that take LONGEST tokens at most. Raises SystemExit where there are fewer."""
+    messages = ([{"role": "user", "content": question}] for question in KINDS[kind]())
+    rendered = (tokenizer.apply_chat_template(m, add_generation_prompt=True, return_dict=False) for m in messages)
+    found = list(islice((ids for ids in rendered if len(ids) <= LONGEST), count))
+    if len(found) < count:
+        raise SystemExit(f"{kind}: {len(found)} prompts of at most {LONGEST} tokens, {count} are asked for")
+    return found

@@ -9,8 +9,7 @@ import torch
 from fermisvd.budget import factor_parameters
 from fermisvd.errors import OptionError
 from fermisvd.format import read_checkpoint, stacked_shape
-from fermisvd.groups import LinearGroup, block_of, parent_of
-from fermisvd.precision import width_of
+from fermisvd.groups import find_groups
 from fermisvd_convert.memory import (
     Need,
     Passes,
@@ -57,14 +56,8 @@ def sizes_of(
     """Of the dense model, its compressed layers' numbers as `dense`, and how many numbers their factors have."""
     config, headers = read_checkpoint(checkpoint)
     shapes = [(each, *stacked_shape(each, headers, checkpoint)) for each in config.groups]
-    blocks = parent_of(block_of(config.groups[0].name))
-    linear = [
-        LinearGroup((name.removesuffix(".weight"),), (info.shape[0],), info.shape[1], "columns", name)
-        for name, info in source.headers.items()
-        if parent_of(block_of(name)) == blocks and len(info.shape) == 2
-    ]
-    tokens, width = text.windows.numel() + text.held_back.numel(), width_of(source.parsed)
-    size = model_sizes(source.headers, linear, source.vocabulary, tokens, dtype.itemsize, device, width)
+    groups, tokens = find_groups(source.stream(device, dtype)), text.windows.numel() + text.held_back.numel()
+    size = model_sizes(source.headers, groups, source.vocabulary, tokens, dtype.itemsize, device)
     dense = sum(sum(rows) * columns for _, rows, columns in shapes)
     factors = sum(factor_parameters(each.rank, sum(rows), columns, each.form) for each, rows, columns in shapes)
     return replace(size, dense=dense), int(factors)
@@ -76,9 +69,9 @@ def heal_needs(size: Sizes, factors: int, passes: Passes, batch_size: int, on_gp
     student, states = whole - size.item * (size.dense - factors), size.item * size.text * size.width
     asked = whole + head_bytes(size, passes.tokens) + activation_bytes(size, passes.tokens) // 2
     trained, start = healing_bytes(size, passes, kept, batch_size), size.item * factors
-    larger, shorter = "a machine with more", "fewer --samples, or --sequence-length smaller"
+    shorter = "fewer --samples, or --sequence-length smaller"
     return {
-        "the dense model": Need(asked, whole if on_gpu else 0, f"--device cpu, or {larger}" if on_gpu else larger),
+        "the dense model": Need(asked, whole if on_gpu else 0, "--device cpu" if on_gpu else "--compute bfloat16"),
         "what the dense model makes of the text": Need(0, states, shorter),
         "healing": Need(trained, states + (max(start, student) if on_gpu else start), shorter),
     }

@@ -112,16 +112,9 @@ class Passes:
 
 
 def model_sizes(
-    headers: dict[str, TensorInfo],
-    groups: list[LinearGroup],
-    vocabulary: int,
-    text: int,
-    item: int,
-    device: str,
-    width: int | None = None,
+    headers: dict[str, TensorInfo], groups: list[LinearGroup], vocabulary: int, text: int, item: int, device: str
 ) -> Sizes:
-    """headers: the model's tensors; device: of its passes; width: of a state, by default what the first layer reads;
-    the others as in Sizes."""
+    """headers: the model's tensors; device: of its passes; the others as in Sizes."""
     blocks, outside = parent_of(block_of(groups[0].name)), 0
     by_block: dict[str, int] = {}
     for name, info in headers.items():
@@ -129,7 +122,6 @@ def model_sizes(
             by_block[block] = by_block.get(block, 0) + info.numel
         else:
             outside += info.numel
-    width = width or groups[0].columns
     kind = "cuda" if device.startswith("cuda") else "cpu"
     depth, inputs = len(by_block), {group.source: group.columns for group in groups}
     squares = sum(n**2 for n in inputs.values())
@@ -145,12 +137,12 @@ def model_sizes(
         gram=max(group.columns**2 for group in groups),
         grams=squares // depth,
         factors=sum(group.full_rank * (group.rows + group.columns) for group in groups),
-        width=width,
+        width=groups[0].columns,
         row=sum(group.rows + group.columns for group in groups) // depth,
         vocabulary=vocabulary,
         text=text,
         compared=compared_tokens(device),
-        exact=vocabulary * width if item < FLOAT and kind == "cpu" else 0,
+        exact=vocabulary * groups[0].columns if item < FLOAT and kind == "cpu" else 0,
         gated=GATED_TIMES[kind],
         trained=TRAINED_TIMES[kind],
     )

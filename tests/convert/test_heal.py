@@ -1,5 +1,6 @@
 import json
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from fermisvd.errors import FermiSVDError, OptionError, OutputError
 from fermisvd.format import validate_checkpoint
-from fermisvd_convert import heal, heal_room, workspace
+from fermisvd_convert import heal, heal_room, source, workspace
 from fermisvd_convert.convert import convert
 from fermisvd_convert.heal import heal_checkpoint
 
@@ -78,19 +79,35 @@ def test_an_interrupted_healing_goes_on(models, settings, tmp_path, monkeypatch)
 
 def test_a_small_machine_takes_smaller_passes_or_is_refused(models, settings, tmp_path, monkeypatch, caplog):
     _, compressed = models
-    settings |= {"steps": 2, "samples": 16}
+    settings |= {"steps": 2, "samples": 16, "compute": "float32"}
     whole = heal_checkpoint(compressed, tmp_path / "whole", **settings)
-    monkeypatch.setattr(heal_room, "memory_of", lambda *_: 30_000_000)
+    monkeypatch.setattr(heal_room, "memory_of", lambda *_: 40_000_000)
     asked, original = [], heal.teach
     monkeypatch.setattr(heal, "teach", lambda *given: asked.append(given[2]) or original(*given))
     fewer = heal_checkpoint(compressed, tmp_path / "fewer", **settings)
-    (windows,) = set(asked)
-    assert windows < 8 and f"memory has room for passes of {windows} windows" in caplog.text
+    assert set(asked) == {1} and "memory has room for passes of 1 windows" in caplog.text
     assert [step["kl"] for step in fewer["trace"]] == pytest.approx([step["kl"] for step in whole["trace"]], rel=1e-3)
-    monkeypatch.setattr(heal_room, "memory_of", lambda *_: 4_000_000)
-    with pytest.raises(OptionError, match=r"the dense model takes about .*\(what the machine has\)"):
-        heal_checkpoint(compressed, tmp_path / "none", **settings)
+    for room, step in ((20_000_000, "healing"), (4_000_000, "the dense model")):
+        monkeypatch.setattr(heal_room, "memory_of", lambda *_, room=room: room)
+        with pytest.raises(OptionError, match=rf"{step} takes about .*\(what the machine has\); give more"):
+            heal_checkpoint(compressed, tmp_path / "none", **settings)
     assert not (tmp_path / "none").exists()
+
+
+def test_teacher_and_student_are_given_back(models, settings, tmp_path, monkeypatch):
+    """Each before the next is loaded: memory is counted so."""
+    loaded, original = [], heal.load_dense_or_compressed
+
+    def load(*given):
+        assert not [each for each in loaded if each() is not None]
+        model = original(*given)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(heal, "load_dense_or_compressed", load)
+    monkeypatch.setattr(source, "load_dense_or_compressed", load)
+    heal_checkpoint(models[1], tmp_path / "healed", **settings | {"steps": 2, "samples": 16})
+    assert len(loaded) == 3
 
 
 def test_a_checkpoint_without_a_record_is_healed(models, settings, tmp_path):

@@ -1,7 +1,7 @@
 """Recipes of the trained checkpoints: small Llamas that plain SVD hurts.
 
     python -m tests.support.train stdlib-2m tests/support/stdlib-2m --minutes 55    the demo model, committed
-    python -m tests.support.train kinds-11m models/kinds-11m --minutes 65     five kinds of text, ../shared/data
+    python -m tests.support.train kinds-11m models/kinds-11m --minutes 40     five kinds of text, ../shared/data
 
 On a CPU, glibc gives every large buffer back to the system and faults it in again at each step; with
 MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592 in the environment a step took 0.95 s
