@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
 
 from benchmarks import cells, records
 from benchmarks.records import new_record
 from benchmarks.speed import load_test, prompts
 from benchmarks.speed.parity import gaps_of
+from fermisvd import load_model
 from tests.support import DEMO_MODEL
 
 
@@ -30,9 +30,9 @@ def test_first_prompts_that_are_short_enough_are_taken(monkeypatch):
 
 def test_gaps_are_of_tokens_that_are_not_the_likeliest():
     """Reference: the demo model's own greedy tokens, and one that was changed."""
-    model, prompt = LlamaForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float32), list(range(5, 13))
-    tokens = model.generate(torch.tensor([prompt]), max_new_tokens=6, min_new_tokens=6, do_sample=False)
-    answer = tokens[0, len(prompt) :].tolist()
+    model, prompt, answer = load_model(DEMO_MODEL), list(range(5, 13)), []
+    for _ in range(6):
+        answer.append(int(model(torch.tensor([prompt + answer])).logits[0, -1].argmax()))
     changed = [*answer[:-1], (answer[-1] + 1) % model.config.vocab_size]
     right, wrong = gaps_of(DEMO_MODEL, [prompt, prompt], [answer, changed])
     assert right == [0] * 6 and wrong[:-1] == [0] * 5 and wrong[-1] > 0
