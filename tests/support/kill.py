@@ -1,6 +1,6 @@
 """Kill -9 a conversion at a random moment, run it again, and compare what it writes with an undisturbed run's.
 
-python -m tests.support.kill 50 --seed 0      # about an hour on two cores; tests run a few
+python -m tests.support.kill 50 --seed 0      # twenty minutes to an hour on two cores; tests run a few
 """
 
 import argparse
