@@ -3,8 +3,7 @@
     python -m benchmarks.results_page            # after a benchmark has written its record
     python -m benchmarks.results_page --check    # writes nothing; fails where page or README are not up to date
 
-page.md is the page's text. A line `<<name>>` in it stands for what PARTS of tables, cost, real or anatomy makes under
-that name.
+page.md is the page's text. A line `<<name>>` in it stands for what PARTS of a file here makes under that name.
 A table of README is written where README has its marks, two lines: `<!-- real: make results -->` and
 `<!-- end of real -->` for the real model's.
 """
@@ -13,12 +12,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from . import anatomy, cost, real, tables
+from . import anatomy, cost, knobs, real, real_served, tables
 from .tables import RESULTS, records_read
 
 ROOT = Path(__file__).parents[2]
 PAGE, README = ROOT / "docs" / "results.md", ROOT / "README.md"
-PARTS = tables.PARTS | cost.PARTS | real.PARTS | anatomy.PARTS
+PARTS = tables.PARTS | cost.PARTS | real.PARTS | knobs.PARTS | real_served.PARTS | anatomy.PARTS
 README_PARTS = {"results": tables.readme_table, "real": real.readme_part}
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks.cells import folder_of
 from benchmarks.results_page import __main__ as page
+from benchmarks.results_page import knobs, real_served
 from benchmarks.results_page import real as shown
 
 
@@ -93,6 +94,41 @@ def test_accuracies_by_model_and_engine(about, harness):
     )
 
 
+def test_knobs_are_compared_with_what_they_change():
+    cells = {
+        "healed for 64 steps | 0.3": cell(70, 30.0, 60.0, 0.3),  # its base comes later
+        "as it is | 0.3": cell(70, 32.0, 61.0, 0.4),
+        "steps 32 | 0.3": cell(70, 33.0, 62.0, 0.5),
+        "healed | 0.3": cell(70, 29.0, 59.0, 0.25),
+        "steps 32 | 0.2": cell(80, 25.0, 55.0, 0.1),
+    }
+    rows = rows_of(knobs.table(cells, ["wikitext2"], 0.3))
+    assert rows["as it is"] == ["32.00", "0.4000", "", "1,234"]
+    assert rows["steps 32"] == ["33.00", "0.5000", "+25.0%", "1,234"]
+    assert rows["healed for 64 steps"] == ["30.00", "0.3000", "+20.0%", "1,234"]
+    assert rows_of(knobs.table(cells, ["wikitext2"], 0.2))["steps 32"] == ["25.00", "0.1000", "", "1,234"]
+    from benchmarks.quality.knobs import ALL, HEALING_KNOBS
+
+    assert {knobs.base_of(name) for name in HEALING_KNOBS} == {"healed"}
+    assert {knobs.base_of(name) for name in ALL if name not in HEALING_KNOBS} == {"as it is"}
+
+
+def test_what_vllm_answers(monkeypatch):
+    same = {"model": "smollm2", "answers": 2, "answers_of_likeliest_tokens": 2, "tokens": 8, "likeliest_tokens": 8}
+    other = same | {"model": "small", "answers_of_likeliest_tokens": 1, "likeliest_tokens": 7}
+    lengths = [("gsm8k", "a", 3.5), ("gsm8k", "b", 2.0), ("chat", "a", 2.5), ("chat", "b", 1.25)]
+    drafts = [{"prompts": kind, "draft": draft, "acceptance_length": length} for kind, draft, length in lengths]
+    rows = {
+        real_served.PARITY: [same | {"largest_gap": 0.0}, other | {"largest_gap": 0.00012}],
+        real_served.DRAFTS: drafts,
+    }
+    monkeypatch.setattr(real_served, "optional", lambda name: {"rows": rows[name]})
+    monkeypatch.setattr(real_served, "recorded", lambda name: name)
+    parity, drafted = rows_of(real_served.parity()), rows_of(real_served.drafts())
+    assert parity["smollm2"] == ["2 of 2", "8 of 8", "0"] and parity["small"] == ["1 of 2", "7 of 8", "1.2e-04"]
+    assert drafted["draft"] == ["gsm8k", "chat"] and drafted["a"] == ["3.50", "2.50"] and drafted["b"][1] == "1.25"
+
+
 def test_readme(about, harness):
     rows = rows_of(shown.readme_table(about, harness))
     assert rows["dense"] == ["20.09", "45.0", "", ""]
@@ -116,7 +152,8 @@ def test_readme_is_written_between_its_marks_only(about, monkeypatch):
 
 def test_without_records_the_page_says_so(monkeypatch, tmp_path):
     monkeypatch.setattr(shown, "RESULTS", tmp_path)
-    assert {part() for part in shown.PARTS.values()} == {"Not run yet."}
+    parts = shown.PARTS | knobs.PARTS | real_served.PARTS
+    assert {part() for part in parts.values()} == {"Not run yet."}
     with pytest.raises(SystemExit, match="not there"):
         shown.readme_part()
 
