@@ -64,7 +64,7 @@ class GramSums:
         weight, gradients = weight_of(self.layers[name]).detach(), gradient.flatten(0, -2)  # (m, n), (tokens, m)
         self.totals[name] += torch.linalg.vector_norm(gradients, dtype=torch.float64).square()
         for g in gradients.split(TOKENS):
-            add_gram(self.outputs[name], _product(g, weight) if weight.shape[0] > weight.shape[1] else g)
+            add_gram(self.outputs[name], product(g, weight) if weight.shape[0] > weight.shape[1] else g)
 
     def result(self) -> tuple[Grams, OutputGrams]:
         """The sums over all processes. Raises NumericalError naming a layer where they are NaN or infinite."""
@@ -88,10 +88,10 @@ def add_gram(total: torch.Tensor, x: torch.Tensor) -> None:
     for part in x.split(TOKENS):
         part = part if part.is_cuda or part.dtype == torch.float64 else part.float()  # widened once, not a panel
         for first in range(0, len(total), width):
-            total[first:, first : first + width] += _product(part[:, first:].T, part[:, first : first + width])
+            total[first:, first : first + width] += product(part[:, first:].T, part[:, first : first + width])
 
 
-def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """left right, float32 of narrower numbers and never rounded to less: torch's own product of two bfloat16 matrices
     would be bfloat16, and one of float32 may be TF32."""
     if left.is_cuda and left.dtype == right.dtype == torch.bfloat16:

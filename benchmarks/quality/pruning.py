@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from fermisvd.groups import decoder_blocks
 from fermisvd.healing import HealingSettings, heal
+from fermisvd.precision import compute_type, width_of, with_parameters_in
 from fermisvd.settings import BATCH_SIZE, SEED
 from fermisvd.teacher import Taught
 from fermisvd_convert.progress import bar
@@ -42,16 +43,16 @@ def of_smaller_config(model: LlamaForCausalLM, tensors: Mapping[str, torch.Tenso
 
 
 def heal_pruned(model: LlamaForCausalLM, taught: Taught, aside: Taught, steps: int, stored: torch.dtype) -> dict:
-    """Distil a pruned model in place as fermisvd.healing does a compressed one: its loss, batches, optimiser and rule
-    of the learning rate; all linear weights of the decoder blocks are trained, and rounded once, at the end, to the
-    type they are stored in. Gives `heal`'s record."""
+    """Distil a pruned model, in float32, in place as `fermisvd convert` does a compressed one: its loss, batches,
+    optimiser, rule of the learning rate and type of the passes; all linear weights of the decoder blocks are trained,
+    and rounded once, at the end, to the type they are stored in, which is that of all other weights too. Gives `heal`'s
+    record."""
+    with_parameters_in(model, torch.promote_types(compute_type("auto", model.device, width_of(model.config)), stored))
     weights = linear_weights(model)
     settings = HealingSettings(steps=steps)
     with bar("heal", steps) as shown:
         record = heal(
             model, taught, aside, settings, batch_size=BATCH_SIZE, seed=SEED, on_step=shown.show, factors=weights
         )
-    with torch.no_grad():
-        for weight in linear_weights(model).values():
-            weight.copy_(weight.to(stored))
+    with_parameters_in(with_parameters_in(model, stored), torch.float32)
     return record

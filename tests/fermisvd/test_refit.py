@@ -43,9 +43,9 @@ def test_refit_lowers_the_loss_it_accepts_by_and_gives_the_student_s_factors(tin
     windows, aside = torch.randint(2048, (24, 32)), teach(dense, torch.randint(2048, (8, 32)), 8)
     before, records = StudentLoss(student, aside, 8)(), []
     decompose = decomposition_of(dense)
-    found = refit(dense, student, ranked, windows, aside, decompose, batch_size=8, on_group=records.append)
+    found = refit(dense, student, ranked, windows, aside, decompose, batch_size=8, on_source=records.append)
     after = StudentLoss(student, aside, 8)()
-    assert len(records) == len(groups) and found
+    assert [record["source"] for record in records] == list(dict.fromkeys(group.source for group in groups)) and found
     assert after < 0.9 * before
     assert after == pytest.approx(min(r["refitted_kl"] for r in records), rel=1e-4)
     for group, rank in ((each.group, each.rank) for each in ranked):

@@ -6,7 +6,7 @@ from fermisvd.budget import RankedGroup
 from fermisvd.compress import set_aside
 from fermisvd.groups import LinearGroup
 from fermisvd.losses import Pair, set_products
-from fermisvd.refit import MIXTURES, REFIT_DAMPING, refit
+from fermisvd.refit import MIXTURES, REFIT_DAMPING, TRIAL_WINDOWS, refit
 from fermisvd.running import distributed
 from fermisvd.teacher import Taught
 from fermisvd_convert.conversion import Conversion, timed
@@ -24,14 +24,14 @@ def refit_groups(
     chosen, unchanged = [[each.group.members, each.rank] for each in ranked], decomposition.kept(ranked)
     if not options.refits:
         return unchanged
-    settings = (conversion.passes.windows, options.compute, MIXTURES, REFIT_DAMPING)
+    settings = (conversion.passes.windows, options.compute, MIXTURES, REFIT_DAMPING, TRIAL_WINDOWS)
     stage = conversion.workspace.stage(
         "refit", decomposition.stage.name, chosen, training.windows, aside.windows, *settings
     )
 
     def make() -> dict:
         records: list[dict] = []
-        with bar("refit", len(ranked), "group") as shown:
+        with bar("refit", len({each.group.source for each in ranked}), "input") as shown:
 
             def show(record: dict) -> None:
                 shown.show(record)
@@ -46,7 +46,7 @@ def refit_groups(
                 aside,
                 decomposition.fit,
                 batch_size=conversion.passes.windows,
-                on_group=show,
+                on_source=show,
             )
         for name, (a, b) in found.items() if distributed.this_process() == 0 else ():
             stage.save(name, {"a": a.float(), "b": b.float()})

@@ -9,7 +9,7 @@ from fermisvd.compress import set_aside
 from fermisvd.gates import install_gates
 from fermisvd.groups import LinearGroup
 from fermisvd.losses import Pair
-from fermisvd.refit import MIXTURES, REFIT_DAMPING
+from fermisvd.refit import MIXTURES, REFIT_DAMPING, TRIAL_WINDOWS
 from fermisvd.rescaling import BANDS, LONGEST, ROUNDS, SHORTEST, rescale
 from fermisvd.teacher import Taught
 from fermisvd_convert.conversion import Conversion, timed
@@ -32,7 +32,7 @@ def rescale_groups(
         return factors_of
     aside, training = set_aside(taught[: options.samples])
     chosen = [[each.group.members, each.rank] for each in ranked]
-    refit = (conversion.passes.windows, MIXTURES, REFIT_DAMPING) if options.refits else None
+    refit = (conversion.passes.windows, MIXTURES, REFIT_DAMPING, TRIAL_WINDOWS) if options.refits else None
     settings = (options.compute, refit, BANDS, ROUNDS, SHORTEST, LONGEST)
     stage = conversion.workspace.stage(
         "rescale", decomposition.stage.name, chosen, training.windows, aside.windows, *settings
