@@ -61,7 +61,9 @@ class CompressOptions(Batched, Seeded):
     refit: Annotated[
         bool | None, option("Fit each group to what compressed layers send it.", shown="where not healed")
     ] = None
-    rescale: Annotated[bool, option("Weigh the kept directions of all groups anew, by the loss.")] = False
+    rescale: Annotated[
+        bool | None, option("Weigh the kept directions of all groups anew, by the loss.", shown="where refitted")
+    ] = None
     align: Annotated[
         Count | None,
         BeforeValidator(lambda value: None if value == "auto" else value),
@@ -91,6 +93,10 @@ class CompressOptions(Batched, Seeded):
     def refits(self) -> bool:
         return self.healing.steps == 0 if self.refit is None else self.refit
 
+    @property
+    def rescales(self) -> bool:
+        return self.refits and self.whitening == "kfac" if self.rescale is None else self.rescale
+
 
 def compress(model: PreTrainedModel, windows: torch.Tensor, remove: float = 0.2, **options: Any) -> PreTrainedModel:
     """A compressed copy of `model`, in its types, that save_pretrained writes, from_pretrained loads and vLLM serves.
@@ -113,7 +119,7 @@ def compress(model: PreTrainedModel, windows: torch.Tensor, remove: float = 0.2,
     factors = decomposition.truncated(ranked)
     if work.options.refits:
         factors |= refitted(work, ranked, factors, decomposition)
-    if work.options.rescale and ranked:
+    if work.options.rescales and ranked:
         factors = rescaled(work, ranked, factors, decomposition)
     student = with_modules(model, ranked, factors)
     if work.options.healing.steps and ranked:

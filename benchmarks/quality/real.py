@@ -53,7 +53,7 @@ from tests.support.stdlib_text import write_texts
 
 REMOVALS = (0.1, 0.2, 0.3, 0.4)
 MORE_STEPS = 1000
-UNHEALED = {"heal_steps": 0, "refit": False}  # refit asks for 404 losses of SmolLM2
+UNHEALED = {"heal_steps": 0, "refit": False}
 CONVERTED = {name: options for name, options in METHODS.items() if name != "pivga, uniform, joint"} | {
     "default, neither refitted nor healed": UNHEALED,
     "default, rescaled, neither refitted nor healed": UNHEALED | {"rescale": True},

@@ -272,7 +272,7 @@ def needs(size: Sizes, options: ConvertOptions, passes: Passes, limit: Limits, p
         grams = decomposition_bytes(size) + 4 * DOUBLE * size.gram
         taken = whole + size.item * size.block + 2 * size.text * state + max(forward, grams) + aside
         found["--refit"] = Need(taken, 0, "--no-refit")
-    if options.rescale:
+    if options.rescales:
         found["--rescale"] = Need(gated_bytes(size, passes), 0, "--no-rescale")
     found["writing"] = Need(gauge_bytes(size), size.item * size.block, "--form svd")
     if options.healing.steps:

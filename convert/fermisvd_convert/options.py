@@ -96,7 +96,7 @@ class ConvertOptions(RunOptions, CalibrationOptions, CompressOptions):
     @property
     def asks_teacher(self) -> bool:
         """Whether any step compares a student with the dense model."""
-        return self.ranks == "fermigrad" or self.joins or self.refits or self.rescale or self.healing.steps > 0
+        return self.ranks == "fermigrad" or self.joins or self.refits or self.rescales or self.healing.steps > 0
 
     @property
     def joins(self) -> bool:

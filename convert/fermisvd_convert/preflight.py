@@ -65,7 +65,7 @@ def with_key(conversion: Conversion) -> Conversion:
 
 def settled(options: ConvertOptions, source: Source, device: str) -> tuple[ConvertOptions, CalibrationText]:
     """The calibration text, and the options with what depends on model, text and device settled: sequence_length, the
-    windows that there are, whether groups are refitted, the type of the passes.
+    windows that there are, whether groups are refitted and rescaled, the type of the passes.
 
     Raises TextError if the text does not do.
     """
@@ -83,7 +83,7 @@ def settled(options: ConvertOptions, source: Source, device: str) -> tuple[Conve
     if there < wanted:
         logger.warning("the text gives %d windows of %d tokens; more were asked for", there, length)
     check_vocabulary(text.windows, source.vocabulary, source.folder)
-    if (options.healing.steps or options.refits or options.rescale) and min(there, options.samples) < 2:
+    if (options.healing.steps or options.refits or options.rescales) and min(there, options.samples) < 2:
         raise TextError(
             f"one calibration window of {length} tokens leaves none to train on; give more text or --samples, or pass "
             f"--heal-steps 0 --no-refit{' --no-rescale' if options.rescale else ''}"
@@ -93,6 +93,7 @@ def settled(options: ConvertOptions, source: Source, device: str) -> tuple[Conve
         "samples": min(options.samples, there),
         "gradient_samples": min(options.gradient_samples, there),
         "refit": options.refits,
+        "rescale": options.rescales,
         "bos": text.bos,
         "compute": str(compute_type(options.compute, device, width_of(source.parsed))).removeprefix("torch."),
     }

@@ -59,7 +59,7 @@ SOME = {
     "form": st.sampled_from(["pivga", "svd"]),
     "ranks": st.sampled_from(["fermigrad", "uniform"]),
     "refit": st.none() | st.booleans(),
-    "rescale": st.booleans(),
+    "rescale": st.none() | st.booleans(),
     "align": st.none() | st.integers(1, 64),
     "seed": st.integers(0, 2**31 - 1),
     "sequence_length": st.none() | st.integers(2, 4096),
@@ -168,3 +168,12 @@ def test_rescaling_asks_for_the_whitening_that_it_reads():
     assert CompressOptions.named(remove=0.3, rescale=True).whitening == "kfac"
     with pytest.raises(OptionError, match="--rescale"):
         CompressOptions.named(remove=0.3, rescale=True, whitening="input")
+    assert not CompressOptions.named(remove=0.3, heal_steps=0, whitening="input").rescales
+
+
+def test_what_is_not_healed_is_refitted_and_rescaled():
+    for options, expected in (({}, False), ({"heal_steps": 0}, True), ({"heal_steps": 0, "refit": False}, False)):
+        found = CompressOptions.named(remove=0.3, **options)
+        assert (found.refits, found.rescales) == (expected, expected)
+    assert CompressOptions.named(remove=0.3, rescale=True).rescales
+    assert not CompressOptions.named(remove=0.3, heal_steps=0, rescale=False).rescales

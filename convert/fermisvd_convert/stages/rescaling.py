@@ -28,7 +28,7 @@ def rescale_groups(
     """What gives A (m x r), its columns weighed, and B (r x n) of a compressed group; as they were where no rescaling
     is asked for. factors_of: theirs so far."""
     options = conversion.options
-    if not options.rescale or not ranked:
+    if not options.rescales or not ranked:
         return factors_of
     aside, training = set_aside(taught[: options.samples])
     chosen = [[each.group.members, each.rank] for each in ranked]
