@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from fermisvd.decomposition import OutputGram, float32_is_whole
 from fermisvd.errors import NumericalError
 from fermisvd.linear import linear_layer, weight_of
+from fermisvd.precision import bfloat16_products
 from fermisvd.running.blocks import DecoderBlocks, HiddenStates, device_of, run_again, segments, sweep
 from fermisvd.running.distributed import own_part, sum_over_processes
 from fermisvd.running.halves import few_tokens, logits_of
@@ -86,7 +87,6 @@ def add_gram(total: torch.Tensor, x: torch.Tensor) -> None:
     Where float32 suffices)."""
     width = panel_width(len(total))
     for part in x.split(TOKENS):
-        part = part if part.is_cuda or part.dtype == torch.float64 else part.float()  # widened once, not a panel
         for first in range(0, len(total), width):
             total[first:, first : first + width] += product(part[:, first:].T, part[:, first : first + width])
 
@@ -96,9 +96,11 @@ def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     would be bfloat16, and one of float32 may be TF32."""
     if left.is_cuda and left.dtype == right.dtype == torch.bfloat16:
         return torch.mm(left, right, out_dtype=torch.float32)  # tensor cores; products of bfloat16 are exact in float32
+    exact = left.dtype == right.dtype == torch.bfloat16
     wide = torch.float64 in (left.dtype, right.dtype) or not float32_is_whole()
     kind = torch.float64 if wide else torch.float32
-    return left.to(kind) @ right.to(kind)
+    with bfloat16_products(exact and not wide):
+        return left.to(kind) @ right.to(kind)
 
 
 def panel_width(n: int) -> int:

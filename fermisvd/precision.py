@@ -1,5 +1,7 @@
-"""The type that a model's passes are computed in."""
+"""The types that a model's passes and products are computed in."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal, TypeVar
 
 import torch
@@ -33,3 +35,15 @@ def with_parameters_in(model: M, dtype: torch.dtype) -> M:
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return model
+
+
+@contextmanager
+def bfloat16_products(allowed: bool) -> Iterator[None]:
+    """Where that is allowed, products of float32 matrices may take them as bfloat16 and add up in float32. Of numbers
+    that are bfloat16 this is exact, and on a CPU with AMX several times as fast."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium" if allowed else before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 from fermisvd.groups import decoder_blocks
+from fermisvd.precision import bfloat16_products
 from fermisvd.running.blocks import BlocksError, Stop, forwards, hidden_of
 
 PROBE_TOKENS = 8
@@ -183,7 +184,8 @@ class _ExactLinear(torch.autograd.Function):
         if float32 is None:
             flat = torch.mm(x.flatten(0, -2), weight.T, out_dtype=torch.float32)
             return flat.view(*x.shape[:-1], len(weight))
-        return functional.linear(x.float(), float32)
+        with bfloat16_products(x.dtype == weight.dtype == torch.bfloat16):
+            return functional.linear(x.float(), float32)
 
     @staticmethod
     def backward(ctx, gradient):

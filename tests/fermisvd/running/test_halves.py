@@ -27,9 +27,11 @@ def test_head_of_body_is_the_model(family, tmp_path):
     assert list(halves.container.children()) == blocks
 
 
-def test_logits_of_a_bfloat16_model_are_not_rounded(tiny_llama):
-    """Reference: products in float64 of the numbers as they are; rounded logits would be off by 2e-3."""
-    model = load_model(tiny_llama, torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_logits_of_a_narrow_model_are_not_rounded(tiny_llama, dtype):
+    """Reference: products in float64 of the numbers as they are; rounded logits would be off by 2e-3. And what allows
+    AMX to multiply is put back."""
+    model = load_model(tiny_llama, dtype)
     halves, weight = halves_of(model), model.lm_head.weight.double()
     states = halves.body(torch.randint(2048, (2, 9))).detach().requires_grad_()
     logits = halves.head(states)
@@ -40,7 +42,8 @@ def test_logits_of_a_bfloat16_model_are_not_rounded(tiny_llama):
     (found,) = torch.autograd.grad(logits, states, gradient)
     (wanted,) = torch.autograd.grad(normed, states, (gradient.double() @ weight).to(normed.dtype))
     assert (found - wanted).norm() < 0.01 * wanted.norm()
-    assert model(input_ids=torch.zeros(1, 3, dtype=torch.int64)).logits.dtype == torch.bfloat16
+    assert model(input_ids=torch.zeros(1, 3, dtype=torch.int64)).logits.dtype == dtype
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 class Remembering(nn.Module):
