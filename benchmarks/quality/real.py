@@ -1,7 +1,7 @@
 """What does a real language model lose by compression, and by what a user would pick instead, at the same size?
 
     python -m benchmarks.quality.real                              # SmolLM2 (make smollm2), all that is missing
-    python -m benchmarks.quality.real MODEL --method default --remove 0.2 --samples 128 --scratch FOLDER
+    python -m benchmarks.quality.real MODEL --method default --remove 0.2 --scratch FOLDER
 
 Rows are ways of compression, depth pruning, width pruning (with and without the healing that compression has), and
 rounding to 8 and 4 bits; perplexity and KL to the dense model on WikiText-2's validation split and on C4, parameters of

@@ -133,7 +133,7 @@ def said(quality: dict[str, dict]) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Those that a setting is made of."""
     parser.add_argument("model", type=Path, nargs="?", default=FOLDER)
-    parser.add_argument("--samples", type=int, default=128, help="calibration windows")
+    parser.add_argument("--samples", type=int, default=512, help="calibration windows")
     parser.add_argument("--sequence-length", type=int, default=256, help="tokens of every window")
     parser.add_argument("--windows", type=int, help="at most so many of an evaluation text")
     parser.add_argument("--scratch", type=Path, help="folder to keep")
