@@ -10,15 +10,16 @@ A table of README is written where README has its marks, two lines: `<!-- real: 
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 from . import anatomy, cost, knobs, real, real_served, tables
-from .tables import RESULTS, records_read
+from .tables import README_FRACTIONS, RESULTS, records_read
 
 ROOT = Path(__file__).parents[2]
 PAGE, README = ROOT / "docs" / "results.md", ROOT / "README.md"
 PARTS = tables.PARTS | cost.PARTS | real.PARTS | knobs.PARTS | real_served.PARTS | anatomy.PARTS
-README_PARTS = {"results": tables.readme_table, "real": real.readme_part}
+README_PARTS = {"real": real.readme_part, "served": partial(tables.served_in_words, README_FRACTIONS[0])}
 
 
 def page() -> str:

@@ -314,18 +314,6 @@ def precision() -> str:
 # README
 
 
-def readme_table() -> str:
-    """Perplexity by method at 20 and 40 % removed; then, in words, weights and speed of a served model at 20 %."""
-    rows = []
-    for name, about in quality_records().items():
-        cells = about["cells"]
-        for remove in README_FRACTIONS:
-            found = [f"{cells[f'{method} | {remove}']['perplexity']:.2f}" for method in (RULE, PAPER, DEFAULT)]
-            rows.append([name, f"{remove:.0%}", f"{cells['dense']['perplexity']:.2f}", *found])
-    head = ["model", "removed", "dense", "SVD-LLM's rule", "the paper's recipe", "default"]
-    return f"{markdown(head, rows)}\n\n{served_in_words(README_FRACTIONS[0])}"
-
-
 def served_in_words(remove: float) -> str:
     """Weights and tokens a second of the wide model, a sentence a line."""
     about, case = record(f"load-wide-{remove}"), "decode, 16 concurrent"
