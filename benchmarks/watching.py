@@ -18,6 +18,7 @@ STAGES = {
     "choose_ranks": "FermiGrad",
     "join": "--groups auto",
     "refit_groups": "--refit",
+    "rescale_groups": "--rescale",
     "write": "writing",
     "heal_factors": "healing",
     "evaluate_compressed": "evaluation",

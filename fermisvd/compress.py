@@ -62,7 +62,11 @@ class CompressOptions(Batched, Seeded):
         bool | None, option("Fit each group to what compressed layers send it.", shown="where not healed")
     ] = None
     rescale: Annotated[
-        bool | None, option("Weigh the kept directions of all groups anew, by the loss.", shown="where refitted")
+        bool | None,
+        option(
+            "Weigh the kept directions of all groups anew, by the loss.",
+            shown="with kfac, where not healed",
+        ),
     ] = None
     align: Annotated[
         Count | None,
@@ -95,7 +99,9 @@ class CompressOptions(Batched, Seeded):
 
     @property
     def rescales(self) -> bool:
-        return self.refits and self.whitening == "kfac" if self.rescale is None else self.rescale
+        if self.rescale is not None:
+            return self.rescale
+        return self.refits and self.healing.steps == 0 and self.whitening == "kfac"
 
 
 def compress(model: PreTrainedModel, windows: torch.Tensor, remove: float = 0.2, **options: Any) -> PreTrainedModel:

@@ -25,7 +25,7 @@ from fermisvd.teacher import Taught
 
 Decompose = Callable[[LinearGroup, torch.Tensor, torch.Tensor], Factors]
 MIXTURES = (0.0, 0.5)  # alpha, tried in turn
-TRIAL_WINDOWS = 8  # of those kept aside; more decide no better (docs/decisions.md)
+TRIAL_WINDOWS = 8  # of those kept aside: all of them gain 1 % more at most (docs/decisions.md)
 REFIT_DAMPING = 1e-3  # of mean(diag C'): pulls W' towards W in directions that few tokens use
 
 
@@ -66,22 +66,22 @@ def refit(
     batch_size = min(batch_size, len(windows))
     device = next(student.parameters()).device
     batches = own_part(windows[: len(windows) // batch_size * batch_size].to(device).split(batch_size))
-    taught, seen = DecoderBlocks(dense), DecoderBlocks(student)
-    hidden = [[blocks.first(batch) for batch in batches] for blocks in (taught, seen)]
+    models = DecoderBlocks(dense), DecoderBlocks(student)
+    hidden = [[blocks.first(batch) for batch in batches] for blocks in models]
     loss = StudentLoss(student, aside, batch_size).from_a_block(min(TRIAL_WINDOWS, len(aside)))
     found, current = {}, loss()
-    for index in range(len(taught.blocks)):
-        inside = [each for each in ranked if each.group.name.startswith(f"{taught.prefix}.{index}.")]
-        with taught.present(index):
+    for index in range(len(models[0].blocks)):
+        inside = [each for each in ranked if each.group.name.startswith(f"{models[0].prefix}.{index}.")]
+        with models[0].present(index):
             for source, readers in groupby(inside, key=lambda each: each.group.source):
                 loss.begin_at(source)
-                inputs = _input_sums(taught, seen, hidden, index, source)
+                inputs = _input_sums(models, hidden, index, source)
                 kl, mixture, pairs = _best_refit(student, list(readers), inputs, decompose, loss)
                 on_source({"source": source, "kl": current, "refitted_kl": kl, "mixture": mixture})
                 if kl < current:
                     set_products(student, pairs.items())
                     found, current = found | {group.name: pair for group, pair in pairs.items()}, kl
-            for blocks, states in zip((taught, seen), hidden, strict=True):
+            for blocks, states in zip(models, hidden, strict=True):
                 states[:] = [blocks.run(index, batch) for batch in states]
     return found
 
@@ -100,8 +100,9 @@ def _best_refit(
     for mixture in MIXTURES:
         pairs = {}
         for each in ranked:
-            pairs[each.group] = decompose(each.group, refit_map(cross, gram, mixture), gram).truncated(each.rank)
-        set_products(student, pairs.items())
+            a, b = decompose(each.group, refit_map(cross, gram, mixture), gram).truncated(each.rank)
+            set_weight(student, each.group, a @ b)
+            pairs[each.group] = a.to(torch.float32, copy=True), b.to(torch.float32, copy=True)  # not the whole factors
         trials.append((loss(), mixture, pairs))
     for group, weight in before:
         set_weight(student, group, weight)
@@ -109,22 +110,22 @@ def _best_refit(
 
 
 def _input_sums(
-    taught: DecoderBlocks, seen: DecoderBlocks, hidden: Sequence[list[torch.Tensor]], index: int, source: str
+    models: tuple[DecoderBlocks, DecoderBlocks], hidden: Sequence[list[torch.Tensor]], index: int, source: str
 ) -> Pair:
     """X X'^T and X' X'^T of a source's inputs, (n x n) float64, over the windows of all processes: X the dense model's,
     X' the student's; from one more run of its block in both."""
     inputs: list[torch.Tensor] = []
     hooks = [
         blocks.model.get_submodule(source).register_forward_pre_hook(lambda _, x: inputs.append(x[0].flatten(0, -2)))
-        for blocks in (taught, seen)
+        for blocks in models
     ]
-    width = weight_of(linear_layer(taught.model, source)).shape[1]
-    cross = torch.zeros(width, width, dtype=torch.float64, device=next(seen.model.parameters()).device)
+    width = weight_of(linear_layer(models[0].model, source)).shape[1]
+    cross = torch.zeros(width, width, dtype=torch.float64, device=next(models[1].model.parameters()).device)
     gram = torch.zeros_like(cross)
     try:
         for pair in zip(*hidden, strict=True):
             inputs.clear()
-            for blocks, states in zip((taught, seen), pair, strict=True):
+            for blocks, states in zip(models, pair, strict=True):
                 blocks.run(index, states)
             for x, own in zip(*(each.split(TOKENS) for each in inputs), strict=True):
                 cross += product(x.T, own)

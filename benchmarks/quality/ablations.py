@@ -21,7 +21,7 @@ from fermisvd_convert.evaluate import evaluate
 from fermisvd_convert.loading import load_tokenizer
 from fermisvd_convert.text import windows_of
 
-SEPARATE = {"groups": "separate", "refit": False, "heal_steps": 0}
+SEPARATE = {"groups": "separate", "refit": False, "rescale": False, "heal_steps": 0}
 ABLATIONS: dict[str, dict[str, dict]] = {
     "temperature": {f"T = {t}": {"temperature": t} for t in (0.001, 0.003, 0.01, 0.03, 0.1)},
     "constraint": {"projection": {}}
@@ -37,7 +37,7 @@ ABLATIONS: dict[str, dict[str, dict]] = {
     "count": {f"counted in {count}": {"count": count} for count in ("pivga", "svd")},
     "count, svd form": {f"counted in {count}": {"form": "svd", "count": count} for count in ("svd", "pivga")},
     "whitening": {name: {"whitening": name} for name in ("input", "kfac")},
-    "refit": {"without": {}, "with": {"refit": True}},
+    "refit": {"without": {}, "with": {"refit": True}, "and rescaled": {"refit": True, "rescale": True}},
     "healing": {
         "without": {},
         "128 steps": {"heal_steps": 128},

@@ -43,9 +43,9 @@ def of_smaller_config(model: LlamaForCausalLM, tensors: Mapping[str, torch.Tenso
 
 
 def heal_pruned(model: LlamaForCausalLM, taught: Taught, aside: Taught, steps: int, stored: torch.dtype) -> dict:
-    """Distil a pruned model, in float32, in place as `fermisvd convert` does a compressed one: its loss, batches,
-    optimiser, rule of the learning rate and type of the passes; all linear weights of the decoder blocks are trained,
-    and rounded once, at the end, to the type they are stored in, which is that of all other weights too. Gives `heal`'s
+    """Distil a pruned model, which is float32 before and afterwards, in place, as `fermisvd convert` does a compressed
+    one: its loss, batches, optimiser, rule of the learning rate and type of the passes. All linear weights of the
+    decoder blocks are trained, and rounded once, at the end, to the type that all weights are stored in. Gives `heal`'s
     record."""
     with_parameters_in(model, torch.promote_types(compute_type("auto", model.device, width_of(model.config)), stored))
     weights = linear_weights(model)

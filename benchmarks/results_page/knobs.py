@@ -6,12 +6,11 @@ from .real import MODEL, NOT_RUN, TEXTS, optional, text_names
 from .tables import markdown, recorded, removals
 
 NAME = f"knobs-{MODEL}"
-BASES = {False: "as it is", True: "healed"}  # by whether a knob's name says that it is healed
 
 
 def base_of(method: str) -> str:
     """The row that a knob is compared with."""
-    return BASES[method.startswith("healed")]
+    return "healed" if method.startswith("healed") else "as it is"
 
 
 def table(cells: dict[str, dict], texts: list[str], remove: float) -> str:

@@ -55,7 +55,8 @@ def _check_use(context: typer.Context) -> None:
     for (owner, value), options in READ_BY.items():
         for option in options:
             source = context.get_parameter_source(option)
-            if context.params[owner] != value and source is not None and source.name == "COMMANDLINE":
+            asked = context.params[option] is not False and source is not None and source.name == "COMMANDLINE"
+            if context.params[owner] != value and asked:
                 name, chosen = option.replace("_", "-"), context.params[owner]
                 raise typer.BadParameter(f"--{name} goes with --{owner} {value}, not with --{owner} {chosen}")
 

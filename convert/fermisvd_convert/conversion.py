@@ -30,10 +30,10 @@ LONG_SECONDS = 5  # a step that took no longer held little: looking for it would
 class Conversion:
     """The model and the text, how they are to be compressed, and where.
 
-    options: as given, the open ones settled (sequence_length, samples that there are, refit, compute); key: hash of the
-    model; storage: type of the factors; out: the folder to be made; left_files: files of MODEL that it will not have;
-    device, limits, passes and size are known once the processes are there and the groups are; choices, seconds: what
-    was decided by measurement, and how long each part took, for the record.
+    options: as given, the open ones settled (sequence_length, samples that there are, refit, rescale, compute); key:
+    hash of the model; storage: type of the factors; out: the folder to be made; left_files: files of MODEL that it will
+    not have; device, limits, passes and size are known once the processes are there and the groups are; choices,
+    seconds: what was decided by measurement, and how long each part took, for the record.
     """
 
     options: ConvertOptions

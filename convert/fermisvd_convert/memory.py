@@ -18,6 +18,7 @@ from fermisvd.errors import OptionError
 from fermisvd.fermigrad import step_windows
 from fermisvd.files import TensorInfo
 from fermisvd.groups import LinearGroup, block_of, parent_of
+from fermisvd.refit import TRIAL_WINDOWS
 from fermisvd.running import distributed
 from fermisvd.running.blocks import KEPT_ACTIVATIONS, places_back
 from fermisvd.running.halves import HEAD_TOKENS, compared_tokens
@@ -270,7 +271,9 @@ def needs(size: Sizes, options: ConvertOptions, passes: Passes, limit: Limits, p
         found["--groups auto"] = Need(taken, 0, instead)
     if options.refits:
         grams = decomposition_bytes(size) + 4 * DOUBLE * size.gram
-        taken = whole + size.item * size.block + 2 * size.text * state + max(forward, grams) + aside
+        refitted = 2 * FLOAT * int(options.budget.kept * size.dense)  # r (m + n) is at most twice what pivga counts
+        tried = TRIAL_WINDOWS * passes.length * state
+        taken = whole + size.item * size.block + 2 * size.text * state + max(forward, grams) + tried + refitted
         found["--refit"] = Need(taken, 0, "--no-refit")
     if options.rescales:
         found["--rescale"] = Need(gated_bytes(size, passes), 0, "--no-rescale")

@@ -7,6 +7,7 @@ from benchmarks.cost.work import sizes_of
 from benchmarks.shapes import SHAPES
 from fermisvd.compress import ASIDE_WINDOWS
 from fermisvd.errors import OptionError
+from fermisvd.refit import TRIAL_WINDOWS
 from fermisvd_convert import memory
 from fermisvd_convert.convert import convert
 from fermisvd_convert.heal_room import heal_needs
@@ -214,9 +215,10 @@ def test_states_before_a_tried_block_are_counted():
     short, long = (
         needs(LLAMA_8B, options, Passes(1, length, 1, 1), limits(LLAMA_8B, TOKENS, None)) for length in (1024, 2048)
     )
-    states = ASIDE_WINDOWS * 1024 * LLAMA_8B.width * LLAMA_8B.item
-    for step in ("--groups auto", "--refit"):
+    for step, windows in (("--groups auto", ASIDE_WINDOWS), ("--refit", TRIAL_WINDOWS)):
+        states = windows * 1024 * LLAMA_8B.width * LLAMA_8B.item
         assert long[step].device - short[step].device >= states
+    assert short["--refit"].device >= 4 * 0.8 * LLAMA_8B.dense  # factors that were refitted
 
 
 def test_heal_needs_the_host_too_beside_a_gpu():

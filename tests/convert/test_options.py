@@ -172,8 +172,13 @@ def test_rescaling_asks_for_the_whitening_that_it_reads():
 
 
 def test_what_is_not_healed_is_refitted_and_rescaled():
-    for options, expected in (({}, False), ({"heal_steps": 0}, True), ({"heal_steps": 0, "refit": False}, False)):
+    for options, refits, rescales in (
+        ({}, False, False),
+        ({"refit": True}, True, False),
+        ({"heal_steps": 0}, True, True),
+        ({"heal_steps": 0, "refit": False}, False, False),
+    ):
         found = CompressOptions.named(remove=0.3, **options)
-        assert (found.refits, found.rescales) == (expected, expected)
+        assert (found.refits, found.rescales) == (refits, rescales)
     assert CompressOptions.named(remove=0.3, rescale=True).rescales
     assert not CompressOptions.named(remove=0.3, heal_steps=0, rescale=False).rescales

@@ -6,7 +6,7 @@ from fermisvd.budget import Budget, RankedGroup
 from fermisvd.decomposition import data_aware_svd
 from fermisvd.groups import find_groups, stacked_weight
 from fermisvd.losses import StudentLoss, set_weight
-from fermisvd.refit import refit, refit_map
+from fermisvd.refit import TRIAL_WINDOWS, refit, refit_map
 from fermisvd.teacher import teach
 
 
@@ -32,7 +32,7 @@ def decomposition_of(dense):
 
 def test_refit_lowers_the_loss_it_accepts_by_and_gives_the_student_s_factors(tiny_llama):
     dense = load_model(tiny_llama)
-    groups = find_groups(dense)
+    groups = find_groups(dense, "separate")
     budget = Budget.removing(0.5, "pivga", align=1)
     ranked = budget.ranked(groups, budget.uniform_ranks(groups))
     student = load_model(tiny_llama)
@@ -40,11 +40,14 @@ def test_refit_lowers_the_loss_it_accepts_by_and_gives_the_student_s_factors(tin
         a, b = data_aware_svd(stacked_weight(dense, group), torch.eye(group.columns)).truncated(rank)
         set_weight(student, group, (a @ b).float())
     untouched = {g.name: stacked_weight(student, g).clone() for g in groups}
-    windows, aside = torch.randint(2048, (24, 32)), teach(dense, torch.randint(2048, (8, 32)), 8)
-    before, records = StudentLoss(student, aside, 8)(), []
+    windows, aside = torch.randint(2048, (24, 32)), teach(dense, torch.randint(2048, (12, 32)), 8)
+    decide = aside[:TRIAL_WINDOWS]
+    before, records = StudentLoss(student, decide, 8)(), []
     decompose = decomposition_of(dense)
     found = refit(dense, student, ranked, windows, aside, decompose, batch_size=8, on_source=records.append)
-    after = StudentLoss(student, aside, 8)()
+    after = StudentLoss(student, decide, 8)()
+    assert records[0]["kl"] == pytest.approx(before, rel=1e-5)
+    assert len(records) < len(groups)  # those of one input together
     assert [record["source"] for record in records] == list(dict.fromkeys(group.source for group in groups)) and found
     assert after < 0.9 * before
     assert after == pytest.approx(min(r["refitted_kl"] for r in records), rel=1e-4)

@@ -2,8 +2,6 @@
 
 from collections.abc import Sequence
 
-import torch
-
 from fermisvd.budget import RankedGroup
 from fermisvd.compress import set_aside
 from fermisvd.gates import install_gates
@@ -11,6 +9,7 @@ from fermisvd.groups import LinearGroup
 from fermisvd.losses import Pair
 from fermisvd.refit import MIXTURES, REFIT_DAMPING, TRIAL_WINDOWS
 from fermisvd.rescaling import BANDS, LONGEST, ROUNDS, SHORTEST, rescale
+from fermisvd.running import distributed
 from fermisvd.teacher import Taught
 from fermisvd_convert.conversion import Conversion, timed
 from fermisvd_convert.progress import bar
@@ -59,14 +58,16 @@ def rescale_groups(
                 batch_size=conversion.passes.windows,
                 on_round=show,
             )
-        kept = {group.name: own.tolist() for group, own in zip(groups, weights, strict=True)}
-        return {"weights": kept, "records": records}
+        if distributed.this_process() == 0:
+            stage.save("weights", {group.name: own for group, own in zip(groups, weights, strict=True)})
+        return {"records": records}
 
-    found = stage.json(make, together=True)
-    conversion.choices["rescale"] = found["records"]
+    conversion.choices["rescale"] = stage.json(make, lambda _: stage.has("weights"), together=True)["records"]
+    conversion.workspace.wait_for_all()  # who did not write them learns of them
+    weights = stage.load("weights")
 
     def rescaled(group: LinearGroup) -> Pair:
         a, b = factors_of(group)
-        return a * torch.tensor(found["weights"][group.name]).to(a), b
+        return a * weights[group.name].to(a), b
 
     return rescaled

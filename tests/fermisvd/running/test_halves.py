@@ -31,6 +31,8 @@ def test_head_of_body_is_the_model(family, tmp_path):
 def test_logits_of_a_narrow_model_are_not_rounded(tiny_llama, dtype):
     """Reference: products in float64 of the numbers as they are; rounded logits would be off by 2e-3. And what allows
     AMX to multiply is put back."""
+    settings = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]: the module makes it
+    before = settings.fp32_precision, torch.get_float32_matmul_precision()
     model = load_model(tiny_llama, dtype)
     halves, weight = halves_of(model), model.lm_head.weight.double()
     states = halves.body(torch.randint(2048, (2, 9))).detach().requires_grad_()
@@ -43,7 +45,7 @@ def test_logits_of_a_narrow_model_are_not_rounded(tiny_llama, dtype):
     (wanted,) = torch.autograd.grad(normed, states, (gradient.double() @ weight).to(normed.dtype))
     assert (found - wanted).norm() < 0.01 * wanted.norm()
     assert model(input_ids=torch.zeros(1, 3, dtype=torch.int64)).logits.dtype == dtype
-    assert torch.get_float32_matmul_precision() == "highest"
+    assert (settings.fp32_precision, torch.get_float32_matmul_precision()) == before
 
 
 class Remembering(nn.Module):
