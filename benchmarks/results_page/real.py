@@ -201,21 +201,20 @@ def readme_table(about: dict, harness: dict | None) -> str:
         raise SystemExit(f"real-{MODEL}.json has no {', '.join(missing)}, which README shows")
     text = text_names(about)[0]
 
-    def shown(key: str) -> list[str]:
-        perplexity = f"{cells[key][text]['perplexity']:,.2f}" if key in cells else ""
+    def row(title: str, removed: str, key: str) -> list[str]:
+        cell = cells[key]
+        found = [title, removed, f"{cell['bytes'] / MIB:.0f}", f"{cell[text]['perplexity']:,.2f}"]
         mean = f"{100 * accuracy[key]:.1f}" if key in accuracy else ""
-        return [perplexity, mean] if accuracy else [perplexity]
+        return [*found, mean] if accuracy else found
 
-    figures = ["perplexity", "accuracy, %"] if accuracy else ["perplexity"]
-    empty = [""] * len(figures) * (len(README_FRACTIONS) - 1)
-    rows = [[name, *shown(name), *empty] for name in ONCE if name in cells]
-    for method, title in README_ROWS.items():
-        keys = [f"{method} | {remove}" for remove in README_FRACTIONS]
-        if any(key in cells for key in keys):
-            rows.append([title, *(cell for key in keys for cell in shown(key))])
-    head = [f"{remove:.0%} removed, {figure}" for remove in README_FRACTIONS for figure in figures]
+    rows = [row(name, "", name) for name in ONCE if name in cells]
+    for remove in README_FRACTIONS:
+        for method, title in README_ROWS.items():
+            if (key := f"{method} | {remove}") in cells:
+                rows.append(row(title, f"{remove:.0%}", key))
+    head = ["", "removed", "MiB", "perplexity", *(["accuracy, %"] if accuracy else [])]
     figure = "![perplexity and accuracy by parameters kept](docs/real.svg)"
-    return f"{figure}\n\n{markdown(['', *head], rows)}"
+    return f"{figure}\n\n{markdown(head, rows)}"
 
 
 def readme_part() -> str:
