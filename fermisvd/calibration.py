@@ -92,8 +92,8 @@ def add_gram(total: torch.Tensor, x: torch.Tensor) -> None:
 
 
 def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """left right, float32 of narrower numbers and never rounded to less: torch's own product of two bfloat16 matrices
-    would be bfloat16, and one of float32 may be TF32."""
+    """left (a x k) right (k x b): float64 where either is, else float32, never rounded to less: torch's own product of
+    two bfloat16 matrices would be bfloat16, and one of float32 may be TF32."""
     if left.is_cuda and left.dtype == right.dtype == torch.bfloat16:
         return torch.mm(left, right, out_dtype=torch.float32)  # tensor cores; products of bfloat16 are exact in float32
     exact = left.dtype == right.dtype == torch.bfloat16

@@ -182,3 +182,11 @@ def test_what_is_not_healed_is_refitted_and_rescaled():
         assert (found.refits, found.rescales) == (refits, rescales)
     assert CompressOptions.named(remove=0.3, rescale=True).rescales
     assert not CompressOptions.named(remove=0.3, heal_steps=0, rescale=False).rescales
+
+
+@pytest.mark.parametrize(("flag", "message"), [("--rescale", "--whitening kfac"), ("--no-rescale", "no such folder")])
+def test_what_is_switched_off_needs_no_owner(tmp_path, flag, message):
+    """Another check stops the command that passes this one."""
+    options = ["--remove", "0.2", "--whitening", "input", flag]
+    found = CliRunner().invoke(app, ["convert", str(tmp_path / "none"), str(tmp_path / "out"), *options])
+    assert found.exit_code == 2 and message in " ".join(found.output.replace("│", " ").split())
