@@ -194,7 +194,8 @@ PARTS = {"real perplexity": perplexity_part, "real accuracy": accuracy_part}
 
 def readme_table(about: dict, harness: dict | None) -> str:
     """The figure, and perplexity on the first text with mean accuracy where it was measured: dense and rounded, then
-    what keeps fewer parameters, at two fractions. Raises SystemExit where dense or the default was not run."""
+    what keeps fewer parameters, and the default with still fewer. Raises SystemExit where dense or the default was not
+    run."""
     cells, accuracy = about["cells"], main_accuracies(harness, about["cells"])
     needed = ["dense", *(f"{DEFAULT} | {remove}" for remove in README_FRACTIONS)]
     if missing := [key for key in needed if key not in cells]:
@@ -208,10 +209,11 @@ def readme_table(about: dict, harness: dict | None) -> str:
         return [*found, mean] if accuracy else found
 
     rows = [row(name, "", name) for name in ONCE if name in cells]
-    for remove in README_FRACTIONS:
-        for method, title in README_ROWS.items():
-            if (key := f"{method} | {remove}") in cells:
-                rows.append(row(title, f"{remove:.0%}", key))
+    first, *further = README_FRACTIONS
+    shown = [(method, first) for method in README_ROWS] + [(DEFAULT, remove) for remove in further]
+    for method, remove in shown:
+        if (key := f"{method} | {remove}") in cells:
+            rows.append(row(README_ROWS[method], f"{remove:.0%}", key))
     head = ["", "removed", "MiB", "perplexity", *(["accuracy, %"] if accuracy else [])]
     figure = "![perplexity and accuracy by parameters kept](docs/real.svg)"
     return f"{figure}\n\n{markdown(head, rows)}"
