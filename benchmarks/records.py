@@ -47,11 +47,12 @@ def vllm_versions() -> dict[str, str]:
 
 
 def processor() -> str:
-    """The GPU's name, or the CPU's and its number of cores."""
+    """The GPU's name, or the CPU's, its number of cores, and the widest of its instructions that torch takes."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     names = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
+    instructions = torch.backends.cpu.get_cpu_capability() + (" and AMX" if torch.cpu._is_amx_tile_supported() else "")
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, {instructions}"
 
 
 def write_record(name: str, record: dict) -> None:

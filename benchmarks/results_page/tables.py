@@ -320,7 +320,8 @@ def served_in_words(remove: float) -> str:
     held = {form: f"{about['models'][form]['weight_bytes'] / MIB:,.0f}" for form in FORMS}
     ratios = {form: f"{speed_ratio(about['runs'], case, form):.2f}" for form in FORMS}
     return (
-        f"A random model, 2,048 wide, gives {ratios['svd']} times dense's tokens/s to 16 clients on two CPU cores\n"
+        f"A random model, 2,048 wide, gives {ratios['svd']} times dense's tokens/s to 16 clients "
+        f"({about['machine']['processor']})\n"
         f"with {remove:.0%} removed in svd form, and {ratios['pivga']} times in pivga form of the same ranks.\n"
         f"It holds {held['dense']} MiB of weights dense, {held['svd']} in svd and {held['pivga']} in pivga form."
     )
