@@ -1,4 +1,4 @@
-"""How fast are dense, svd and pivga of the same ranks served, each behind its own `vllm serve`, side by side?
+"""How fast are dense, svd and pivga served, each behind its own `vllm serve`, side by side?
 
     python -m benchmarks.speed.load_test wide --remove 0.4     # a shape of benchmarks/shapes.py, dummy weights
     python -m benchmarks.speed.load_test llama-3.1-8b --concurrent 1 16 64 256 --serve="--gpu-memory-utilization 0.3"
