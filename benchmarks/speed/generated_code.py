@@ -1,6 +1,6 @@
 """Does the permutation of a PivGa layer get a kernel of its own from inductor, beside residual and norm?
 
-    python -m benchmarks.speed.generated_code          # C++, for this CPU
+    python -m benchmarks.speed.generated_code          # C++, for this CPU, where a layer is one op
     python -m benchmarks.speed.generated_code --gpu    # Triton, layers as on a GPU; made without one, not compiled
 
 Prints what the compiled graph calls, in order, and writes all of the code to the file named with --out.

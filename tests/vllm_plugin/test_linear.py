@@ -77,7 +77,7 @@ def make_partition(partition, form):
     return [group for group, _, _ in made], tensors, dense
 
 
-def make_layer(kind, groups, bias=False, own_ops=None) -> Any:  # a layer that create_weights gives attributes
+def make_layer(kind, groups, bias=False, own_ops=None, dtype=torch.float32) -> Any:  # create_weights adds attributes
     entry = CheckpointConfig(groups=tuple(groups)).model_dump(mode="json", exclude_none=True)
     config = FermiSVDConfig(entry, own_ops)
     config.packed_modules_mapping = {
@@ -85,13 +85,13 @@ def make_layer(kind, groups, bias=False, own_ops=None) -> Any:  # a layer that c
         "gate_up_proj": ["gate_proj", "up_proj"],
     }
     common: dict[str, Any] = dict(
-        bias=bias, quant_config=config, prefix=f"m.{kind}", disable_tp=True, params_dtype=torch.float32
+        bias=bias, quant_config=config, prefix=f"m.{kind}", disable_tp=True, params_dtype=dtype
     )
     if kind == "qkv_proj":
         return QKVParallelLinear(HIDDEN, HEAD, HEADS, KV_HEADS, **common)
     if kind == "gate_up_proj":
         return MergedColumnParallelLinear(HIDDEN, [136, 136], **common)
-    return RowParallelLinear(HIDDEN, 96, **common)
+    return RowParallelLinear(HIDDEN, ROWS["o_proj"], **common)
 
 
 def load(layer, tensors):
@@ -297,7 +297,7 @@ def test_tensor_that_the_config_does_not_expect_is_refused():
         load(layer, {("k_proj", "lowrank_b"): tensors["q_proj", "lowrank_b"]})
 
 
-def check_traces(layer, weight):
+def check_traces(layer, weight, tolerance=1e-3):
     """Nothing data-dependent, which no CUDA graph could hold: one graph for any number of tokens, without a break."""
     layer.quant_method.process_weights_after_loading(layer)
     torch._dynamo.reset()
@@ -309,8 +309,8 @@ def check_traces(layer, weight):
 
     traced = torch.compile(lambda x: layer.quant_method.apply(layer, x), fullgraph=True, dynamic=True, backend=keep)
     for tokens in (3, 17, 64):
-        x = torch.randn(tokens, HIDDEN)
-        torch.testing.assert_close(traced(x), x @ weight.T, rtol=1e-3, atol=1e-3 * weight.abs().max().item())
+        x = torch.randn(tokens, HIDDEN, dtype=weight.dtype)
+        torch.testing.assert_close(traced(x), x @ weight.T, rtol=tolerance, atol=tolerance * weight.abs().max().item())
     assert len(graphs) == 1
     calls = {getattr(node.target, "__name__", node.target) for node in graphs[0].graph.nodes if "call" in node.op}
     assert not calls & {"item", "nonzero", "tolist", "cpu", "cuda", "to"}, "waits for the device, or moves data"
@@ -454,7 +454,7 @@ class KeepsWeight(UnquantizedLinearMethod):
         vars(layer)["cpu_linear"] = nn.functional.linear
 
 
-def check_reload(kind, partition, form, side, bias, own_ops=None):
+def check_reload(kind, partition, form, side, bias, own_ops=None, dtype=torch.float32, tolerance=1e-3):
     """vLLM's own layerwise reload: other values and another permutation, the same addresses."""
     from vllm.model_executor.model_loader.reload import (
         finalize_layerwise_reload,
@@ -469,13 +469,16 @@ def check_reload(kind, partition, form, side, bias, own_ops=None):
 
     members = ["q_proj", "k_proj", "v_proj"] if kind == "qkv_proj" else ["o_proj"]
     groups, tensors, dense = make()
-    layer = make_layer(kind, groups, bias, own_ops)
+    layer = make_layer(kind, groups, bias, own_ops, dtype)
     layer.quant_method.gemm = KeepsWeight()
     record_metadata_for_reloading(layer)
     load(layer, tensors)
     if bias:
         nn.init.normal_(layer.bias)
-    check_forward(layer, dense, members, layer.bias)
+    if dtype == torch.float32:
+        check_forward(layer, dense, members, layer.bias)
+    else:
+        layer.quant_method.process_weights_after_loading(layer)
     kept = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
     addresses = {name: tensor.data_ptr() for name, tensor in kept.items()}
     assert len(addresses) >= 3
@@ -490,11 +493,11 @@ def check_reload(kind, partition, form, side, bias, own_ops=None):
     finalize_layerwise_reload(layer, None)
     kept = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
     assert {name: tensor.data_ptr() for name, tensor in kept.items()} == addresses
-    x = torch.randn(7, HIDDEN)
-    weight = torch.cat([other_dense[member] for member in members]).float()
+    x = torch.randn(7, HIDDEN, dtype=dtype)
+    weight = torch.cat([other_dense[member] for member in members]).to(dtype)
     y = layer.quant_method.apply(layer, x, layer.bias)
     expected = nn.functional.linear(x, weight, layer.bias)
-    torch.testing.assert_close(y, expected, rtol=1e-3, atol=1e-3 * weight.abs().max().item())
+    torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance * weight.abs().max().item())
 
 
 def test_groups_that_fit_no_layer_are_refused():

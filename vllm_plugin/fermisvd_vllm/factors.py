@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -16,19 +16,35 @@ class Gemm(Protocol):
     def apply(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor: ...
 
 
+@runtime_checkable
+class WritingGemm(Protocol):
+    """One that can say where its products go."""
+
+    def write(self, layer: nn.Module, x: torch.Tensor, y: torch.Tensor) -> None: ...
+
+
 @dataclass(frozen=True)
 class Products:
     """What multiplies in a layer.
 
-    gemm: vLLM's method for dense layers; uses_own_ops: whether our ops do what they can (fermisvd_vllm.kernels);
+    gemm: a method for dense layers; uses_own_ops: whether our ops do what they can (fermisvd_vllm.kernels);
     joins_outputs: whether one of them makes y of t for all parts together; measure: finds up to how many tokens an op's
-    kernel is used (fermisvd_vllm.tuning).
+    kernel is used (fermisvd_vllm.tuning); tile: what a rank is filled up to a multiple of, with zeros;
+    any_stride: whether gemm takes rows of x that are not side by side; on_cpu: whether layers are computed in an op,
+    part by part into one y (fermisvd_vllm.on_cpu), not in a compiled graph.
     """
 
     gemm: Gemm
     uses_own_ops: bool
     joins_outputs: bool
     measure: Callable[..., None]
+    tile: int
+    any_stride: bool
+    on_cpu: bool
+
+    def filled(self, size: int) -> int:
+        """The next multiple of the tile."""
+        return -(-size // self.tile) * self.tile
 
 
 class Factor(nn.Module):
@@ -42,11 +58,24 @@ class Factor(nn.Module):
     def __init__(self, matrix: torch.Tensor, products: Products, packed: bool):
         super().__init__()
         self.gemm = products.gemm
-        # CUDA's products take rows of any stride; what a CPU's or ROCm's may be made of does not always
-        self.any_stride = products.uses_own_ops and torch.version.hip is None
+        self.any_stride = products.any_stride
         self.weight = nn.Parameter(matrix, requires_grad=False)
         if matrix.numel() and packed:
             self.gemm.process_weights_after_loading(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.gemm.apply(self, x if self.any_stride else x.contiguous())
+
+    def write(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        """x (tokens, n) weight^T, into y (tokens, m), which may be columns of something wider."""
+        if isinstance(self.gemm, WritingGemm):
+            self.gemm.write(self, x, y)
+        else:
+            y.copy_(self(x))
+
+
+def filled_up(matrix: torch.Tensor, rows: int, columns: int, before: bool = False) -> torch.Tensor:
+    """The matrix itself, or with zeros below, and right of it or left of it, to that shape."""
+    more = columns - matrix.shape[1]
+    sides = (more, 0) if before else (0, more)
+    return nn.functional.pad(matrix, (*sides, 0, rows - len(matrix))) if matrix.shape != (rows, columns) else matrix

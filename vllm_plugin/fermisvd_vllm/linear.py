@@ -22,6 +22,8 @@ from fermisvd.errors import FormatError
 from fermisvd.format import PERMUTATION, check_finite, check_permutation
 from fermisvd_vllm.factors import Gemm, Products
 from fermisvd_vllm.layout import LayerSizes, Loaded, Parallel, Sections, Slot, Slots, shard_of, slots_of
+from fermisvd_vllm.on_cpu import numbered
+from fermisvd_vllm.packed import OUTPUTS_TILE, TILE, PackedMethod, packs
 from fermisvd_vllm.parts import Part
 from fermisvd_vllm.tuning import OwnOps, noise
 from fermisvd_vllm.versions import LORA_DEVICE_NAME, member_of
@@ -47,12 +49,15 @@ class FermiSVDLinearMethod(LinearMethodBase):
         self.check_model, self.on_ready = check_model, on_ready
         self.parts = parts
         self.kinds = _by_kind(parts)
+        order = [member for part in parts for member in part.members]
+        self.in_order = order == sorted(order)
         self.member_names = member_names
         self.layer_name = layer_name
         self.gemm: Gemm = UnquantizedLinearMethod()
         self.slots: Slots = {}
         self.filled: set[tuple[str, int]] = set()
-        self.joins_outputs = False  # known once the weights are there, and on which device
+        self.on_cpu = self.joins_outputs = False  # known once the weights are there, and on which device
+        self.number = numbered(self)
         # --load-format dummy fills nothing through our loaders, and that is right
         self.loads_checkpoint = get_current_vllm_config().load_config.load_format != "dummy"
 
@@ -79,7 +84,9 @@ class FermiSVDLinearMethod(LinearMethodBase):
         )
         self.slots = slots_of(self.parts, sizes)
         self.dense_numbers = sum(sizes.member_rows) * sizes.inputs
+        self.whole_tiles = not (sizes.inputs % TILE or any(rows % OUTPUTS_TILE for rows in sizes.member_rows))
         self.member_places = _member_places(self.parts, sizes.member_rows)
+        self.part_rows = [sum(sizes.member_rows[member] for member in part.members) for part in self.parts]
         for name in dict.fromkeys(name for name, _ in self.slots):
             slots = [slot for (other, _), slot in self.slots.items() if other == name]
             layer.register_parameter(name, self._flat_parameter(name, slots, params_dtype))
@@ -146,13 +153,26 @@ class FermiSVDLinearMethod(LinearMethodBase):
             delattr(layer, name)
         some = next(iter(flat.values()))
         uses_own_ops = self.own_ops.run_on(some.device)
+        self.on_cpu = some.device.type == "cpu" and not uses_own_ops
         self.joins_outputs = uses_own_ops and len(self.parts) > 1 and all(part.one_product for part in self.parts)
-        products = Products(self.gemm, uses_own_ops, self.joins_outputs, self.own_ops.measure)
+        packed = self.on_cpu and self.whole_tiles and packs(some.dtype, some.device)
+        products = Products(
+            gemm=PackedMethod() if packed else self.gemm,
+            uses_own_ops=uses_own_ops,
+            joins_outputs=self.joins_outputs,
+            measure=self.own_ops.measure,
+            tile=TILE if packed else 1,
+            # CUDA's products take rows of any stride, too; what a CPU's or ROCm's may be made of does not always
+            any_stride=packed or (uses_own_ops and torch.version.hip is None),
+            on_cpu=self.on_cpu,
+        )
         for kind, parts in self.kinds:
             kind.take_all(parts, Loaded(flat, self.slots), products)
         if self.joins_outputs:
             self._measure_outputs()
         layer.register_buffer(LORA_DEVICE_NAME, some.new_empty(0), persistent=False)
+        if self.on_cpu:
+            layer.register_buffer("number", self.number, persistent=False)
         self.on_ready(self)
 
     def _check_filled(self) -> None:
@@ -172,22 +192,35 @@ class FermiSVDLinearMethod(LinearMethodBase):
 
     def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x: (..., n) -> (..., m), in this process. Nothing here depends on data, so it traces and captures."""
+        if self.on_cpu:
+            y = torch.ops.fermisvd.layer_product(x, layer.number, sum(self.part_rows))
+        elif self.joins_outputs:
+            t = self._shared(x)
+            y = torch.ops.fermisvd.outputs(t, [part.second.weight for part in self.parts], *self.member_places)
+        else:
+            y = self._joined([part.outputs(t) for part, t in zip(self.parts, self._shared(x), strict=True)])
+        return y if bias is None else y + bias
+
+    def write(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        """x (tokens, n) -> y (tokens, m), without the bias: what a CPU does, in the op of fermisvd_vllm.on_cpu."""
+        if self.in_order:
+            for part, t, own in zip(self.parts, self._shared(x), y.split(self.part_rows, dim=-1), strict=True):
+                part.write(t, own)
+        else:
+            y.copy_(self._joined([part.outputs(t) for part, t in zip(self.parts, self._shared(x), strict=True)]))
+
+    def _shared(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """t of each part."""
         shared: dict[Part, torch.Tensor] = {}
         for kind, parts in self.kinds:
             shared |= zip(parts, kind.shared_of_all(parts, x), strict=True)
-        t = [shared[part] for part in self.parts]
-        if self.joins_outputs:
-            y = torch.ops.fermisvd.outputs(t, [part.second.weight for part in self.parts], *self.member_places)
-        else:
-            y = self._joined([part.outputs(own) for part, own in zip(self.parts, t, strict=True)])
-        return y if bias is None else y + bias
+        return [shared[part] for part in self.parts]
 
     def _joined(self, outputs: list[torch.Tensor]) -> torch.Tensor:
         """Side by side; where a group's members are not neighbours they are put back in the layer's order."""
         if len(outputs) == 1:
             return outputs[0]
-        order = [member for part in self.parts for member in part.members]
-        if order == sorted(order):
+        if self.in_order:
             return torch.cat(outputs, dim=-1)
         members = zip(*self.member_places, strict=True)
         return torch.cat([outputs[part][..., start : start + size] for part, start, size in members], dim=-1)

@@ -15,7 +15,7 @@ from torch import nn
 
 from fermisvd.errors import FormatError
 from fermisvd.format import INTERPOLATION, LOWRANK_A, LOWRANK_B, PERMUTATION, SKELETON, Group
-from fermisvd_vllm.factors import Factor, Products
+from fermisvd_vllm.factors import Factor, Products, filled_up
 from fermisvd_vllm.layout import LayerSizes, Loaded, Parallel, Stored
 from fermisvd_vllm.tuning import noise
 
@@ -67,6 +67,13 @@ class Part(nn.Module):
     def outputs(self, t: torch.Tensor) -> torch.Tensor:
         """t: (..., r) -> y: (..., m), members side by side."""
         return self.second(t)
+
+    def write(self, t: torch.Tensor, y: torch.Tensor) -> None:
+        """t (tokens, r) -> y (tokens, m), written there: what a CPU does instead."""
+        if self.one_product:
+            self.second.write(t, y)
+        else:
+            y.copy_(self.outputs(t))
 
     def factor(self, name: str, matrix: torch.Tensor, products: Products, packed: bool = True) -> Factor:
         """A factor in the storage that the part's factor of this name had before, if any."""
@@ -138,27 +145,35 @@ class SvdPart(GroupPart):
     @classmethod
     def take_all(cls, parts: Sequence[Self], loaded: Loaded, products: Products) -> None:
         b = loaded.stacked(LOWRANK_B, [member for part in parts for member in part.members])
+        if products.tile > 1:
+            each = b.split([part.rank for part in parts])
+            b = torch.cat([filled_up(own, products.filled(len(own)), own.shape[1]) for own in each])
         parts[0].lowrank_b = parts[0].factor(LOWRANK_B, b, products)
         super().take_all(parts, loaded, products)
 
     def take(self, loaded: Loaded, products: Products) -> None:
+        self.width = products.filled(self.rank)
         a = loaded.stacked(LOWRANK_A, self.members)
+        a = filled_up(a, len(a), self.width)
         self.second = self.factor(LOWRANK_A, a, products, packed=not products.joins_outputs)
 
     @classmethod
     def shared_of_all(cls, parts: Sequence[Self], x: torch.Tensor) -> Sequence[torch.Tensor]:
-        return parts[0].lowrank_b(x).split([part.rank for part in parts], dim=-1)
+        return parts[0].lowrank_b(x).split([part.width for part in parts], dim=-1)
 
 
 class PivGaColumnsPart(GroupPart):
     """pivga, columns: t = x[skel] + x[rest] D^T; y = t C_skel^T. D: (r, n-r); C_skel: (m, r).
 
-    places: of each input its place in s = [x[skel] | x[rest]].
+    places: of each input its place in s = [x[skel] | x[rest]], where it is stored. On a CPU s is loaded instead, by
+    sources, which a layer's first part has for all of them. Where ranks are filled up, t is so many inputs of s wide
+    and the rest begins that much earlier: D and C_skel are zero there.
     """
 
     unsplittable = "row"
     interpolation: Factor
     places: torch.Tensor
+    sources: torch.Tensor
 
     def stored(self, sizes: LayerSizes) -> Iterator[Stored]:
         yield Stored(INTERPOLATION, self.members[0], (self.rank, sizes.inputs - self.rank))
@@ -169,6 +184,9 @@ class PivGaColumnsPart(GroupPart):
     @classmethod
     def take_all(cls, parts: Sequence[Self], loaded: Loaded, products: Products) -> None:
         super().take_all(parts, loaded, products)
+        if products.on_cpu:
+            sources = loaded.stacked(PERMUTATION, [part.members[0] for part in parts]).long()
+            parts[0].register_buffer("sources", parts[0].keep("sources", sources))
         if not products.uses_own_ops:
             return
         from fermisvd_vllm.kernels import COLUMNS  # here: there need not be a Triton where there is no GPU
@@ -178,16 +196,23 @@ class PivGaColumnsPart(GroupPart):
             products.measure(COLUMNS, [noise(each, len(parts[0].places)) for each in d], d)
 
     def take(self, loaded: Loaded, products: Products) -> None:
-        self.uses_own_ops = products.uses_own_ops
+        self.uses_own_ops, self.on_cpu = products.uses_own_ops, products.on_cpu
         d = loaded.stacked(INTERPOLATION, self.members)
+        self.width, self.rest = products.filled(self.rank), products.filled(d.shape[1])
+        d = filled_up(d, self.width, self.rest, before=True)
         self.interpolation = self.factor(INTERPOLATION, d, products, packed=not products.uses_own_ops)
         places = torch.argsort(loaded.stacked(PERMUTATION, self.members).long())
         self.register_buffer("places", self.keep("places", places))
         c = loaded.stacked(SKELETON, self.members)
+        c = filled_up(c, len(c), self.width)
         self.second = self.factor(SKELETON, c, products, packed=not products.joins_outputs)
 
     @classmethod
     def shared_of_all(cls, parts: Sequence[Self], x: torch.Tensor) -> Sequence[torch.Tensor]:
+        if parts[0].on_cpu:
+            s = x.new_empty(len(x), len(parts) * x.shape[-1])
+            load(s, parts[0].sources, x)
+            return [part.interpolated(own) for part, own in zip(parts, s.split(x.shape[-1], dim=-1), strict=True)]
         s = [part.skeleton_first(x) for part in parts]
         if parts[0].uses_own_ops:  # t in the place of s_skel
             torch.ops.fermisvd.columns(s, [part.interpolation.weight for part in parts])
@@ -201,15 +226,15 @@ class PivGaColumnsPart(GroupPart):
         return s
 
     def interpolated(self, s: torch.Tensor) -> torch.Tensor:
-        """t of s by plain products: vLLM's on a CPU has nothing to accumulate into."""
-        t, rest = s[..., : self.rank], s[..., self.rank :]
-        return t + self.interpolation(rest) if rest.shape[-1] else t
+        """t of s by plain products."""
+        t = s[..., : self.width]
+        return self.interpolation(s[..., s.shape[-1] - self.rest :]).add_(t) if self.rest else t
 
 
 class PivGaRowsPart(GroupPart):
     """pivga, rows: t = z = x R_skel^T; y = P [z ; z D^T]. R_skel: (r, n); D: (m-r, r).
 
-    order: of each of [z | z D^T] its output; where our ops run, of each output its place there, since y is loaded.
+    order: of each output its place in [z | z D^T]; on a CPU in q = [z D^T | z], where both are written side by side.
     """
 
     one_product = False
@@ -226,26 +251,32 @@ class PivGaRowsPart(GroupPart):
         yield Stored(PERMUTATION, member, (rows,), dtype=torch.int32)
 
     def take(self, loaded: Loaded, products: Products) -> None:
-        self.uses_own_ops = products.uses_own_ops
-        self.skeleton = self.factor(SKELETON, loaded.stacked(SKELETON, self.members), products)
-        self.interpolation = self.factor(INTERPOLATION, loaded.stacked(INTERPOLATION, self.members), products)
-        permutation = loaded.stacked(PERMUTATION, self.members).long()
-        order = torch.argsort(permutation) if self.uses_own_ops else permutation
-        self.register_buffer("order", self.keep("order", order))
+        self.on_cpu = products.on_cpu
+        r, d = (loaded.stacked(name, self.members) for name in (SKELETON, INTERPOLATION))
+        self.width, self.rest = products.filled(self.rank), products.filled(len(d))
+        self.skeleton = self.factor(SKELETON, filled_up(r, self.width, r.shape[1]), products)
+        self.interpolation = self.factor(INTERPOLATION, filled_up(d, self.rest, self.width), products)
+        places = torch.argsort(loaded.stacked(PERMUTATION, self.members).long())
+        if self.on_cpu:
+            places = torch.where(places < self.rank, places + self.rest, places - self.rank)
+        self.register_buffer("order", self.keep("order", places))
 
     def shared(self, x: torch.Tensor) -> torch.Tensor:
-        return self.skeleton(x)
+        """z, on a CPU at the end of q."""
+        if not self.on_cpu:
+            return self.skeleton(x)
+        q = x.new_empty(len(x), self.rest + self.width)
+        self.skeleton.write(x, q[:, self.rest :])
+        return q
 
     def outputs(self, t: torch.Tensor) -> torch.Tensor:
-        rows = len(self.order)
-        p = self.interpolation(t) if self.rank < rows else t[..., :1]
-        if self.uses_own_ops:
-            return loaded_in_order(t, p, self.order)
-        y = t.new_empty(*t.shape[:-1], rows)
-        put(y, self.order[: self.rank], t)
-        if self.rank < rows:
-            put(y, self.order[self.rank :], p)
-        return y
+        p = self.interpolation(t) if self.rank < len(self.order) else t[..., :1]
+        return loaded_in_order(t, p, self.order)
+
+    def write(self, t: torch.Tensor, y: torch.Tensor) -> None:
+        if self.rest:
+            self.interpolation.write(t[:, self.rest :], t[:, : self.rest])
+        load(y, self.order, t)
 
 
 KINDS: dict[tuple[str, str | None], type[GroupPart]] = {  # by form and side of the group
@@ -278,6 +309,13 @@ def parts_of(member_names: Sequence[str], groups: Mapping[str, Group], layer: st
         if group.name not in parts:
             parts[group.name] = part_of([position[member] for member in group.members], group)
     return list(parts.values()) if any(part.group for part in parts.values()) else None
+
+
+def load(y: torch.Tensor, index: torch.Tensor, x: torch.Tensor) -> None:
+    """y = x[..., index], eagerly on a CPU. As integers, since torch's gather of 16-bit floats copies x and y."""
+    if x.element_size() == 2:
+        x, y = x.view(torch.int16), y.view(torch.int16)
+    torch.gather(x, -1, index.expand(y.shape), out=y)
 
 
 def put(y: torch.Tensor, index: torch.Tensor, x: torch.Tensor) -> None:

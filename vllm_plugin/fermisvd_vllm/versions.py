@@ -36,6 +36,16 @@ def member_of(loaded_weight: torch.Tensor, shard_id: str | int | tuple[int, ...]
     return SHARD_NAMES[shard] if isinstance(shard, str) else int(shard)
 
 
+def has_packed_product() -> bool:
+    """Whether vLLM's build for a CPU has the kernel of fermisvd_vllm.packed, which writes into what it is given."""
+    from vllm import _custom_ops  # noqa: F401  loads them
+
+    if not all(hasattr(torch.ops._C, name) for name in ("convert_weight_packed", "weight_packed_linear")):
+        return False
+    schema = torch.ops._C.weight_packed_linear.default._schema
+    return schema.arguments[0].name == "out" and not schema.returns  # older ones gave a tensor of their own
+
+
 def check_loading_order(model_config, layer: str) -> None:
     """Raises FormatError for a layer whose tensors vLLM would reorder while it loads them, shared ones included."""
     if not layer.endswith(REORDERED_LAYER):

@@ -1,0 +1,40 @@
+"""A compressed layer of a CPU as one op, which finds the layer by a number that it is given as a tensor.
+
+So a compiled graph knows neither a layer's ranks nor which layer it is, and all decoder blocks share one: its C++ is
+compiled once, as for a dense model, and not once for every block.
+"""
+
+from collections.abc import MutableMapping
+from itertools import count
+from typing import Protocol
+from weakref import WeakValueDictionary
+
+import torch
+
+
+class Multiplies(Protocol):
+    def write(self, x: torch.Tensor, y: torch.Tensor) -> None: ...
+
+
+_numbers = count()
+_layers: MutableMapping[int, Multiplies] = WeakValueDictionary()
+
+
+def numbered(layer: Multiplies) -> torch.Tensor:
+    """A number, of no dimension, that `layer_product` finds the layer by as long as it lives."""
+    number = next(_numbers)
+    _layers[number] = layer
+    return torch.tensor(number, device="cpu")
+
+
+def layer_product(x: torch.Tensor, number: torch.Tensor, outputs: int) -> torch.Tensor:
+    """y (..., outputs) of that layer for x (..., n)."""
+    y = x.new_empty(*x.shape[:-1], outputs)
+    _layers[int(number)].write(x.view(-1, x.shape[-1]), y.view(-1, outputs))
+    return y
+
+
+_library = torch.library.Library("fermisvd", "FRAGMENT")  # torch.library.custom_op takes several times as long a call
+_library.define("layer_product(Tensor x, Tensor number, SymInt outputs) -> Tensor")
+_library.impl("layer_product", layer_product, "CPU")
+torch.library.register_fake("fermisvd::layer_product", lambda x, _, outputs: x.new_empty(*x.shape[:-1], outputs))
