@@ -24,13 +24,17 @@ import tempfile
 import time
 from collections.abc import Iterable
 from contextlib import ExitStack, redirect_stdout, suppress
+from math import prod
 from pathlib import Path
 
 import psutil
 import torch
+from transformers import AutoConfig
 
 from benchmarks.records import command_line, new_record, vllm_versions, write_record
 from benchmarks.shapes import FORMS, SHAPES, write_folder
+from fermisvd.files import read_headers
+from fermisvd_convert.source import TORCH_TYPES
 from tests.support import DEMO_MODEL
 from tests.support.server import VLLM, Server, serve
 
@@ -160,6 +164,16 @@ def weight_memory(folder: Path, log: Path, about: dict, item: int) -> dict[str, 
     return {"weight_bytes": item * numbers, "weights_from": "computed"}
 
 
+def numbers_of(folder: Path) -> dict[str, int]:
+    """What every token is multiplied by in a checkpoint, as `shapes.write_folder` has it: `layers`, all matrices but
+    embedding, head and permutations, and `head`."""
+    config = AutoConfig.from_pretrained(folder)
+    head = config.vocab_size * config.hidden_size
+    stored = [info.shape for info in read_headers(folder).values() if info.dtype in TORCH_TYPES]
+    matrices = sum(prod(shape) for shape in stored if len(shape) == 2)
+    return {"layers": matrices - head * (1 if config.tie_word_embeddings else 2), "head": head}
+
+
 def check_held(form: str, log: Path, layers: int | None) -> int | None:
     """What the plugin says it holds. Raises SystemExit for a low-rank model served dense, or the other way round."""
     held = number_in(log, HELD)
@@ -182,7 +196,7 @@ def measure(arguments: argparse.Namespace) -> None:
         for form in FORMS:
             if len(arguments.model) == 3:
                 folders[form] = Path(arguments.model[FORMS.index(form)])
-                name, about[form] = folders["dense"].name, {}
+                name, about[form] = folders["dense"].name, dict(numbers_of(folders[form]))
             else:
                 folders[form] = scratch / form
                 about[form] = dict(write_folder(folders[form], name, form, arguments.remove))
@@ -204,7 +218,8 @@ def measure(arguments: argparse.Namespace) -> None:
             log, begin = scratch / f"{form}.log", time.perf_counter()
             servers[form] = stack.enter_context(serve(folders[form], log, *serve_options, *stream_options, limit=900))
             about[form]["start_seconds"] = round(time.perf_counter() - begin, 1)
-            about[form]["low_rank_numbers"] = check_held(form, log, about[form].get("layers"))
+            expected = about[form]["layers"] if len(arguments.model) == 1 else None  # of folders some may be dense
+            about[form]["low_rank_numbers"] = check_held(form, log, expected)
             about[form]["kv_cache_tokens"] = number_in(log, KV_TOKENS)
             about[form] |= weight_memory(folders[form], log, about[form], 4 if "float32" in serve_options else 2)
             print(form, about[form], flush=True)

@@ -7,7 +7,7 @@ from benchmarks import cells, records
 from benchmarks.records import new_record
 from benchmarks.speed import load_test, prompts
 from benchmarks.speed.parity import gaps_of
-from fermisvd import load_model
+from fermisvd import compress, load_model
 from tests.support import DEMO_MODEL
 
 
@@ -47,6 +47,16 @@ def test_a_cpu_with_instructions_for_bfloat16_serves_it(monkeypatch, amx, avx512
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     assert load_test.fast_type() == "float32"
+
+
+def test_numbers_that_a_token_is_multiplied_by(tmp_path):
+    """Reference: those of the model's parameters, of a dense one and of a compressed one."""
+    small = compress(load_model(DEMO_MODEL), torch.arange(512).view(4, 128), 0.3, ranks="uniform", heal_steps=0)
+    small.save_pretrained(tmp_path)
+    for model, folder in (load_model(DEMO_MODEL), DEMO_MODEL), (small, tmp_path):
+        blocks = sum(parameter.numel() for parameter in model.model.layers.parameters() if parameter.dim() == 2)
+        head = next(model.get_input_embeddings().parameters()).numel()
+        assert load_test.numbers_of(folder) == {"layers": blocks, "head": head}
 
 
 def test_a_record_of_another_protocol_is_refused_and_cells_are_forgotten(tmp_path, monkeypatch):
