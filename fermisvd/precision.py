@@ -14,15 +14,20 @@ NARROW = 128  # channels; fewer gain nothing by bfloat16 on a CPU (docs/decision
 
 
 def compute_type(compute: Compute, device: torch.device | str, width: int) -> torch.dtype:
-    """auto: bfloat16 where the device multiplies it several times as fast (GPUs from Ampere on, CPUs with AMX and
-    models that are not narrow), else float32. width: of the model's hidden states."""
+    """auto: bfloat16 where the device is faster at it (GPUs from Ampere on, CPUs with instructions for it and models
+    that are not narrow), else float32. width: of the model's hidden states."""
     if compute != "auto":
         return torch.float32 if compute == "float32" else torch.bfloat16
     if torch.device(device).type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        fast = width >= NARROW and torch.cpu._is_amx_tile_supported()
+        fast = width >= NARROW and multiplies_bfloat16()
     return torch.bfloat16 if fast else torch.float32
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for products of bfloat16 numbers: AMX, or those of AVX-512."""
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 def width_of(config: PretrainedConfig) -> int:

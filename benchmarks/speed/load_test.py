@@ -34,6 +34,7 @@ from transformers import AutoConfig
 from benchmarks.records import command_line, new_record, vllm_versions, write_record
 from benchmarks.shapes import FORMS, SHAPES, write_folder
 from fermisvd.files import read_headers
+from fermisvd.precision import multiplies_bfloat16
 from fermisvd_convert.source import TORCH_TYPES
 from tests.support import DEMO_MODEL
 from tests.support.server import VLLM, Server, serve
@@ -246,9 +247,7 @@ def measure(arguments: argparse.Namespace) -> None:
 def fast_type() -> str:
     """That this machine serves fast: float32 on a CPU without instructions for bfloat16. Those of AVX-512 will do,
     since decoding reads weights more than it multiplies."""
-    if torch.cuda.is_available() or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported():
-        return "bfloat16"
-    return "float32"
+    return "bfloat16" if torch.cuda.is_available() or multiplies_bfloat16() else "float32"
 
 
 def rates(arguments: argparse.Namespace, saturation: float) -> dict[str, list[str]]:

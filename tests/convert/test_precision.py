@@ -11,7 +11,9 @@ from tests.support import DEMO_MODEL
 from tests.support.families import FAMILIES, UNSERVED, save
 from tests.support.stdlib_text import training_documents
 
-FAST = pytest.mark.skipif(compute_type("auto", "cpu", 4096) != torch.bfloat16, reason="minutes on a CPU without AMX")
+FAST = pytest.mark.skipif(
+    compute_type("auto", "cpu", 4096) != torch.bfloat16, reason="minutes on a CPU without instructions for bfloat16"
+)
 
 
 def converted(model, text, folder, **settings):
@@ -56,10 +58,18 @@ def test_of_stories260k(stories260k, tmp_path, form, perplexity, ranks):
 
 
 @pytest.mark.parametrize(
-    ("amx", "width", "expected"), [(True, 127, "float32"), (True, 128, "bfloat16"), (False, 4096, "float32")]
+    ("amx", "avx512", "width", "expected"),
+    [
+        (True, True, 127, "float32"),
+        (True, True, 128, "bfloat16"),
+        (False, True, 127, "float32"),
+        (False, True, 128, "bfloat16"),
+        (False, False, 4096, "float32"),
+    ],
 )
-def test_narrow_models_are_run_in_float32_on_a_cpu(monkeypatch, amx, width, expected):
+def test_narrow_models_are_run_in_float32_on_a_cpu(monkeypatch, amx, avx512, width, expected):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
     assert str(compute_type("auto", "cpu", width)) == f"torch.{expected}"
     assert str(compute_type("bfloat16", "cpu", width)) == "torch.bfloat16"
 

@@ -10,6 +10,7 @@ from typing import cast
 import torch
 from torch import nn
 
+from fermisvd.precision import multiplies_bfloat16
 from fermisvd_vllm.versions import has_packed_product
 
 TILE = 32  # inputs of a packed matrix come in multiples of it
@@ -18,8 +19,7 @@ OUTPUTS_TILE = 16  # and its outputs in multiples of this
 
 def packs(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the kernel runs there. vLLM itself asks for AMX; that of AVX-512 is as fast as oneDNN's."""
-    instructions = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return device.type == "cpu" and dtype == torch.bfloat16 and instructions and has_packed_product()
+    return device.type == "cpu" and dtype == torch.bfloat16 and multiplies_bfloat16() and has_packed_product()
 
 
 class PackedMethod:
