@@ -12,7 +12,7 @@ from tests.support.families import FAMILIES, UNSERVED, save
 from tests.support.stdlib_text import training_documents
 
 FAST = pytest.mark.skipif(
-    compute_type("auto", "cpu", 4096) != torch.bfloat16, reason="minutes on a CPU without instructions for bfloat16"
+    compute_type("auto", "cpu", 4096) != torch.bfloat16, reason="minutes on a CPU without bfloat16"
 )
 
 
