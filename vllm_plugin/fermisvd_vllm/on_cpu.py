@@ -30,7 +30,7 @@ def numbered(layer: Multiplies) -> torch.Tensor:
 def layer_product(x: torch.Tensor, number: torch.Tensor, outputs: int) -> torch.Tensor:
     """y (..., outputs) of that layer for x (..., n)."""
     y = x.new_empty(*x.shape[:-1], outputs)
-    _layers[int(number)].write(x.view(-1, x.shape[-1]), y.view(-1, outputs))
+    _layers[int(number)].write(x.reshape(-1, x.shape[-1]), y.view(-1, outputs))
     return y
 
 
