@@ -4,7 +4,8 @@ import pytest
 import torch
 
 pytest.importorskip("vllm")
-from fermisvd_vllm import linear
+from fermisvd_vllm import factors, linear
+from fermisvd_vllm.factors import Factor
 from fermisvd_vllm.packed import TILE, PackedMethod, packs
 from tests.vllm_plugin.test_linear import (
     HIDDEN,
@@ -45,7 +46,7 @@ def check_products(layer, weight):
 
 
 def factors_of(layer):
-    return [module for module in layer.modules() if hasattr(module, "gemm") and module.weight.numel()]
+    return {name: each for name, each in layer.named_modules() if isinstance(each, Factor) and each.weight.numel()}
 
 
 @pytest.mark.parametrize("partition", PARTITIONS)
@@ -53,7 +54,7 @@ def factors_of(layer):
 def test_fused_layer_equals_the_dense_product(form, partition):
     groups, tensors, dense = make_partition(partition, form)
     layer = loaded_layer("qkv_proj", groups, tensors)
-    assert all(isinstance(factor.gemm, PackedMethod) for factor in factors_of(layer))
+    assert all(isinstance(factor.gemm, PackedMethod) for factor in factors_of(layer).values())
     check_products(layer, torch.cat([dense[member] for member in QKV]))
 
 
@@ -62,14 +63,25 @@ def test_fused_layer_equals_the_dense_product(form, partition):
 def test_ranks_are_filled_up_to_a_tile(form, side, rank):
     group, tensors, dense = make_group(["o_proj"], form, side, rank)
     layer = loaded_layer("o_proj", [group], tensors)
-    assert not any(size % TILE for factor in factors_of(layer) for size in factor.weight.shape)
+    assert not any(size % TILE for factor in factors_of(layer).values() for size in factor.weight.shape)
     check_products(layer, dense["o_proj"])
+
+
+@pytest.mark.parametrize("form", ["svd", "pivga"])
+def test_wide_matrices_are_left_to_vllm(form, monkeypatch):
+    """B or D, but no second factor."""
+    monkeypatch.setattr(factors, "NARROW", 64)
+    groups, tensors, dense = make_partition("separate", form)
+    layer = loaded_layer("qkv_proj", groups, tensors)
+    packed = {name: isinstance(factor.gemm, PackedMethod) for name, factor in factors_of(layer).items()}
+    assert all(packed[name] == name.endswith("second") for name in packed)
+    check_products(layer, torch.cat([dense[member] for member in QKV]))
 
 
 def test_rows_that_fill_no_tile_are_left_to_vllm():
     group, tensors, dense = make_group(["gate_proj", "up_proj"], "pivga", "columns", 33)  # 136 rows each
     layer = loaded_layer("gate_up_proj", [group], tensors)
-    assert not any(isinstance(factor.gemm, PackedMethod) for factor in factors_of(layer))
+    assert not any(isinstance(factor.gemm, PackedMethod) for factor in factors_of(layer).values())
     check_products(layer, torch.cat([dense["gate_proj"], dense["up_proj"]]))
 
 

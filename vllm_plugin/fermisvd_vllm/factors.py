@@ -7,6 +7,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import nn
 
+NARROW = 4096  # inputs; with 6,144 vLLM's packed kernel takes 1.5 times as long as oneDNN's (benchmarks/NOTES.md)
+
 
 class Gemm(Protocol):
     """What a factor asks of vLLM's method for dense layers."""
@@ -17,8 +19,8 @@ class Gemm(Protocol):
 
 
 @runtime_checkable
-class WritingGemm(Protocol):
-    """One that can say where its products go."""
+class WritingGemm(Gemm, Protocol):
+    """One whose operands, x and y, may be columns of something wider."""
 
     def write(self, layer: nn.Module, x: torch.Tensor, y: torch.Tensor) -> None: ...
 
@@ -27,14 +29,15 @@ class WritingGemm(Protocol):
 class Products:
     """What multiplies in a layer.
 
-    gemm: a method for dense layers; uses_own_ops: whether our ops do what they can (fermisvd_vllm.kernels);
-    joins_outputs: whether one of them makes y of t for all parts together; measure: finds up to how many tokens an op's
-    kernel is used (fermisvd_vllm.tuning); tile: what a rank is filled up to a multiple of, with zeros;
-    any_stride: whether gemm takes rows of x that are not side by side; on_cpu: whether layers are computed in an op,
-    part by part into one y (fermisvd_vllm.on_cpu), not in a compiled graph.
+    gemm: vLLM's method for dense layers; of_narrow: one for matrices of at most NARROW inputs, if there is one;
+    uses_own_ops: whether our ops do what they can (fermisvd_vllm.kernels); joins_outputs: whether one of them makes y
+    of t for all parts together; measure: finds up to how many tokens an op's kernel is used (fermisvd_vllm.tuning);
+    tile: what a rank is filled up to a multiple of, with zeros; any_stride: whether gemm takes rows of x that are not
+    side by side; on_cpu: whether layers are computed in an op (fermisvd_vllm.on_cpu), not in a compiled graph.
     """
 
     gemm: Gemm
+    of_narrow: WritingGemm | None
     uses_own_ops: bool
     joins_outputs: bool
     measure: Callable[..., None]
@@ -57,8 +60,9 @@ class Factor(nn.Module):
 
     def __init__(self, matrix: torch.Tensor, products: Products, packed: bool):
         super().__init__()
-        self.gemm = products.gemm
-        self.any_stride = products.any_stride
+        narrow = products.of_narrow if matrix.shape[1] <= NARROW else None
+        self.gemm = narrow or products.gemm
+        self.any_stride = products.any_stride or narrow is not None
         self.weight = nn.Parameter(matrix, requires_grad=False)
         if matrix.numel() and packed:
             self.gemm.process_weights_after_loading(self)

@@ -157,13 +157,14 @@ class FermiSVDLinearMethod(LinearMethodBase):
         self.joins_outputs = uses_own_ops and len(self.parts) > 1 and all(part.one_product for part in self.parts)
         packed = self.on_cpu and self.whole_tiles and packs(some.dtype, some.device)
         products = Products(
-            gemm=PackedMethod() if packed else self.gemm,
+            gemm=self.gemm,
+            of_narrow=PackedMethod() if packed else None,
             uses_own_ops=uses_own_ops,
             joins_outputs=self.joins_outputs,
             measure=self.own_ops.measure,
             tile=TILE if packed else 1,
-            # CUDA's products take rows of any stride, too; what a CPU's or ROCm's may be made of does not always
-            any_stride=packed or (uses_own_ops and torch.version.hip is None),
+            # CUDA's products take rows of any stride; what a CPU's or ROCm's may be made of does not always
+            any_stride=uses_own_ops and torch.version.hip is None,
             on_cpu=self.on_cpu,
         )
         for kind, parts in self.kinds:
@@ -201,16 +202,23 @@ class FermiSVDLinearMethod(LinearMethodBase):
             y = self._joined([part.outputs(t) for part, t in zip(self.parts, self._shared(x), strict=True)])
         return y if bias is None else y + bias
 
-    def write(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        """x (tokens, n) -> y (tokens, m), without the bias: what a CPU does, in the op of fermisvd_vllm.on_cpu."""
-        if self.in_order:
-            for part, t, own in zip(self.parts, self._shared(x), y.split(self.part_rows, dim=-1), strict=True):
-                part.write(t, own)
-        else:
-            y.copy_(self._joined([part.outputs(t) for part, t in zip(self.parts, self._shared(x), strict=True)]))
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """x (tokens, n) -> (tokens, m), without the bias: what a CPU does, in the op of fermisvd_vllm.on_cpu."""
+        t = self._shared(x)
+        if not self.in_order:
+            return self._joined([part.outputs(own) for part, own in zip(self.parts, t, strict=True)])
+        if len(self.parts) == 1 and self.parts[0].one_product:
+            return self.parts[0].outputs(t[0])
+        y = x.new_empty(len(x), sum(self.part_rows))
+        for part, own, columns in zip(self.parts, t, y.split(self.part_rows, dim=-1), strict=True):
+            part.write(own, columns)
+        return y
 
     def _shared(self, x: torch.Tensor) -> list[torch.Tensor]:
         """t of each part."""
+        if len(self.kinds) == 1:
+            [(kind, parts)] = self.kinds
+            return list(kind.shared_of_all(parts, x))
         shared: dict[Part, torch.Tensor] = {}
         for kind, parts in self.kinds:
             shared |= zip(parts, kind.shared_of_all(parts, x), strict=True)

@@ -32,8 +32,7 @@ class PackedMethod:
         layer.weight = nn.Parameter(torch.ops._C.convert_weight_packed(layer.weight), requires_grad=False)
 
     def apply(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        weight = cast(torch.Tensor, layer.weight)
-        y = x.new_empty(len(x), len(weight))
+        y = x.new_empty(len(x), len(cast(torch.Tensor, layer.weight)))
         self.write(layer, x, y)
         return y
 
