@@ -38,6 +38,10 @@ PARTITIONS = {
     "mixed": [["q_proj", "v_proj"], ["k_proj"]],
     "partly dense": [["q_proj"], ["k_proj"]],
 }
+MIXED_SIDES = {
+    "separate": [["q_proj"], ["k_proj"], ["v_proj"]],
+    "not neighbours": [["q_proj", "v_proj"], ["k_proj"]],
+}
 
 
 @pytest.fixture(autouse=True)
@@ -75,6 +79,13 @@ def make_partition(partition, form):
             dense[member] = torch.randn(ROWS[member], HIDDEN, dtype=torch.float64)
             tensors[member, "weight"] = dense[member]
     return [group for group, _, _ in made], tensors, dense
+
+
+def make_mixed_sides(partition):
+    """As make_partition, pivga form, k on the other side."""
+    made = [make_group(m, "pivga", "rows" if m == ["k_proj"] else "columns", 9) for m in MIXED_SIDES[partition]]
+    tensors = {key: value for _, part, _ in made for key, value in part.items()}
+    return [group for group, _, _ in made], tensors, {key: value for _, _, part in made for key, value in part.items()}
 
 
 def make_layer(kind, groups, bias=False, own_ops=None, dtype=torch.float32) -> Any:  # create_weights adds attributes
@@ -125,6 +136,14 @@ def test_fused_qkv_equals_the_dense_product(partition, form, bias):
     if bias:
         nn.init.normal_(layer.bias)
     check_forward(layer, dense, ["q_proj", "k_proj", "v_proj"], layer.bias if bias else None)
+
+
+@pytest.mark.parametrize("partition", MIXED_SIDES)
+def test_sides_and_members_may_be_mixed(partition):
+    groups, tensors, dense = make_mixed_sides(partition)
+    layer = make_layer("qkv_proj", groups)
+    load(layer, tensors)
+    check_forward(layer, dense, ["q_proj", "k_proj", "v_proj"])
 
 
 @pytest.mark.parametrize("form", ["svd", "pivga"])

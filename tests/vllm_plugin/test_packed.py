@@ -9,12 +9,14 @@ from fermisvd_vllm.factors import Factor
 from fermisvd_vllm.packed import TILE, PackedMethod, packs
 from tests.vllm_plugin.test_linear import (
     HIDDEN,
+    MIXED_SIDES,
     PARTITIONS,
     check_reload,
     check_traces,
     load,
     make_group,
     make_layer,
+    make_mixed_sides,
     make_partition,
     vllm_config,  # noqa: F401
 )
@@ -37,9 +39,10 @@ def loaded_layer(kind, groups, tensors):
 
 def check_products(layer, weight):
     """For numbers of tokens below, at and beyond a tile of the kernel, in a slice of something wider too."""
+    assert layer.quant_method.apply(layer, torch.empty(0, HIDDEN, dtype=torch.bfloat16)).shape == (0, len(weight))
     for tokens in (1, 5, 64, 130):
         wide = torch.randn(tokens, 2 * HIDDEN, dtype=torch.bfloat16)
-        for x in (wide[:, :HIDDEN].contiguous(), wide[:, 32 : 32 + HIDDEN]):
+        for x in (wide[:, :HIDDEN].contiguous(), wide[:, 32 : 32 + HIDDEN], wide[:, ::2]):
             expected = x.double() @ weight.T
             error = layer.quant_method.apply(layer, x).double() - expected
             assert error.abs().max() <= TOLERANCE * expected.abs().max()
@@ -55,6 +58,15 @@ def test_fused_layer_equals_the_dense_product(form, partition):
     groups, tensors, dense = make_partition(partition, form)
     layer = loaded_layer("qkv_proj", groups, tensors)
     assert all(isinstance(factor.gemm, PackedMethod) for factor in factors_of(layer).values())
+    check_products(layer, torch.cat([dense[member] for member in QKV]))
+
+
+@pytest.mark.parametrize("narrow", [0, 4096])
+@pytest.mark.parametrize("partition", MIXED_SIDES)
+def test_sides_and_members_may_be_mixed(partition, narrow, monkeypatch):
+    monkeypatch.setattr(factors, "NARROW", narrow)
+    groups, tensors, dense = make_mixed_sides(partition)
+    layer = loaded_layer("qkv_proj", groups, tensors)
     check_products(layer, torch.cat([dense[member] for member in QKV]))
 
 

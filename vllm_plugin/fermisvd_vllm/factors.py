@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import nn
 
-NARROW = 4096  # inputs; with 6,144 vLLM's packed kernel takes 1.5 times as long as oneDNN's (benchmarks/NOTES.md)
+NARROW = 4096  # inputs; with 6,144 vLLM's packed kernel takes 1.5 times as long as oneDNN's (docs/decisions.md)
 
 
 class Gemm(Protocol):

@@ -2,7 +2,7 @@
 
 Each tensor name of the checkpoint is one flat parameter while loading, since members and groups of a fused layer differ
 in shape. After loading the parts cut their factors out of it, as views (fermisvd_vllm.parts), and vLLM's own dense GEMM
-dispatch runs each of them.
+dispatch runs each of them; or, on a CPU, as copies that its packed kernel takes (fermisvd_vllm.packed).
 """
 
 from collections.abc import Callable, Sequence
@@ -205,14 +205,13 @@ class FermiSVDLinearMethod(LinearMethodBase):
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """x (tokens, n) -> (tokens, m), without the bias: what a CPU does, in the op of fermisvd_vllm.on_cpu."""
         t = self._shared(x)
-        if not self.in_order:
-            return self._joined([part.outputs(own) for part, own in zip(self.parts, t, strict=True)])
         if len(self.parts) == 1 and self.parts[0].one_product:
             return self.parts[0].outputs(t[0])
         y = x.new_empty(len(x), sum(self.part_rows))
-        for part, own, columns in zip(self.parts, t, y.split(self.part_rows, dim=-1), strict=True):
+        outputs = y.split(self.part_rows, dim=-1)
+        for part, own, columns in zip(self.parts, t, outputs, strict=True):
             part.write(own, columns)
-        return y
+        return y if self.in_order else self._joined(outputs)
 
     def _shared(self, x: torch.Tensor) -> list[torch.Tensor]:
         """t of each part."""
@@ -224,12 +223,12 @@ class FermiSVDLinearMethod(LinearMethodBase):
             shared |= zip(parts, kind.shared_of_all(parts, x), strict=True)
         return [shared[part] for part in self.parts]
 
-    def _joined(self, outputs: list[torch.Tensor]) -> torch.Tensor:
+    def _joined(self, outputs: Sequence[torch.Tensor]) -> torch.Tensor:
         """Side by side; where a group's members are not neighbours they are put back in the layer's order."""
         if len(outputs) == 1:
             return outputs[0]
         if self.in_order:
-            return torch.cat(outputs, dim=-1)
+            return torch.cat(list(outputs), dim=-1)
         members = zip(*self.member_places, strict=True)
         return torch.cat([outputs[part][..., start : start + size] for part, start, size in members], dim=-1)
 

@@ -29,7 +29,9 @@ def numbered(layer: Multiplies) -> torch.Tensor:
 
 def layer_product(x: torch.Tensor, number: torch.Tensor, outputs: int) -> torch.Tensor:
     """y (..., outputs) of that layer for x (..., n)."""
-    return _layers[int(number)].product(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], outputs)
+    rows = x.reshape(-1, x.shape[-1])
+    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+    return _layers[int(number)].product(rows).view(*x.shape[:-1], outputs)
 
 
 _library = torch.library.Library("fermisvd", "FRAGMENT")  # torch.library.custom_op takes several times as long a call

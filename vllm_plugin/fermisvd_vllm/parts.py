@@ -185,7 +185,7 @@ class PivGaColumnsPart(GroupPart):
     def take_all(cls, parts: Sequence[Self], loaded: Loaded, products: Products) -> None:
         super().take_all(parts, loaded, products)
         if products.on_cpu:
-            sources = loaded.stacked(PERMUTATION, [part.members[0] for part in parts]).long()
+            sources = torch.cat([loaded.stacked(PERMUTATION, part.members) for part in parts]).long()
             parts[0].register_buffer("sources", parts[0].keep("sources", sources))
         if not products.uses_own_ops:
             return
@@ -201,8 +201,9 @@ class PivGaColumnsPart(GroupPart):
         self.width, self.rest = products.filled(self.rank), products.filled(d.shape[1])
         d = filled_up(d, self.width, self.rest, before=True)
         self.interpolation = self.factor(INTERPOLATION, d, products, packed=not products.uses_own_ops)
-        places = torch.argsort(loaded.stacked(PERMUTATION, self.members).long())
-        self.register_buffer("places", self.keep("places", places))
+        if not self.on_cpu:
+            places = torch.argsort(loaded.stacked(PERMUTATION, self.members).long())
+            self.register_buffer("places", self.keep("places", places))
         c = loaded.stacked(SKELETON, self.members)
         c = filled_up(c, len(c), self.width)
         self.second = self.factor(SKELETON, c, products, packed=not products.joins_outputs)
