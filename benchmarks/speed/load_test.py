@@ -167,7 +167,7 @@ def weight_memory(folder: Path, log: Path, about: dict, item: int) -> dict[str, 
 
 def numbers_of(folder: Path) -> dict[str, int]:
     """What every token is multiplied by in a checkpoint, as `shapes.write_folder` has it: `layers`, all matrices but
-    embedding, head and permutations, and `head`."""
+    embedding, head and permutations, and `head`. The model has no learned positions."""
     config = AutoConfig.from_pretrained(folder)
     head = config.vocab_size * config.hidden_size
     stored = [info.shape for info in read_headers(folder).values() if info.dtype in TORCH_TYPES]
