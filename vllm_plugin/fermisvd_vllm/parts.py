@@ -52,7 +52,7 @@ class Part(nn.Module):
             part.take(loaded, products)
 
     def take(self, loaded: Loaded, products: Products) -> None:
-        """Makes the part's own factors, views of what was loaded."""
+        """Makes the part's own factors, views of what was loaded or, filled up, copies."""
         raise NotImplementedError
 
     @classmethod
