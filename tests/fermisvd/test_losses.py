@@ -57,6 +57,9 @@ def test_loss_of_a_student_is_the_mean_over_all_windows(tiny_llama):
         assert loss() == pytest.approx(0, abs=1e-7)
 
 
+OF_BATCHES: dict[str, Any] = dict(rtol=1e-4, atol=1e-4)  # sums of another order: 2e-5 were seen with AVX-512
+
+
 def test_a_teacher_is_asked_once_for_each_window(tiny_llama):
     model, windows, cpu, asked = load_model(tiny_llama), torch.randint(2048, (7, 9)), torch.device("cpu"), []
     expected = teach(model, windows, 7)
@@ -67,9 +70,10 @@ def test_a_teacher_is_asked_once_for_each_window(tiny_llama):
     for numbers in ([6, 0, 4], [1, 5]):
         ids, states = taught[:].batch(torch.tensor(numbers), cpu)
         assert torch.equal(ids, windows[numbers])
-        torch.testing.assert_close(states, torch.stack([expected.states[number] for number in numbers]))
+        torch.testing.assert_close(states, torch.stack([expected.states[number] for number in numbers]), **OF_BATCHES)
     assert len(taught[2:5]) == 3 and not asked
-    torch.testing.assert_close(taught[2:5].batch([0], cpu)[1], states.new_tensor(expected.states[2][None].tolist()))
+    third = states.new_tensor(expected.states[2][None].tolist())
+    torch.testing.assert_close(taught[2:5].batch([0], cpu)[1], third, **OF_BATCHES)
 
 
 SMALL: dict[str, Any] = dict(
