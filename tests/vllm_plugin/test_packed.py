@@ -64,7 +64,7 @@ def test_fused_layer_equals_the_dense_product(form, partition):
 @pytest.mark.parametrize("narrow", [0, 4096])
 @pytest.mark.parametrize("partition", MIXED_SIDES)
 def test_sides_and_members_may_be_mixed(partition, narrow, monkeypatch):
-    monkeypatch.setattr(factors, "NARROW", narrow)
+    monkeypatch.setattr(factors, "MOST_INPUTS", narrow)
     groups, tensors, dense = make_mixed_sides(partition)
     layer = loaded_layer("qkv_proj", groups, tensors)
     check_products(layer, torch.cat([dense[member] for member in QKV]))
@@ -82,7 +82,7 @@ def test_ranks_are_filled_up_to_a_tile(form, side, rank):
 @pytest.mark.parametrize("form", ["svd", "pivga"])
 def test_wide_matrices_are_left_to_vllm(form, monkeypatch):
     """B or D, but no second factor."""
-    monkeypatch.setattr(factors, "NARROW", 64)
+    monkeypatch.setattr(factors, "MOST_INPUTS", 64)
     groups, tensors, dense = make_partition("separate", form)
     layer = loaded_layer("qkv_proj", groups, tensors)
     packed = {name: isinstance(factor.gemm, PackedMethod) for name, factor in factors_of(layer).items()}

@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import nn
 
-NARROW = 4096  # inputs; with 6,144 vLLM's packed kernel takes 1.5 times as long as oneDNN's (docs/decisions.md)
+MOST_INPUTS = 4096  # inputs; with 6,144 vLLM's packed kernel takes 1.5 times as long as oneDNN's (docs/decisions.md)
 
 
 class Gemm(Protocol):
@@ -29,7 +29,7 @@ class WritingGemm(Gemm, Protocol):
 class Products:
     """What multiplies in a layer.
 
-    gemm: vLLM's method for dense layers; of_narrow: one for matrices of at most NARROW inputs, if there is one;
+    gemm: vLLM's method for dense layers; of_narrow: one for matrices of at most MOST_INPUTS inputs, if there is one;
     uses_own_ops: whether our ops do what they can (fermisvd_vllm.kernels); joins_outputs: whether one of them makes y
     of t for all parts together; measure: finds up to how many tokens an op's kernel is used (fermisvd_vllm.tuning);
     tile: what a rank is filled up to a multiple of, with zeros; any_stride: whether gemm takes rows of x that are not
@@ -60,7 +60,7 @@ class Factor(nn.Module):
 
     def __init__(self, matrix: torch.Tensor, products: Products, packed: bool):
         super().__init__()
-        narrow = products.of_narrow if matrix.shape[1] <= NARROW else None
+        narrow = products.of_narrow if matrix.shape[1] <= MOST_INPUTS else None
         self.gemm = narrow or products.gemm
         self.any_stride = products.any_stride or narrow is not None
         self.weight = nn.Parameter(matrix, requires_grad=False)
