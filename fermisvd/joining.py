@@ -19,6 +19,7 @@ from fermisvd.running.distributed import local
 HOPE = 1.2  # a partition is tried if its whitened error is at most so many times that of the groups apart
 TRIALS = 5  # what all trials would cost together, run whole, in losses on all windows
 FEWEST_TOKENS = 2048  # of a trial
+TIE = 1e-4  # losses that differ by less than this part are equal, or the order of a sum would choose groups
 
 
 def joined(groups: Sequence[LinearGroup]) -> LinearGroup:
@@ -136,7 +137,7 @@ def tried(
     student: nn.Module, layer: FusedLayer, decomposition: Decomposition, loss: LossFromABlock, kl: float
 ) -> tuple[list[RankedGroup], float, list[dict]]:
     """The groups of a fused layer that have the least loss, which the student is left with, their loss, and a record of
-    each hope. kl: the loss with the parts."""
+    each hope. kl: the loss with the parts. Of a tie, fewer groups win, which serve faster."""
 
     if not layer.hopes:
         return layer.parts, kl, []
@@ -153,7 +154,8 @@ def tried(
         kl = loss()
         members = [len(each.group.members) for each in hope.groups]
         records.append({"members": members, "estimate": round(hope.error, 5), "kl": kl})
-        if kl <= best:
+        fewer = len(hope.groups) < len(chosen)
+        if kl <= best * (1 + TIE if fewer else 1 - TIE):
             chosen, best, kept = hope.groups, kl, weights()
     for weight, value in zip(own, kept, strict=True):
         weight.copy_(value)
@@ -174,7 +176,7 @@ def join_groups(
     afterwards. layers: of `layers_with_hopes`; loss: of the student, on the windows that decide. Every hope is tried on
     a few of them, so few that whole passes would cost TRIALS losses on all, but FEWEST_TOKENS; blocks before the layer
     are not run again. What was joined is then measured on all; the half that gained less is taken apart as long as that
-    lowers the loss, or the loss is above that of separate groups. A joint group serves faster, so it wins a tie.
+    lowers the loss, or the loss is above that of separate groups.
     Returns the groups and a record of each loss on all windows; on_layer sees one of each layer of several groups.
     """
     hopes = sum(len(layer.hopes) for layer in layers)

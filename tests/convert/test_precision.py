@@ -39,10 +39,11 @@ def check(records, perplexity=0.005, ranks=0.01):
 
 @FAST
 @pytest.mark.long
-@pytest.mark.parametrize(("form", "perplexity", "ranks"), [("pivga", 0.005, 0.01), ("svd", 0.01, 0.08)])
+@pytest.mark.parametrize(("form", "perplexity", "ranks"), [("pivga", 0.005, 0.02), ("svd", 0.01, 0.08)])
 def test_of_the_demo_model(tmp_path, form, perplexity, ranks):
-    """0.02 % were seen in pivga form. In svd form a group that goes dense, or not, changes the others' ranks: bfloat16
-    passes were 0.08 % below float32 with one thread, and 0.63 % above with two."""
+    """0.02 % were seen in pivga form, and ranks that differ by 1.1 % on a CPU without AMX. In svd form a group that
+    goes dense, or not, changes the others' ranks: bfloat16 passes were 0.08 % below float32 with one thread, and 0.63 %
+    above with two."""
     text = tmp_path / "text.txt"
     text.write_text("\n".join(training_documents(with_tests=False)[:60]), encoding="utf-8")
     check(converted(DEMO_MODEL, text, tmp_path, form=form, groups="separate"), perplexity, ranks)

@@ -126,6 +126,32 @@ def test_layers_that_share_nothing_stay_apart_at_no_cost(tiny_llama, monkeypatch
 
 
 @pytest.mark.parametrize(
+    ("of_pairs", "groups"),
+    [
+        (0.5 - 1e-6, 1),  # a tie, which sums in another order would turn round
+        (0.5 - 1e-3, 2),
+    ],
+)
+def test_of_a_tie_fewer_groups_win(tiny_llama, of_pairs, groups):
+    problem = Problem(tiny_llama, share_rows=True)
+    layer = problem.layers[0]
+    measured = [0.5 if len(hope.groups) == 1 else of_pairs for hope in layer.hopes]
+
+    class Loss:
+        def begin_at(self, name):
+            pass
+
+        def __call__(self):
+            return next(answers)
+
+    answers = iter(measured)
+    with torch.no_grad():
+        chosen, kl, records = joining.tried(problem.student, layer, problem.decomposition, Loss(), 1.0)
+    assert len(chosen) == groups and kl == (0.5 if groups == 1 else of_pairs)
+    assert sorted(record["kl"] for record in records) == sorted([0.5, of_pairs, of_pairs])
+
+
+@pytest.mark.parametrize(
     ("measured", "joined_layers"),
     [
         ([1.0, 0.9, 0.95], 2),  # half of them are worse than all
