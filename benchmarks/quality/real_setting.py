@@ -22,6 +22,7 @@ from fermisvd.settings import BATCH_SIZE
 from fermisvd.teacher import Taught, teach
 from fermisvd_convert.evaluate import evaluate
 from fermisvd_convert.loading import load_tokenizer, resolve_device
+from fermisvd_convert.options import ConvertOptions
 from fermisvd_convert.text import calibration_text, windows_of
 from tests.support import SHARED
 from tests.support.smollm2 import FOLDER
@@ -91,6 +92,12 @@ class Setting:
     def taught(self) -> Taught:
         """Of the calibration windows, which are those of `convert`."""
         return self._taught(CALIBRATION, self.samples)
+
+    @cached_property
+    def taught_to_heal(self) -> Taught:
+        """Of the windows that `convert` heals on."""
+        options = ConvertOptions.named(remove=0.5, samples=self.samples)
+        return self._taught(CALIBRATION, options.windows_to_heal_on)
 
     @cached_property
     def taught_more(self) -> Taught:

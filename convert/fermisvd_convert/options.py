@@ -56,6 +56,10 @@ class CalibrationOptions(TextOptions):
     ] = (DEFAULT_DATASET,)
     samples: Annotated[Count, option("Calibration windows.")] = 256
     gradient_samples: Annotated[Count, option("Windows FermiGrad trains on.")] = 256
+    heal_samples: Annotated[
+        Annotated[int, Field(ge=2, le=LARGEST)] | None,
+        option("Windows healing trains on.", shown="as many as its steps take, if the text has them"),
+    ] = None
 
 
 class RunOptions(Settings):
@@ -97,6 +101,13 @@ class ConvertOptions(RunOptions, CalibrationOptions, CompressOptions):
     def asks_teacher(self) -> bool:
         """Whether any step compares a student with the dense model."""
         return self.ranks == "fermigrad" or self.joins or self.refits or self.rescales or self.healing.steps > 0
+
+    @property
+    def windows_to_heal_on(self) -> int:
+        """At most; by default none is seen twice, since healing learns few by heart (docs/decisions.md)."""
+        if not self.healing.steps:
+            return 0
+        return self.heal_samples or max(self.samples, self.healing.steps * self.batch_size)
 
     @property
     def joins(self) -> bool:

@@ -70,17 +70,18 @@ def settled(options: ConvertOptions, source: Source, device: str) -> tuple[Conve
     Raises TextError if the text does not do.
     """
     length = window_length(options.sequence_length, source.context_length())
-    wanted = max(options.samples, options.gradient_samples)
+    to_heal_on = options.windows_to_heal_on
+    asked = max(options.samples, options.gradient_samples, to_heal_on if options.heal_samples else 0)
     text = calibration_text(
         source.tokenizer(),
         options.calibration,
-        wanted,
+        max(asked, to_heal_on),
         length,
         bos=options.bos,
         skip_bad_rows=options.skip_bad_rows,
     )
     there = len(text.windows)
-    if there < wanted:
+    if there < asked:
         logger.warning("the text gives %d windows of %d tokens; more were asked for", there, length)
     check_vocabulary(text.windows, source.vocabulary, source.folder)
     if (options.healing.steps or options.refits or options.rescales) and min(there, options.samples) < 2:
@@ -92,6 +93,7 @@ def settled(options: ConvertOptions, source: Source, device: str) -> tuple[Conve
         "sequence_length": length,
         "samples": min(options.samples, there),
         "gradient_samples": min(options.gradient_samples, there),
+        "heal_samples": min(to_heal_on, there) or None,
         "refit": options.refits,
         "rescale": options.rescales,
         "bos": text.bos,

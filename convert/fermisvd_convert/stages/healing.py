@@ -26,7 +26,7 @@ def heal_factors(conversion: Conversion, checkpoint: Path, taught: Taught) -> di
     options = conversion.options
     if not (options.healing.steps and read_config(checkpoint).groups):
         return None
-    aside, training = set_aside(taught[: options.samples])
+    aside, training = set_aside(taught[: options.heal_samples])
     factors = [file_hash(file) for file in sorted(checkpoint.glob("*.safetensors"))]
     settings = (options.healing, options.batch_size, options.seed, options.compute)
     stage = conversion.workspace.stage("healed", conversion.key, factors, training.windows, aside.windows, *settings)

@@ -14,26 +14,31 @@ from fermisvd.teacher import Taught, teach
 from fermisvd_convert.conversion import Conversion, timed
 from fermisvd_convert.memory import give_back
 from fermisvd_convert.progress import bar
-from fermisvd_convert.workspace import Stage
+from fermisvd_convert.workspace import Stage, settings_key
 
 logger = logging.getLogger("fermisvd")
 
 
 def teacher_stage(conversion: Conversion) -> Stage:
-    """Where the states of each batch of the text's windows are kept, by its number."""
-    depends = (conversion.text.windows, conversion.passes.calibrated, conversion.options.compute)
-    return conversion.workspace.stage("teacher", conversion.key, *depends)
+    """Where the states of each batch of windows are kept, by its name; a longer text finds those of its beginning."""
+    return conversion.workspace.stage("teacher", conversion.key, conversion.options.compute)
+
+
+def batches_of(conversion: Conversion) -> list[tuple[str, torch.Tensor]]:
+    """Of the text's windows, by name."""
+    return [(settings_key(batch), batch) for batch in conversion.text.windows.split(conversion.passes.calibrated)]
 
 
 def keeper(conversion: Conversion, model: PreTrainedModel) -> Callable[[int, torch.Tensor], None]:
     """Keeps a batch's states that calibration comes by, unless the batch is cut short for the text's last windows; none
     of a model whose head needs more than them, or where no step asks."""
-    stage, batches = teacher_stage(conversion), conversion.text.windows.split(conversion.passes.calibrated)
+    stage, batches = teacher_stage(conversion), batches_of(conversion)
     useful = conversion.options.asks_teacher and isinstance(halves_of(model), Split)
 
     def keep(number: int, states: torch.Tensor) -> None:
-        if useful and len(states) == len(batches[number]):
-            stage.save(str(number), {"states": states})
+        name, batch = batches[number]
+        if useful and len(states) == len(batch):
+            stage.save(name, {"states": states})
 
     return keep
 
@@ -45,21 +50,21 @@ def ask_teacher(conversion: Conversion) -> Taught:
     stage, windows = teacher_stage(conversion), conversion.text.windows
     if not conversion.options.asks_teacher:
         return Taught(windows, [])
-    batches = list(enumerate(windows.split(conversion.passes.calibrated)))
+    batches = batches_of(conversion)
     missing = None
     if distributed.this_process() == 0:
-        missing = [number for number, _ in batches if not stage.has(str(number))]
+        missing = [number for number, (name, _) in enumerate(batches) if not stage.has(name)]
     missing = distributed.from_first(missing)
     if missing:
         if mine := distributed.own_part(missing):
             _ask(conversion, stage, [batches[number] for number in mine])
         conversion.workspace.wait_for_all()
-    kept = (stage.load(str(number))["states"] for number, _ in batches)  # as far as they are read: in the page cache
+    kept = (stage.load(name)["states"] for name, _ in batches)  # as far as they are read: in the page cache
     return Taught(windows, list(chain.from_iterable(states.unbind() for states in kept)))
 
 
 @torch.no_grad()
-def _ask(conversion: Conversion, stage: Stage, batches: list[tuple[int, torch.Tensor]]) -> None:
+def _ask(conversion: Conversion, stage: Stage, batches: list[tuple[str, torch.Tensor]]) -> None:
     model = conversion.stream()
     try:
         blocks = DecoderBlocks(model)
@@ -71,15 +76,16 @@ def _ask(conversion: Conversion, stage: Stage, batches: list[tuple[int, torch.Te
             raise BlocksError(f"{error}; it is run whole, which --max-memory does not allow") from None
         logger.warning("%s; the model is run whole", error)
         with bar("ask the teacher", len(batches), "batch") as shown:
-            for number, batch in batches:
+            for name, batch in batches:
                 states = teach(model, batch, len(batch)).states
-                stage.save(str(number), {"states": torch.stack(list(states))})
+                stage.save(name, {"states": torch.stack(list(states))})
                 shown.advance()
         return
+    numbered = [(number, batch) for number, (_, batch) in enumerate(batches)]
     with (
         conversion.workspace.hidden_states(conversion.limits.hidden_bytes) as hidden,
         bar("ask the teacher", len(blocks.blocks) * len(batches), "batch") as shown,
     ):
-        for number, states in states_by_blocks(blocks, batches, hidden, shown.advance):
-            stage.save(str(number), {"states": states})
+        for number, states in states_by_blocks(blocks, numbered, hidden, shown.advance):
+            stage.save(batches[number][0], {"states": states})
             give_back()
