@@ -25,7 +25,7 @@ from fermisvd.modules import CompressedLinear, PivGaColumnsLinear, PivGaRowsLine
 from fermisvd.pivga import refuse_overflow, round_interpolation
 from fermisvd.running.blocks import KEPT_ACTIVATIONS, checkpointed
 from fermisvd.running.distributed import local, own_passes, process_count, sum_over_processes, whole
-from fermisvd.settings import Natural, Settings, option
+from fermisvd.settings import Count, Natural, Settings, option
 from fermisvd.teacher import Taught
 
 BATCH_TOKENS = 2048  # that the learning rate was measured with
@@ -40,10 +40,17 @@ class HealingSettings(Settings):
     number of decoder blocks, whose steps add up in the hidden state. With batches of fewer than BATCH_TOKENS, whose
     gradients are noisier, it is smaller by the root of the part. It rises over the first twentieth of the steps and
     falls to zero as a cosine.
+
+    Many steps of few tokens gain more than few of many, at the same cost (docs/decisions.md).
     """
 
-    steps: Annotated[Natural, option("Steps of distillation on the calibration windows at the end; 0 for none.")] = 128
+    steps: Annotated[Natural, option("Steps of distillation on the calibration text at the end; 0 for none.")] = 512
+    step_tokens: Annotated[Count, option("Tokens of a step: a window at least, a batch at most.")] = 512
     learning_rate: Annotated[float, option("Relative to each factor's size and width, and to depth.", ge=0)] = 0.5
+
+    def step_windows(self, batch_size: int, length: int, processes: int = 1) -> int:
+        """Windows of a step; each of several processes takes one at least."""
+        return min(batch_size, max(processes, self.step_tokens // length))
 
 
 def trained_factors(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -84,12 +91,12 @@ def heal(
     """Train the student's factors in place, by KL(teacher || student) on windows.
 
     student: compressed, its factors in float32 or narrower; they are float32 afterwards. factors: matrices to train
-    instead, by tensor name; with them any student will do, such as a pruned one. taught: windows to train on;
-    aside: others, not trained on. Where the loss on these is no lower at the end, the factors are put back. at_once:
-    windows of a pass, whose gradients are added up to the batch's. Of several processes each takes its part of every
-    batch, and the student may be divided among them (FSDP2). begun: where a healing of the same student was
-    interrupted, as on_progress saw it after a step (live tensors, which the next step changes); the result is that of
-    an undisturbed one. A factor takes 12 bytes a number beside the model's passes, a bfloat16 one 10.
+    instead, by tensor name; with them any student will do, such as a pruned one. taught: windows to train on, of which
+    a step takes batch_size at most; aside: others, not trained on. Where the loss on these is no lower at the end, the
+    factors are put back. at_once: windows of a pass, whose gradients are added up to the step's. Of several processes
+    each takes its part of every step, and the student may be divided among them (FSDP2). begun: where a healing of the
+    same student was interrupted, as on_progress saw it after a step (live tensors, which the next step changes); the
+    result is that of an undisturbed one. A factor takes 12 bytes a number beside the model's passes, a bfloat16 one 10.
     Returns {"kl_before", "kl_after" (both on `aside`), "trace": each step's step and kl}.
     Raises StructureError if the student has no compressed layer, NumericalError if the loss is not finite.
     """
@@ -97,6 +104,8 @@ def heal(
     if not factors:
         raise StructureError("the model has no compressed layer to heal")
     student.requires_grad_(False)
+    length = taught.windows.shape[1]
+    batch_size = settings.step_windows(batch_size, length, process_count())
     at_once = min(at_once or batch_size, -(-batch_size // process_count()))
     scale = process_count() if any(isinstance(each, DTensor) for each in factors.values()) else 1  # FSDP2's mean
     loss = StudentLoss(student, aside, at_once)
@@ -105,13 +114,13 @@ def heal(
         raise NumericalError(f"KL is {before} before healing; check the checkpoint and its dense model")
     device, halves = next(student.parameters()).device, loss.halves
     start = {name: local(parameter.detach()).to("cpu", copy=True) for name, parameter in factors.items()}
-    height = settings.learning_rate * _height(student, before, min(batch_size, len(taught)) * taught.windows.shape[1])
+    height = settings.learning_rate * _height(student, before, min(batch_size, len(taught)) * length)
     rates = {name: height * _size(parameter) for name, parameter in factors.items()}
     batches = shuffled_batches(len(taught), batch_size, seed)
     records: list[dict] = []
     with (
         stepping_backward(factors) as adams,
-        checkpointed(student, activations(student), at_once * taught.windows.shape[1], kept_bytes),
+        checkpointed(student, activations(student), at_once * length, kept_bytes),
     ):
         if begun is not None:
             records = list(begun.records)

@@ -29,6 +29,7 @@ from fermisvd.fermigrad import step_windows
 from fermisvd.files import TensorInfo
 from fermisvd.gates import WIDTH
 from fermisvd.groups import LinearGroup
+from fermisvd.healing import HealingSettings
 from fermisvd.joining import TRIALS
 from fermisvd.running.blocks import KEPT_ACTIVATIONS, places_back, segments
 from fermisvd_convert.memory import KEPT_AHEAD, Limits, Passes, Sizes, model_sizes, needs
@@ -80,6 +81,19 @@ class Run:
     batch_size: int = default("batch_size")
     steps: int = default("steps")
     heal_steps: int = default("heal_steps")
+
+    @property
+    def heal_windows(self) -> int:
+        """Of a step of healing."""
+        return HealingSettings().step_windows(self.batch_size, self.length)
+
+    @property
+    def asked(self) -> int:
+        """Windows that the teacher is asked about."""
+        options = ConvertOptions.named(
+            remove=0.5, samples=self.samples, batch_size=self.batch_size, heal_steps=self.heal_steps
+        )
+        return max(self.samples, options.windows_to_heal_on(self.length))
 
     @property
     def aside(self) -> int:
@@ -190,7 +204,7 @@ def conversion_work(
     dense = sum(g.dense_parameters for g in groups)
     head, attention = shape["vocab_size"] * hidden, attention_flops(shape, run.length)
     forward = 2 * (dense + head) + attention
-    tokens, batch = run.samples * run.length, run.batch_size * run.length
+    tokens, more = run.samples * run.length, (run.asked - run.samples) * run.length
     step_tokens = min(run.batch_size, step_windows(run.length)) * run.length
     row = 2 * sum(g.rows + g.columns for g in groups)  # bytes that a token's activations take
 
@@ -204,6 +218,7 @@ def conversion_work(
         opened = 0.8 * opened_numbers(groups, ranks) + 0.2 * whole
     twice = step_tokens * row > KEPT_ACTIVATIONS
     step = fermigrad_flops(opened, head, attention) + twice * (2 * opened + attention)
+    batch = run.heal_windows * run.length
     kept, twice = (1 - remove) * dense, batch * row > KEPT_ACTIVATIONS
     healing = (6 + 2 * twice) * kept + 6 * head + (3 + twice) * attention
     compared = 2 * kept + 4 * head + attention  # before and after, on windows kept aside
@@ -220,6 +235,7 @@ def conversion_work(
         "check": [(KEEP, 1, model)],
         "calibration": [
             (MODEL, hidden, tokens * ((3 + again) * forward + attention - 2 * again * head)),
+            (MODEL, hidden, more * (forward - 2 * head)),  # the teacher's states alone
             (GRAM, hidden, tokens * grams),
             (READ, 1, 3 * model),
             (KEEP, 1, 2 * states),  # Gram matrices are kept beside the GPU's work
@@ -251,7 +267,7 @@ def work_bytes(shape: dict, remove: float = 0.2) -> dict[str, int]:
     groups = separate_groups(shape)
     return {
         "Gram matrices": sum(gram_bytes(groups, "kfac").values()),
-        "the teacher's states": 2 * default("samples") * LENGTH * shape["hidden_size"],
+        "the teacher's states": 2 * DEFAULT.asked * LENGTH * shape["hidden_size"],
         "factors": factors_bytes(groups, "kfac", joins=True),
         "healed factors": 2 * Budget.removing(remove, "pivga").numbers(groups),
     }
@@ -263,7 +279,7 @@ def sizes_of(shape: dict, item: int = 2, device: str = "cuda") -> Sizes:
     shapes = {f"{group.name}.weight": (group.rows, group.columns) for group in groups}
     shapes |= dict.fromkeys(("model.embed_tokens.weight", "lm_head.weight"), (vocabulary, hidden))
     headers = {name: TensorInfo(Path("model.safetensors"), "", "BF16", numbers) for name, numbers in shapes.items()}
-    return model_sizes(headers, groups, vocabulary, default("samples") * LENGTH, item, device)
+    return model_sizes(headers, groups, vocabulary, DEFAULT.samples * LENGTH, item, device)
 
 
 def stages(shape: dict, remove: float = 0.2, processes: int = 1) -> dict[str, dict[str, float]]:

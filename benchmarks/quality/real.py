@@ -54,12 +54,12 @@ from tests.support.stdlib_text import write_texts
 REMOVALS = (0.1, 0.2, 0.3, 0.4)
 MORE_STEPS = 1000
 UNHEALED = {"heal_steps": 0, "refit": False}
-FEW_WINDOWS = 512  # of those that healing has by default, as many as are calibrated on
-HEALED_ON_FEW = f"healed on {FEW_WINDOWS} windows"
+LARGE_STEPS = {"heal_samples": 512, "heal_steps": 128, "heal_step_tokens": 2048}  # the default until 2026-11-27
+HEALED_IN_LARGE_STEPS = "healed in large steps"
 CONVERTED = {name: options for name, options in METHODS.items() if name != "pivga, uniform, joint"} | {
     "default, neither refitted nor healed": UNHEALED,
     "default, rescaled, neither refitted nor healed": UNHEALED | {"rescale": True},
-    f"default, {HEALED_ON_FEW}": {"heal_samples": FEW_WINDOWS},
+    f"default, {HEALED_IN_LARGE_STEPS}": LARGE_STEPS,
 }
 MIXED = "default, mixed calibration"
 WEB_APART = 500_000  # characters of C4's beginning, which is evaluated on, that are no calibration
@@ -131,11 +131,10 @@ def narrower_with_heads(setting: Setting, remove: float) -> LlamaForCausalLM:
 def pruned(
     setting: Setting, out: Path, remove: float, prune: Callable[[Setting, float], LlamaForCausalLM], healing: str
 ) -> Made:
-    """healing: none, that of `convert`, also on fewer windows, or that of `fermisvd heal` on more text; each with its
-    windows to decide on."""
+    """healing: none, that of `convert`, or that of `fermisvd heal` on more text; each with its windows to decide on."""
     model = prune(setting, remove)
-    if healing in ("healed", HEALED_ON_FEW):
-        aside, training = set_aside(setting.taught_to_heal[: None if healing == "healed" else FEW_WINDOWS])
+    if healing == "healed":
+        aside, training = set_aside(setting.taught_to_heal)
         heal_pruned(model, training, aside, HealingSettings().steps, setting.stored)
     elif healing:
         taught, held = setting.taught_more, -(-len(setting.taught_more) // 8)
@@ -159,7 +158,7 @@ BY_REMOVAL: dict[str, Maker] = {
     **{
         f"{name}, {healing}".removesuffix(", "): partial(pruned, prune=prune, healing=healing)
         for name, prune in PRUNED.items()
-        for healing in ("", "healed", HEALED_ON_FEW, HEALED_LONGER)
+        for healing in ("", "healed", HEALED_LONGER)
     },
 }
 

@@ -97,7 +97,7 @@ class Setting:
     def taught_to_heal(self) -> Taught:
         """Of the windows that `convert` heals on."""
         options = ConvertOptions.named(remove=0.5, samples=self.samples)
-        return self._taught(CALIBRATION, options.windows_to_heal_on)
+        return self._taught(CALIBRATION, options.windows_to_heal_on(self.length))
 
     @cached_property
     def taught_more(self) -> Taught:

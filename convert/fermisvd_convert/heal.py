@@ -58,7 +58,7 @@ def heal_checkpoint(checkpoint: str | Path, healed: str | Path, **given: Any) ->
     with claimed(healed) as place:
         check_free(healed, "choose another HEALED")  # with what was put back
         check_space({healed: {"a copy of the checkpoint": bytes_of(checkpoint)}})
-        at_once = windows_that_fit(checkpoint, source, text, options.batch_size, dtype, device)
+        at_once = windows_that_fit(checkpoint, source, text, options, dtype, device)
         expected, taught = asked(source, device, compute, (text.held_back, text.windows), at_once)
         student = load_dense_or_compressed(checkpoint, device, dtype, options.trust_remote_code)
         before = evaluate(student, text.held_back, expected, batch_size=at_once)

@@ -22,6 +22,7 @@ from fermisvd_convert.memory import (
     missing,
     model_sizes,
 )
+from fermisvd_convert.options import HealOptions
 from fermisvd_convert.output import files_of
 from fermisvd_convert.source import Source
 from fermisvd_convert.text import CalibrationText
@@ -35,16 +36,18 @@ def bytes_of(checkpoint: Path) -> int:
 
 
 def windows_that_fit(
-    checkpoint: Path, source: Source, text: CalibrationText, batch_size: int, dtype: torch.dtype, device: str
+    checkpoint: Path, source: Source, text: CalibrationText, options: HealOptions, dtype: torch.dtype, device: str
 ) -> int:
     """Windows of a pass, as many of a batch as memory has room for; said where they are fewer. dtype: of the student.
     Raises OptionError where it has none for one."""
     size, factors = sizes_of(checkpoint, source, text, dtype, device)
     host_room, lacking = memory_of("cpu", None) if device.startswith("cuda") else None, ""
-    for windows in fewer(batch_size):
-        required = heal_needs(size, factors, Passes(windows, text.windows.shape[1]), batch_size, host_room is not None)
+    length = text.windows.shape[1]
+    step = options.healing.step_windows(options.batch_size, length)
+    for windows in fewer(options.batch_size):
+        required = heal_needs(size, factors, Passes(windows, length), step, host_room is not None)
         if not (lacking := missing(required, memory_of(device, None), host_room, "what the machine has")):
-            if windows < batch_size:
+            if windows < options.batch_size:
                 logger.warning("memory has room for passes of %d windows: a batch takes several", windows)
             return windows
     raise OptionError(lacking)
@@ -63,12 +66,12 @@ def sizes_of(
     return replace(size, dense=dense), int(factors)
 
 
-def heal_needs(size: Sizes, factors: int, passes: Passes, batch_size: int, on_gpu: bool) -> dict[str, Need]:
-    """Of the steps of `fermisvd heal`, by name. Models are loaded in the host's memory and then put on a GPU."""
+def heal_needs(size: Sizes, factors: int, passes: Passes, step_windows: int, on_gpu: bool) -> dict[str, Need]:
+    """Of the parts of `fermisvd heal`, by name. Models are loaded in the host's memory and then put on a GPU."""
     whole, kept = size.item * (size.blocks + size.outside), factors / size.dense
     student, states = whole - size.item * (size.dense - factors), size.item * size.text * size.width
     asked = whole + head_bytes(size, passes.tokens) + activation_bytes(size, passes.tokens) // 2
-    trained, start = healing_bytes(size, passes, kept, batch_size), size.item * factors
+    trained, start = healing_bytes(size, passes, kept, step_windows), size.item * factors
     shorter = "fewer --samples, or --sequence-length smaller"
     return {
         "the dense model": Need(asked, whole if on_gpu else 0, "--device cpu" if on_gpu else "--compute bfloat16"),

@@ -281,7 +281,8 @@ def needs(size: Sizes, options: ConvertOptions, passes: Passes, limit: Limits, p
     if options.healing.steps:
         kept = options.budget.kept
         start = int(size.item * kept * size.dense)
-        trained = healing_bytes(size, passes, kept, -(-options.batch_size // processes))
+        windows = options.healing.step_windows(options.batch_size, passes.length, processes)
+        trained = healing_bytes(size, passes, kept, -(-windows // processes))
         found["healing"] = Need(trained, start, "--heal-steps 0, or more processes")
     return found
 

@@ -102,12 +102,12 @@ class ConvertOptions(RunOptions, CalibrationOptions, CompressOptions):
         """Whether any step compares a student with the dense model."""
         return self.ranks == "fermigrad" or self.joins or self.refits or self.rescales or self.healing.steps > 0
 
-    @property
-    def windows_to_heal_on(self) -> int:
-        """At most; by default none is seen twice, since healing learns few by heart (docs/decisions.md)."""
+    def windows_to_heal_on(self, length: int) -> int:
+        """At most, of so many tokens; by default none is seen twice, since healing learns few by heart."""
         if not self.healing.steps:
             return 0
-        return self.heal_samples or max(self.samples, self.healing.steps * self.batch_size)
+        taken = self.healing.steps * self.healing.step_windows(self.batch_size, length)
+        return self.heal_samples or max(self.samples, taken)
 
     @property
     def joins(self) -> bool:
@@ -118,7 +118,7 @@ class ConvertOptions(RunOptions, CalibrationOptions, CompressOptions):
 class HealSettings(HealingSettings):
     """Options of the distillation where it is all that is asked for."""
 
-    steps: Annotated[Count, option("Steps of distillation on the text.")] = 200
+    steps: Annotated[Count, option("Steps of distillation on the text.")] = 1024
 
 
 class HealOptions(RunOptions, TextOptions, Batched, Seeded):

@@ -70,7 +70,7 @@ def settled(options: ConvertOptions, source: Source, device: str) -> tuple[Conve
     Raises TextError if the text does not do.
     """
     length = window_length(options.sequence_length, source.context_length())
-    to_heal_on = options.windows_to_heal_on
+    to_heal_on = options.windows_to_heal_on(length)
     asked = max(options.samples, options.gradient_samples, to_heal_on if options.heal_samples else 0)
     text = calibration_text(
         source.tokenizer(),

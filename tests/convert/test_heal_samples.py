@@ -47,6 +47,7 @@ def trained_on(monkeypatch):
     [
         ({}, 24),  # 6 steps of 4 windows
         ({"heal_steps": 1}, 12),  # no fewer than are calibrated on
+        ({"heal_step_tokens": 50}, 18),  # 6 steps of 3 windows
         ({"heal_samples": 9}, 9),
         ({"heal_samples": 40}, 40),
     ],

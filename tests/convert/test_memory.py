@@ -192,7 +192,7 @@ def test_what_is_found_again_does_not_depend_on_what_follows(machine):
 
 
 def test_a_gradient_that_waits_for_further_passes_is_counted():
-    options = ConvertOptions.named(remove=0.2)
+    options = ConvertOptions.named(remove=0.2, heal_step_tokens=8 * LENGTH)
     whole, several = (
         needs(LLAMA_8B, options, Passes(windows, LENGTH, 1, 8), limits(LLAMA_8B, TOKENS, None))["healing"].device
         for windows in (8, 4)

@@ -100,6 +100,28 @@ def test_a_batch_in_several_passes_gives_the_same_factors(dense, compressed):
         assert (one - other).norm() < 0.05 * (one - start).norm()
 
 
+@pytest.mark.parametrize(
+    ("tokens", "length", "processes", "windows"),
+    [(512, 256, 1, 2), (512, 200, 1, 2), (512, 2048, 1, 1), (512, 16, 1, 8), (512, 2048, 4, 4), (1, 256, 16, 8)],
+)
+def test_windows_of_a_step_are_those_of_its_tokens_but_one_a_process_and_a_batch_at_most(
+    tokens, length, processes, windows
+):
+    assert HealingSettings(step_tokens=tokens).step_windows(8, length, processes) == windows
+
+
+def test_a_step_of_few_tokens_takes_a_part_of_a_batch(dense, compressed):
+    """Reference: batches of as many windows, bit for bit."""
+    taught = teach(load_model(dense), torch.randint(2048, (9, 16)), 8)
+    few, large = (HealingSettings(steps=4, learning_rate=3.4, step_tokens=tokens) for tokens in (40, 1024))
+    students = [load_model(compressed), load_model(compressed)]
+    found = heal(students[0], taught, taught[:4], few, batch_size=8, seed=0)
+    expected = heal(students[1], taught, taught[:4], large, batch_size=2, seed=0)
+    assert found == expected and found["kl_after"] < found["kl_before"]
+    pairs = zip(*(trained_factors(student).values() for student in students), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+
+
 @pytest.mark.long
 def test_a_bfloat16_student_has_float32_factors_and_learns_as_much(dense, compressed):
     taught = teach(load_model(dense), torch.randint(2048, (16, 32)), 8)
