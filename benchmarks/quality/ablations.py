@@ -40,8 +40,8 @@ ABLATIONS: dict[str, dict[str, dict]] = {
     "refit": {"without": {}, "with": {"refit": True}, "and rescaled": {"refit": True, "rescale": True}},
     "healing": {
         "without": {},
-        "128 steps": {"heal_steps": 128},
-        "refit, 128 steps": {"refit": True, "heal_steps": 128},
+        "128 steps": {"heal_steps": 128, "heal_step_tokens": 2048},
+        "refit, 128 steps": {"refit": True, "heal_steps": 128, "heal_step_tokens": 2048},
     },
 }
 

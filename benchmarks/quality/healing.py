@@ -21,7 +21,7 @@ from fermisvd_convert.heal import heal_checkpoint
 from fermisvd_convert.loading import load_tokenizer
 from fermisvd_convert.text import windows_of
 
-STEPS = (0, 32, 64, 128, 256)
+STEPS, STEP_TOKENS = (0, 32, 64, 128, 256), 2048
 SAMPLES = 2048  # windows; the longest run goes through the seven eighths that are trained on a little over once
 
 
@@ -48,7 +48,7 @@ def main() -> None:
                 if steps:
                     healed = Path(scratch) / f"{ranks}-{steps}"
                     settings = {"samples": SAMPLES, "sequence_length": 256, "teacher": str(model["path"]), "bos": False}
-                    heal_checkpoint(out, healed, text=text, steps=steps, **settings)
+                    heal_checkpoint(out, healed, text=text, steps=steps, step_tokens=STEP_TOKENS, **settings)
                 rows[ranks][steps] = evaluate(load_model(healed), windows, taught).as_dict()
             cells = [f"{row['perplexity']:.3f} ({row['kl']:.4f})" for row in rows[ranks].values()]
             print(f"| {ranks} | " + " | ".join(cells) + " |", flush=True)

@@ -31,7 +31,8 @@ KNOBS: dict[str, dict] = {
 }
 HEALING_KNOBS: dict[str, dict] = {
     "healed": {},
-    **{f"healed for {steps} steps": {"heal_steps": steps} for steps in (64, 256)},
+    **{f"healed for {steps} steps": {"heal_steps": steps} for steps in (256, 1024)},
+    "healed in 128 steps of 2,048 tokens": {"heal_steps": 128, "heal_step_tokens": 2048},
     **{f"healed at rate {rate}": {"heal_learning_rate": rate} for rate in (0.25, 1.0)},
     "healed, rescaled before": {"rescale": True},
 }

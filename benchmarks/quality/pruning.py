@@ -42,15 +42,16 @@ def of_smaller_config(model: LlamaForCausalLM, tensors: Mapping[str, torch.Tenso
     return pruned.eval()
 
 
-def heal_pruned(model: LlamaForCausalLM, taught: Taught, aside: Taught, steps: int, stored: torch.dtype) -> dict:
+def heal_pruned(
+    model: LlamaForCausalLM, taught: Taught, aside: Taught, settings: HealingSettings, stored: torch.dtype
+) -> dict:
     """Distil a pruned model, which is float32 before and afterwards, in place, as `fermisvd convert` does a compressed
     one: its loss, batches, optimiser, rule of the learning rate and type of the passes. All linear weights of the
     decoder blocks are trained, and rounded once, at the end, to the type that all weights are stored in. Gives `heal`'s
     record."""
     with_parameters_in(model, torch.promote_types(compute_type("auto", model.device, width_of(model.config)), stored))
     weights = linear_weights(model)
-    settings = HealingSettings(steps=steps)
-    with bar("heal", steps) as shown:
+    with bar("heal", settings.steps) as shown:
         record = heal(
             model, taught, aside, settings, batch_size=BATCH_SIZE, seed=SEED, on_step=shown.show, factors=weights
         )

@@ -54,12 +54,16 @@ from tests.support.stdlib_text import write_texts
 REMOVALS = (0.1, 0.2, 0.3, 0.4)
 MORE_STEPS = 1000
 UNHEALED = {"heal_steps": 0, "refit": False}
-LARGE_STEPS = {"heal_samples": 512, "heal_steps": 128, "heal_step_tokens": 2048}  # the default until 2026-11-27
+LARGE_SAMPLES, LARGE_STEPS = 512, HealingSettings(steps=128, step_tokens=2048)  # the default until 2026-11-27
 HEALED_IN_LARGE_STEPS = "healed in large steps"
 CONVERTED = {name: options for name, options in METHODS.items() if name != "pivga, uniform, joint"} | {
     "default, neither refitted nor healed": UNHEALED,
     "default, rescaled, neither refitted nor healed": UNHEALED | {"rescale": True},
-    f"default, {HEALED_IN_LARGE_STEPS}": LARGE_STEPS,
+    f"default, {HEALED_IN_LARGE_STEPS}": {
+        "heal_samples": LARGE_SAMPLES,
+        "heal_steps": LARGE_STEPS.steps,
+        "heal_step_tokens": LARGE_STEPS.step_tokens,
+    },
 }
 MIXED = "default, mixed calibration"
 WEB_APART = 500_000  # characters of C4's beginning, which is evaluated on, that are no calibration
@@ -131,14 +135,16 @@ def narrower_with_heads(setting: Setting, remove: float) -> LlamaForCausalLM:
 def pruned(
     setting: Setting, out: Path, remove: float, prune: Callable[[Setting, float], LlamaForCausalLM], healing: str
 ) -> Made:
-    """healing: none, that of `convert`, or that of `fermisvd heal` on more text; each with its windows to decide on."""
+    """healing: none, that of `convert` by default or in large steps, or that of `fermisvd heal` on more text; each with
+    its windows to decide on."""
     model = prune(setting, remove)
-    if healing == "healed":
-        aside, training = set_aside(setting.taught_to_heal)
-        heal_pruned(model, training, aside, HealingSettings().steps, setting.stored)
-    elif healing:
+    if healing == HEALED_LONGER:
         taught, held = setting.taught_more, -(-len(setting.taught_more) // 8)
-        heal_pruned(model, taught[:-held], taught[-held:], MORE_STEPS, setting.stored)
+        heal_pruned(model, taught[:-held], taught[-held:], HealingSettings(steps=MORE_STEPS), setting.stored)
+    elif healing:
+        large = healing == HEALED_IN_LARGE_STEPS
+        aside, training = set_aside(setting.taught_to_heal[: LARGE_SAMPLES if large else None])
+        heal_pruned(model, training, aside, LARGE_STEPS if large else HealingSettings(), setting.stored)
     return model, setting.size(linear_parameters(model), setting.dense_bytes(model))
 
 
@@ -158,7 +164,7 @@ BY_REMOVAL: dict[str, Maker] = {
     **{
         f"{name}, {healing}".removesuffix(", "): partial(pruned, prune=prune, healing=healing)
         for name, prune in PRUNED.items()
-        for healing in ("", "healed", HEALED_LONGER)
+        for healing in ("", "healed", HEALED_IN_LARGE_STEPS, HEALED_LONGER)
     },
 }
 

@@ -9,7 +9,7 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import LogLocator
 
-from .real import DEPTH, HEADS, LONGER, ONCE, TEXTS, WIDTH, main_accuracies, perplexity_of, points, text_names
+from .real import DEPTH, HEADS, LARGE, LONGER, ONCE, TEXTS, WIDTH, main_accuracies, perplexity_of, points, text_names
 from .tables import (
     BEST_PEER,
     DEFAULT,
@@ -28,9 +28,11 @@ from .tables import (
 )
 
 plt.rcParams["svg.hashsalt"] = "fermisvd"
-# A colour a way of making it smaller; solid is healed as a conversion heals, dashed longer, dotted not at all
+# A colour a way of making it smaller; solid is healed as a conversion heals, dash-dotted in large steps, dashed longer,
+# dotted not at all
 STYLES = {
     DEFAULT: "C0o-",
+    f"default, {LARGE}": "C0o-.",
     f"default, {LONGER}": "C0o--",
     "default without healing": "C0o:",
     "default, neither refitted nor healed": "C0x:",
@@ -38,8 +40,10 @@ STYLES = {
     PAPER: "C1s:",
     RULE: "C7s:",
     f"{DEPTH}, healed": "C2^-",
+    f"{DEPTH}, {LARGE}": "C2^-.",
     f"{DEPTH}, {LONGER}": "C2^--",
     f"{WIDTH}, healed": "C3v-",
+    f"{WIDTH}, {LARGE}": "C3v-.",
     f"{WIDTH}, {LONGER}": "C3v--",
     f"{HEADS}, healed": "C4v-",
     f"{HEADS}, {LONGER}": "C4v--",

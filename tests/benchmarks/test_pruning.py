@@ -6,6 +6,7 @@ from torch.nn.functional import kl_div
 from benchmarks.quality import pruning
 from benchmarks.quality.depth_pruning import without_blocks
 from benchmarks.quality.pruning import heal_pruned, linear_weights
+from fermisvd.healing import HealingSettings
 from fermisvd.precision import with_parameters_in
 from fermisvd.teacher import teach
 
@@ -24,7 +25,7 @@ def test_a_pruned_model_is_healed_in_the_type_of_the_passes(llama, windows, monk
     before, weights = kl(llama, pruned, windows), {n: w.clone() for n, w in pruned.state_dict().items()}
     seen = set()
     pruned.model.layers[0].register_forward_hook(lambda _, inputs, output: seen.add(output.dtype))
-    record = heal_pruned(pruned, taught[:4], taught[4:], 60, torch.bfloat16)
+    record = heal_pruned(pruned, taught[:4], taught[4:], HealingSettings(steps=60), torch.bfloat16)
     assert kl(llama, pruned, windows) < 0.9 * before and record["kl_after"] < record["kl_before"]
     assert torch.bfloat16 in seen
     trained = linear_weights(pruned).keys()

@@ -81,6 +81,7 @@ def test_every_cell_has_a_place(about):
 
     assert tuple(real.ONCE) == shown.ONCE and set(real.BY_REMOVAL) == set(shown.METHODS)
     assert set(real_setting.EVALUATION) == set(shown.TEXTS) and shown.LONGER == real.HEALED_LONGER
+    assert shown.LARGE == real.HEALED_IN_LARGE_STEPS
 
 
 def test_accuracies_by_model_and_engine(about, harness):
@@ -141,8 +142,19 @@ def test_readme(about, harness):
     plain = shown.readme_table(about, None)
     assert "| SVD-LLM's rule | 20% |" in plain and "| SVD-LLM's rule | 40% |" not in plain
     assert "| **default** | 40% | 168 | 54.60 |" in plain and "accuracy, %" not in plain
-    del about["cells"][f"{shown.DEFAULT} | 0.4"]
-    with pytest.raises(SystemExit, match=r"default \| 0.4"):
+    large = f"default, {shown.LARGE}"
+    about["cells"] |= {f"{large} | {remove}": cell(70, 40.0, 60.0) for remove in (0.2, 0.3, 0.4)}
+    about["cells"][f"{shown.DEFAULT} | 0.3"] = cell(70, 30.0, 60.0)
+    rows = [line for line in shown.readme_table(about, None).splitlines() if "default" in line]
+    assert [row.split(" | ")[:2] for row in rows] == [
+        ["| default *", "20%"],
+        ["| **default**", "20%"],
+        ["| **default**", "30%"],  # alone
+        ["| default *", "40%"],
+        ["| **default**", "40%"],
+    ]
+    about["cells"] = {key: each for key, each in about["cells"].items() if not key.startswith(f"{shown.DEFAULT} | ")}
+    with pytest.raises(SystemExit, match="or no default, which README shows"):
         shown.readme_table(about, harness)
 
 
