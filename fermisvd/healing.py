@@ -41,11 +41,11 @@ class HealingSettings(Settings):
     gradients are noisier, it is smaller by the root of the part. It rises over the first twentieth of the steps and
     falls to zero as a cosine.
 
-    Many steps of few tokens gain more than few of many, at the same cost (docs/decisions.md).
+    Many steps of few tokens gain more than few of many, of the same number of tokens (docs/decisions.md).
     """
 
     steps: Annotated[Natural, option("Steps of distillation on the calibration text at the end; 0 for none.")] = 512
-    step_tokens: Annotated[Count, option("Tokens of a step: a window at least, a batch at most.")] = 512
+    step_tokens: Annotated[Count, option("Tokens of a step: one window a process at least, a batch at most.")] = 512
     learning_rate: Annotated[float, option("Relative to each factor's size and width, and to depth.", ge=0)] = 0.5
 
     def step_windows(self, batch_size: int, length: int, processes: int = 1) -> int:
@@ -105,8 +105,8 @@ def heal(
         raise StructureError("the model has no compressed layer to heal")
     student.requires_grad_(False)
     length = taught.windows.shape[1]
-    batch_size = settings.step_windows(batch_size, length, process_count())
-    at_once = min(at_once or batch_size, -(-batch_size // process_count()))
+    step_windows = settings.step_windows(batch_size, length, process_count())
+    at_once = min(at_once or step_windows, -(-step_windows // process_count()))
     scale = process_count() if any(isinstance(each, DTensor) for each in factors.values()) else 1  # FSDP2's mean
     loss = StudentLoss(student, aside, at_once)
     before = loss()
@@ -114,9 +114,9 @@ def heal(
         raise NumericalError(f"KL is {before} before healing; check the checkpoint and its dense model")
     device, halves = next(student.parameters()).device, loss.halves
     start = {name: local(parameter.detach()).to("cpu", copy=True) for name, parameter in factors.items()}
-    height = settings.learning_rate * _height(student, before, min(batch_size, len(taught)) * length)
+    height = settings.learning_rate * _height(student, before, min(step_windows, len(taught)) * length)
     rates = {name: height * _size(parameter) for name, parameter in factors.items()}
-    batches = shuffled_batches(len(taught), batch_size, seed)
+    batches = shuffled_batches(len(taught), step_windows, seed)
     records: list[dict] = []
     with (
         stepping_backward(factors) as adams,

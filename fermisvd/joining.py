@@ -199,7 +199,8 @@ def join_groups(
     best, count = 0, len(order)
     while count:
         whole.append({"joined": count, "kl": loss()})
-        if whole[-1]["kl"] <= min(record["kl"] for record in whole):
+        kl, more = whole[-1]["kl"], [record["kl"] for record in whole[1:-1]]  # with more layers joined
+        if kl <= (1 + TIE) * whole[0]["kl"] and all(kl < (1 - TIE) * other for other in more):
             best = count
         elif best:
             break

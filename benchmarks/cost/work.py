@@ -74,18 +74,20 @@ def default(option: str) -> int:
 
 @dataclass(frozen=True)
 class Run:
-    """What a conversion is given: windows that it calibrates on and their tokens, windows of a batch, steps."""
+    """What a conversion is given: windows that it calibrates on and their tokens, windows of a batch, steps, processes
+    that share the work."""
 
     samples: int = default("samples")
     length: int = LENGTH
     batch_size: int = default("batch_size")
     steps: int = default("steps")
     heal_steps: int = default("heal_steps")
+    processes: int = 1
 
     @property
     def heal_windows(self) -> int:
         """Of a step of healing."""
-        return HealingSettings().step_windows(self.batch_size, self.length)
+        return HealingSettings().step_windows(self.batch_size, self.length, self.processes)
 
     @property
     def asked(self) -> int:
@@ -223,7 +225,7 @@ def conversion_work(
     healing = (6 + 2 * twice) * kept + 6 * head + (3 + twice) * attention
     compared = 2 * kept + 4 * head + attention  # before and after, on windows kept aside
     trial = (forward - 2 * head) / 2 + 4 * head  # half of the blocks lie before the one that is tried
-    model, disk = 2 * (dense + 2 * head), work_bytes(shape, remove)
+    model, disk = 2 * (dense + 2 * head), work_bytes(shape, remove, run)
     states = disk["the teacher's states"]
     pivga = [piece for g, r in zip(groups, ranks, strict=True) for piece in gauge_work(g.rows, g.columns, r, g.side)]
     # the CPU finds pivots of the next groups while the GPU has its own work: the longer of the two
@@ -261,13 +263,13 @@ def conversion_work(
     }
 
 
-def work_bytes(shape: dict, remove: float = 0.2) -> dict[str, int]:
+def work_bytes(shape: dict, remove: float = 0.2, run: Run = DEFAULT) -> dict[str, int]:
     """Bytes of the work directory, as the converter counts them: symmetric matrices in float32, one factor of each pair
     for all groups and all that they may be joined to, states and healed factors in bfloat16."""
     groups = separate_groups(shape)
     return {
         "Gram matrices": sum(gram_bytes(groups, "kfac").values()),
-        "the teacher's states": 2 * DEFAULT.asked * LENGTH * shape["hidden_size"],
+        "the teacher's states": 2 * run.asked * run.length * shape["hidden_size"],
         "factors": factors_bytes(groups, "kfac", joins=True),
         "healed factors": 2 * Budget.removing(remove, "pivga").numbers(groups),
     }
@@ -292,13 +294,14 @@ def stages(shape: dict, remove: float = 0.2, processes: int = 1) -> dict[str, di
     limit = Limits(8 * size.grams, places * size.text * size.item * size.width, copies=KEPT_AHEAD + 2)
     required = needs(size, options, passes, limit, processes)
     rates = {kind: {shape["hidden_size"]: value} for kind, value in ASSUMED_H200.items()}
-    disk, held, found = work_bytes(shape, remove), 0, {}
+    run = Run(processes=processes)
+    disk, held, found = work_bytes(shape, remove, run), 0, {}
     made = {
         "calibration": ("Gram matrices", "the teacher's states"),
         "decomposition": ("factors",),
         "healing": ("healed factors",),
     }
-    for stage, work in conversion_work(shape, remove).items():
+    for stage, work in conversion_work(shape, remove, run).items():
         held += sum(disk[name] for name in made.get(stage, ()))
         need = required.get(stage)
         found[stage] = {

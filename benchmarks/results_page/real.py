@@ -219,7 +219,7 @@ def readme_table(about: dict, harness: dict | None) -> str:
     first, *further = README_FRACTIONS
     shown = [(method, first) for method in README_ROWS]
     for remove in removals(cells):
-        if remove != first:
+        if remove > first:
             shown += [(method, remove) for method in (OURS if remove in further else [DEFAULT])]
     for method, remove in shown:
         if (key := f"{method} | {remove}") in cells:

@@ -201,6 +201,7 @@ def healing_record(
         "bos": text.bos,
         "steps": options.healing.steps,
         "windows": len(text.windows),
+        "step_windows": options.healing.step_windows(options.batch_size, text.windows.shape[1]),
         "learning_rate": options.healing.learning_rate,
         "seed": options.seed,
         "compute": str(compute).removeprefix("torch."),

@@ -230,7 +230,7 @@ def gated_bytes(size: Sizes, passes: Passes) -> int:
 
 
 def healing_bytes(size: Sizes, passes: Passes, kept: float, share: int) -> int:
-    """On each device. kept: fraction of the dense parameters; share: windows of a batch that a process takes. Of each
+    """On each device. kept: fraction of the dense parameters; share: windows of a step that a process takes. Of each
     factor: the copy that the passes use, its value in float32, two moments in the type of the copy, and a gradient
     where it waits for further passes."""
     factors, rest = int(kept * size.dense), size.item * (size.blocks - size.dense)

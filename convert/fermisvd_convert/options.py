@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, ByteSize, Field, TypeAdapter, ValidationError, field_validator
 
-from fermisvd.compress import RANK_RULES, CompressOptions
+from fermisvd.compress import ASIDE_WINDOWS, RANK_RULES, CompressOptions
 from fermisvd.healing import HealingSettings
 from fermisvd.settings import LARGEST, Batched, Count, Seeded, Settings, nested, option
 from fermisvd_convert.rows import DEFAULT_DATASET
@@ -103,11 +103,12 @@ class ConvertOptions(RunOptions, CalibrationOptions, CompressOptions):
         return self.ranks == "fermigrad" or self.joins or self.refits or self.rescales or self.healing.steps > 0
 
     def windows_to_heal_on(self, length: int) -> int:
-        """At most, of so many tokens; by default none is seen twice, since healing learns few by heart."""
+        """Windows of `length` tokens that healing asks of the text, those included that only decide; by default so many
+        that one process trains on none twice."""
         if not self.healing.steps:
             return 0
         taken = self.healing.steps * self.healing.step_windows(self.batch_size, length)
-        return self.heal_samples or max(self.samples, taken)
+        return self.heal_samples or max(self.samples, taken + min(ASIDE_WINDOWS, -(-taken // 7)))
 
     @property
     def joins(self) -> bool:
@@ -126,7 +127,7 @@ class HealOptions(RunOptions, TextOptions, Batched, Seeded):
 
     text: Annotated[Texts, option("Text to train on, as --calibration of convert; several may follow.")]
     teacher: Annotated[str | None, option("The dense model.", shown="the hub id that the checkpoint names")] = None
-    samples: Annotated[Count, Field(ge=2), option("Windows to train on, over and over.")] = 1024
+    samples: Annotated[Count, Field(ge=2), option("Windows to train on, an eighth of which only decides.")] = 1024
     healing: Annotated[HealSettings, nested("Healing")] = HealSettings()
 
 

@@ -17,7 +17,7 @@ from fermisvd_convert.places import disk_of, existing
 from fermisvd_convert.source import TORCH_TYPES
 from fermisvd_convert.stages.calibration import strip_bytes
 from fermisvd_convert.stages.decomposition import KeptDecomposition, factor_bytes
-from fermisvd_convert.stages.teacher import teacher_stage
+from fermisvd_convert.stages.teacher import batches_to_ask
 from fermisvd_convert.writer import copied_files
 
 SMALL_FILES = 2**20  # bytes: index, report, card, the stages' JSON
@@ -75,9 +75,11 @@ def work_bytes(
             places += places_back(len({block_of(group.name) for group in groups}))
         states = places * conversion.windows.numel() * groups[0].columns * conversion.compute.itemsize
         states -= conversion.limits.hidden_bytes + conversion.limits.device_hidden_bytes
-    taught = conversion.text.windows.numel() * groups[0].columns * conversion.compute.itemsize
     if options.asks_teacher:
-        first["the teacher's states"] = max(0, taught - teacher_stage(conversion).bytes_written())
+        tokens = sum(batch.numel() for _, batch in batches_to_ask(conversion))
+        asked = tokens * groups[0].columns * conversion.compute.itemsize
+        first["the teacher's states"] = asked
+        first["hidden states on the way to them"] = max(0, asked - conversion.limits.hidden_bytes)
     later = {"factors": factors_bytes(groups, options.whitening, options.groups == "auto")}
     later["factors"] = max(0, later["factors"] - decomposition.stage.bytes_written())
     kept = conversion.budget.numbers(groups)

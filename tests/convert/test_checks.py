@@ -17,6 +17,8 @@ WRONG = {
     "count": ["foo"],
     "samples": [0, -1, 8.5, "many"],
     "gradient_samples": [-3],
+    "heal_samples": [1, "all"],
+    "heal_step_tokens": [0],
     "sequence_length": [0, "long"],
     "batch_size": [0, 8.5, None],
     "temperature": [-1, 50, math.nan],

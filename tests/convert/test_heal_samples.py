@@ -1,4 +1,4 @@
-"""Healing trains on windows of its own number: of more text than is calibrated on, by default none twice."""
+"""Healing trains on windows of its own number: of more text than is calibrated on, by default on none twice."""
 
 import logging
 
@@ -6,6 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fermisvd.teacher import Taught
+from fermisvd_convert import preflight
 from fermisvd_convert.convert import convert
 from fermisvd_convert.stages import healing, teacher
 from tests.support.artefacts import made
@@ -45,9 +47,9 @@ def trained_on(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "count"),
     [
-        ({}, 24),  # 6 steps of 4 windows
+        ({}, 28),  # 6 steps of 4 windows, and 4 that decide
         ({"heal_steps": 1}, 12),  # no fewer than are calibrated on
-        ({"heal_step_tokens": 50}, 18),  # 6 steps of 3 windows
+        ({"heal_step_tokens": 50}, 21),  # 6 steps of 3 windows, and 3 that decide
         ({"heal_samples": 9}, 9),
         ({"heal_samples": 40}, 40),
     ],
@@ -60,6 +62,25 @@ def test_windows_that_healing_has(convert_small, trained_on, options, count):
     assert record.settings["samples"] == 12
 
 
+def test_by_default_none_is_trained_on_twice(convert_small, monkeypatch):
+    taken, trained, batch = [], [], Taught.batch
+
+    def spy(taught, numbers, device):
+        if any(taught is each for each in trained):
+            taken.extend(int(number) for number in numbers)
+        return batch(taught, numbers, device)
+
+    def heal(student, training, *rest, **more):
+        trained.append(training)
+        return original(student, training, *rest, **more)
+
+    original = healing.heal
+    monkeypatch.setattr(healing, "heal", heal)
+    monkeypatch.setattr(Taught, "batch", spy)
+    convert_small("out")
+    assert sorted(taken) == list(range(24))
+
+
 def test_a_text_with_fewer_is_no_fault_unless_they_were_asked_for(convert_small, trained_on, caplog):
     with caplog.at_level(logging.WARNING, "fermisvd"):
         record = convert_small("out", heal_steps=1000, heal_learning_rate=0.0)
@@ -70,9 +91,16 @@ def test_a_text_with_fewer_is_no_fault_unless_they_were_asked_for(convert_small,
     assert {len(training) + len(aside) for training, aside in trained_on} == {there}
 
 
-def test_without_healing_none_are_read_for_it(convert_small):
+def test_without_healing_none_are_read_for_it(convert_small, monkeypatch):
+    asked, read = [], preflight.calibration_text
+
+    def spy(tokenizer, sources, samples, *rest, **more):
+        asked.append(samples)
+        return read(tokenizer, sources, samples, *rest, **more)
+
+    monkeypatch.setattr(preflight, "calibration_text", spy)
     record = convert_small("out", heal_steps=0, heal_samples=40)
-    assert record.settings["heal_samples"] is None
+    assert asked == [12] and record.settings["heal_samples"] is None
 
 
 def test_of_a_longer_text_the_teacher_is_asked_what_is_new(convert_small, monkeypatch, tmp_path):

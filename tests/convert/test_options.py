@@ -69,6 +69,8 @@ SOME = {
     "penalty_growth": st.floats(1, 1.2),
     "count": st.none() | st.sampled_from(["pivga", "svd"]),
     "heal_steps": st.integers(0, 999),
+    "heal_step_tokens": st.integers(1, 9999),
+    "heal_samples": st.none() | st.integers(2, 9999),
     "heal_learning_rate": st.floats(0, 10),
 }
 

@@ -51,6 +51,7 @@ def test_the_converter_gives_the_same(tiny_llama, text, windows, tmp_path, form,
     small = compress(dense, windows, 0.3, **options)
     assert all(torch.equal(tensor, before[name]) for name, tensor in dense.state_dict().items())
     out, cut = tmp_path / "converted", dict(samples=SAMPLES, gradient_samples=SAMPLES, sequence_length=LENGTH)
+    cut["heal_samples"] = SAMPLES
     convert(tiny_llama, out, 0.3, calibration=[str(text)], **options, **cut)
     small.save_pretrained(tmp_path / "saved")
     assert validate_checkpoint(tmp_path / "saved").groups == validate_checkpoint(out).groups

@@ -161,7 +161,8 @@ def test_of_a_tie_fewer_groups_win(tiny_llama, of_pairs, groups):
         ([1.0, 0.9, 0.8], 1),
         ([1.0, 1.1, 0.8], 1),
         ([1.0, 1.1, 1.2], 0),
-        ([1.0, 1.0, 1.2], 2),  # a tie
+        ([1.0, 1.00005, 1.2], 2),  # a tie with none joined
+        ([1.0, 0.9, 0.89995], 2),  # and with more joined
     ],
 )
 def test_what_trials_joined_is_taken_apart_where_all_windows_say_so(tiny_llama, monkeypatch, measured, joined_layers):

@@ -28,7 +28,8 @@ def heal_factors(conversion: Conversion, checkpoint: Path, taught: Taught) -> di
         return None
     aside, training = set_aside(taught[: options.heal_samples])
     factors = [file_hash(file) for file in sorted(checkpoint.glob("*.safetensors"))]
-    settings = (options.healing, options.batch_size, options.seed, options.compute)
+    windows = options.healing.step_windows(options.batch_size, conversion.length, distributed.process_count())
+    settings = (options.healing, windows, options.seed, options.compute)
     stage = conversion.workspace.stage("healed", conversion.key, factors, training.windows, aside.windows, *settings)
 
     def make() -> dict:

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from fermisvd.budget import RankedGroup, compressed
 from fermisvd.compress import set_aside
-from fermisvd.joining import FEWEST_TOKENS, HOPE, TRIALS, FusedLayer, fused_layers, join_groups, layers_with_hopes
+from fermisvd.joining import FEWEST_TOKENS, HOPE, TIE, TRIALS, FusedLayer, fused_layers, join_groups, layers_with_hopes
 from fermisvd.losses import StudentLoss, set_products
 from fermisvd.running import distributed
 from fermisvd.running.streaming import fill_all
@@ -28,7 +28,7 @@ def join(
     options, budget = conversion.options, conversion.budget
     aside = set_aside(taught[: options.samples])[0]
     chosen = [[each.group.members, each.rank] for each in ranked]
-    settings = (budget, aside.windows, options.batch_size, options.compute, HOPE, TRIALS, FEWEST_TOKENS)
+    settings = (budget, aside.windows, options.batch_size, options.compute, HOPE, TRIALS, FEWEST_TOKENS, TIE)
     stage = conversion.workspace.stage("groups", decomposition.stage.name, chosen, *settings)
 
     def make() -> dict:

@@ -29,6 +29,12 @@ def batches_of(conversion: Conversion) -> list[tuple[str, torch.Tensor]]:
     return [(settings_key(batch), batch) for batch in conversion.text.windows.split(conversion.passes.calibrated)]
 
 
+def batches_to_ask(conversion: Conversion) -> list[tuple[str, torch.Tensor]]:
+    """Of the text's windows, those whose states are not kept, by name."""
+    stage = teacher_stage(conversion)
+    return [(name, batch) for name, batch in batches_of(conversion) if not stage.has(name)]
+
+
 def keeper(conversion: Conversion, model: PreTrainedModel) -> Callable[[int, torch.Tensor], None]:
     """Keeps a batch's states that calibration comes by, unless the batch is cut short for the text's last windows; none
     of a model whose head needs more than them, or where no step asks."""
@@ -50,14 +56,11 @@ def ask_teacher(conversion: Conversion) -> Taught:
     stage, windows = teacher_stage(conversion), conversion.text.windows
     if not conversion.options.asks_teacher:
         return Taught(windows, [])
-    batches = batches_of(conversion)
-    missing = None
-    if distributed.this_process() == 0:
-        missing = [number for number, (name, _) in enumerate(batches) if not stage.has(name)]
-    missing = distributed.from_first(missing)
+    first, batches = distributed.this_process() == 0, batches_of(conversion)
+    missing = distributed.from_first([name for name, _ in batches_to_ask(conversion)] if first else None)
     if missing:
-        if mine := distributed.own_part(missing):
-            _ask(conversion, stage, [batches[number] for number in mine])
+        if mine := distributed.own_part([each for each in batches if each[0] in missing]):
+            _ask(conversion, stage, mine)
         conversion.workspace.wait_for_all()
     kept = (stage.load(name)["states"] for name, _ in batches)  # as far as they are read: in the page cache
     return Taught(windows, list(chain.from_iterable(states.unbind() for states in kept)))
