@@ -108,8 +108,8 @@ def compress(model: PreTrainedModel, windows: torch.Tensor, remove: float = 0.2,
     """A compressed copy of `model`, in its types, that save_pretrained writes, from_pretrained loads and vLLM serves.
 
     model: a dense causal language model of transformers, which stays as it is; windows: token ids (samples, length) to
-    calibrate and train on, over and over; remove: fraction of the parameters of the decoder blocks' linear layers; options: those of
-    `CompressOptions` by name, such as form="svd" or heal_steps=0, nested ones as on the command line.
+    calibrate and train on, over and over; remove: fraction of the parameters of the decoder blocks' linear layers;
+    options: those of `CompressOptions` by name, such as form="svd" or heal_steps=0, nested ones as on the command line.
     Models, factors and Gram matrices are held at once, in float32 and float64. Raises FermiSVDError for a model,
     windows or options that cannot be used.
     """
