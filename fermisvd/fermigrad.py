@@ -12,7 +12,7 @@ import torch
 from pydantic import model_validator
 from transformers import PreTrainedModel
 
-from fermisvd.batches import shuffled_batches
+from fermisvd.batches import shuffled_batches, step_windows
 from fermisvd.budget import Budget, Form, SoftBudget, dense_parameters, factor_parameters
 from fermisvd.errors import NumericalError
 from fermisvd.gates import GatedGroup, open_gates, set_gates
@@ -27,11 +27,6 @@ from fermisvd.teacher import Taught
 PLATEAU_STEPS = 12
 LARGEST_PENALTY = 1e100
 STEP_TOKENS = 4096  # of a batch, at most: more were no better (docs/decisions.md)
-
-
-def step_windows(length: int) -> int:
-    """Windows of so many tokens that a step takes at most; each of several processes takes one at least."""
-    return max(1, STEP_TOKENS // length)
 
 
 class FermiGradSettings(Settings):
@@ -165,7 +160,7 @@ def optimise_ranks(
     Returns one mu a group, on the budget, and the records. Raises NumericalError if the loss is not finite.
     """
     optimiser, halves = RankOptimiser(groups, budget, settings), halves_of(model)
-    batch_size = min(batch_size, max(process_count(), step_windows(taught.windows.shape[1])))
+    batch_size = step_windows(STEP_TOKENS, taught.windows.shape[1], batch_size, process_count())
     batches = shuffled_batches(len(taught), batch_size, seed)
     activations = sum(group.rows + group.columns for group in groups)  # of a token
     at_once = min(at_once or batch_size, -(-batch_size // process_count()))

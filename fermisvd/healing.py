@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from fermisvd.batches import shuffled_batches
+from fermisvd.batches import shuffled_batches, step_windows
 from fermisvd.errors import NumericalError
 from fermisvd.factor_adam import stepping_backward
 from fermisvd.format import INTERPOLATION
@@ -50,7 +50,7 @@ class HealingSettings(Settings):
 
     def step_windows(self, batch_size: int, length: int, processes: int = 1) -> int:
         """Windows of a step; each of several processes takes one at least."""
-        return min(batch_size, max(processes, self.step_tokens // length))
+        return step_windows(self.step_tokens, length, batch_size, processes)
 
 
 def trained_factors(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -105,8 +105,8 @@ def heal(
         raise StructureError("the model has no compressed layer to heal")
     student.requires_grad_(False)
     length = taught.windows.shape[1]
-    step_windows = settings.step_windows(batch_size, length, process_count())
-    at_once = min(at_once or step_windows, -(-step_windows // process_count()))
+    windows = settings.step_windows(batch_size, length, process_count())
+    at_once = min(at_once or windows, -(-windows // process_count()))
     scale = process_count() if any(isinstance(each, DTensor) for each in factors.values()) else 1  # FSDP2's mean
     loss = StudentLoss(student, aside, at_once)
     before = loss()
@@ -114,9 +114,9 @@ def heal(
         raise NumericalError(f"KL is {before} before healing; check the checkpoint and its dense model")
     device, halves = next(student.parameters()).device, loss.halves
     start = {name: local(parameter.detach()).to("cpu", copy=True) for name, parameter in factors.items()}
-    height = settings.learning_rate * _height(student, before, min(step_windows, len(taught)) * length)
+    height = settings.learning_rate * _height(student, before, min(windows, len(taught)) * length)
     rates = {name: height * _size(parameter) for name, parameter in factors.items()}
-    batches = shuffled_batches(len(taught), step_windows, seed)
+    batches = shuffled_batches(len(taught), windows, seed)
     records: list[dict] = []
     with (
         stepping_backward(factors) as adams,

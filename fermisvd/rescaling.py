@@ -17,7 +17,8 @@ from functools import partial
 import torch
 from torch import nn
 
-from fermisvd.fermigrad import step_windows
+from fermisvd.batches import step_windows
+from fermisvd.fermigrad import STEP_TOKENS
 from fermisvd.gates import GatedGroup, GatedLinear
 from fermisvd.losses import StudentLoss, kl_of_states
 from fermisvd.running.blocks import checkpointed
@@ -111,7 +112,7 @@ def gradient(
 ) -> torch.Tensor:
     """d KL / d scales, (bands,) float64, over all windows."""
     halves, device, (windows, length) = halves_of(model), gated[0].device, taught.windows.shape
-    leaf, at_once = scales.clone().requires_grad_(), min(batch_size, step_windows(length))
+    leaf, at_once = scales.clone().requires_grad_(), step_windows(STEP_TOKENS, length, batch_size)
     with checkpointed(model, activations(model, gated), at_once * length):
         for mine, weight in own_passes(torch.arange(windows), at_once):
             put_weights(gated, bands.weights(leaf))

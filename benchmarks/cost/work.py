@@ -22,10 +22,11 @@ if not __package__:  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.shapes import SHAPES, groups_of
+from fermisvd.batches import step_windows
 from fermisvd.budget import Budget
 from fermisvd.calibration import panel_width
 from fermisvd.compress import ASIDE_WINDOWS
-from fermisvd.fermigrad import step_windows
+from fermisvd.fermigrad import STEP_TOKENS
 from fermisvd.files import TensorInfo
 from fermisvd.gates import WIDTH
 from fermisvd.groups import LinearGroup
@@ -207,7 +208,7 @@ def conversion_work(
     head, attention = shape["vocab_size"] * hidden, attention_flops(shape, run.length)
     forward = 2 * (dense + head) + attention
     tokens, more = run.samples * run.length, (run.asked - run.samples) * run.length
-    step_tokens = min(run.batch_size, step_windows(run.length)) * run.length
+    step_tokens = step_windows(STEP_TOKENS, run.length, run.batch_size) * run.length
     row = 2 * sum(g.rows + g.columns for g in groups)  # bytes that a token's activations take
 
     again = 1 - len(segments(range(shape["num_hidden_layers"]))) / shape["num_hidden_layers"]

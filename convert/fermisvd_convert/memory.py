@@ -13,9 +13,10 @@ from pathlib import Path
 
 import torch
 
+from fermisvd.batches import step_windows
 from fermisvd.compress import ASIDE_WINDOWS
 from fermisvd.errors import OptionError
-from fermisvd.fermigrad import step_windows
+from fermisvd.fermigrad import STEP_TOKENS
 from fermisvd.files import TensorInfo
 from fermisvd.groups import LinearGroup, block_of, parent_of
 from fermisvd.refit import TRIAL_WINDOWS
@@ -225,7 +226,7 @@ def divided(size: Sizes, passes: Passes, total: int, weights: int) -> int:
 def gated_bytes(size: Sizes, passes: Passes) -> int:
     """What FermiGrad holds on each device."""
     gated = size.item * (size.factors + size.blocks - size.dense)
-    tokens = min(passes.windows, step_windows(passes.length)) * passes.length
+    tokens = step_windows(STEP_TOKENS, passes.length, passes.windows) * passes.length
     return divided(size, passes, gated, gated) + size.item * size.outside + training_bytes(size, tokens, size.gated)
 
 
