@@ -9,12 +9,16 @@ import torch
 
 from fermisvd.errors import OptionError
 from fermisvd.groups import LinearGroup
+from fermisvd.schemes import Weights, scheme_for
 
 Form = Literal["svd", "pivga"]
+Stored = Literal["svd", "pivga", "dense"]  # dense: on a grid, but no product of factors
 
 
-def factor_parameters(rank: float, rows: int, columns: int, form: Form) -> float:
+def factor_parameters(rank: float, rows: int, columns: int, form: Stored) -> float:
     """Numbers stored for a rank-r group: svd r (m + n); pivga r (m + n) - r^2 (docs/method.md, Budget)."""
+    if form == "dense":
+        return rows * columns
     count = rank * (rows + columns)
     return count - rank * rank if form == "pivga" else count
 
@@ -36,11 +40,12 @@ def dense_parameters(groups: Iterable[LinearGroup]) -> int:
 
 @dataclass(frozen=True)
 class RankedGroup:
-    """A group, the rank that was chosen for it, and the form that it would be stored in."""
+    """A group, the rank that was chosen for it, and the form that it would be stored in, on which grid if any."""
 
     group: LinearGroup
     rank: int
     form: Form
+    weights: Weights = "auto"
 
     @property
     def stays_dense(self) -> bool:
@@ -57,9 +62,19 @@ def compressed(ranked: Iterable[RankedGroup]) -> list[RankedGroup]:
     return [each for each in ranked if not each.stays_dense]
 
 
-def auto_alignment(group: LinearGroup) -> int:
-    """Alignment step of a group's rank: 64, a GEMM tile, from k = 2048; below, the power of two next below k / 64."""
-    return 64 if group.full_rank >= 2048 else 2 ** int(math.log2(max(1, group.full_rank / 64)))
+def stored_in_groups(ranked: Iterable[RankedGroup]) -> list[RankedGroup]:
+    """Those whose weights are not stored as they were: factors, and dense matrices on a grid."""
+    return [each for each in ranked if not each.stays_dense or each.weights != "auto"]
+
+
+def auto_alignment(group: LinearGroup, weights: Weights = "auto") -> int:
+    """Alignment step of a group's rank: 64, a GEMM tile, from k = 2048; below, the power of two next below k / 64. On a
+    grid also what its kernels like, where that is no more than a sixteenth of k: others are filled up by the server.
+    """
+    step = 64 if group.full_rank >= 2048 else 2 ** int(math.log2(max(1, group.full_rank / 64)))
+    scheme = scheme_for(weights, group.columns)
+    wanted = scheme.step if scheme else 1
+    return max(step, min(wanted, 2 ** int(math.log2(max(1, group.full_rank / 16)))))
 
 
 @dataclass(frozen=True)
@@ -67,19 +82,27 @@ class Budget:
     """What may stay of the groups' parameters, and the ranks that they may take.
 
     kept: fraction that may stay; form: that is stored, and counted; align: step of the ranks, None for auto_alignment;
-    minimum_rank: lowest rank of any group.
+    minimum_rank: lowest rank of any group; weights: the grid that factors are to be stored on.
     """
 
     kept: float
     form: Form
     align: int | None = None
     minimum_rank: int = 1
+    weights: Weights = "auto"
 
     @classmethod
-    def removing(cls, remove: float, form: Form, align: int | None = align, minimum_rank: int = minimum_rank) -> Self:
+    def removing(
+        cls,
+        remove: float,
+        form: Form,
+        align: int | None = align,
+        minimum_rank: int = minimum_rank,
+        weights: Weights = weights,
+    ) -> Self:
         """The budget when the fraction `remove` goes. Raises OptionError unless 0 < remove < 1."""
         check_fraction(remove)
-        return cls(1 - remove, form, align, minimum_rank)
+        return cls(1 - remove, form, align, minimum_rank, weights)
 
     def numbers(self, groups: Sequence[LinearGroup]) -> int:
         """How many numbers may stay. Raises OptionError if none is to go."""
@@ -91,7 +114,7 @@ class Budget:
 
     def alignment(self, group: LinearGroup) -> int:
         """Step of the group's rank."""
-        return self.align or auto_alignment(group)
+        return self.align or auto_alignment(group, self.weights)
 
     def ladder(self, group: LinearGroup) -> list[int]:
         """Ranks the group may take: multiples of its step, from the minimum on, that save something, then k: dense."""
@@ -168,7 +191,7 @@ class Budget:
     def ranked(self, groups: Sequence[LinearGroup], ideal: Sequence[float]) -> list[RankedGroup]:
         """The groups at the whole ranks of `ranks`."""
         ranks = self.ranks(groups, ideal)
-        return [RankedGroup(group, rank, self.form) for group, rank in zip(groups, ranks, strict=True)]
+        return [RankedGroup(group, rank, self.form, self.weights) for group, rank in zip(groups, ranks, strict=True)]
 
 
 def check_fraction(remove: float) -> None:

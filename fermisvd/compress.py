@@ -15,16 +15,16 @@ from pydantic import BeforeValidator, model_validator
 from torch import nn
 from transformers import PreTrainedModel
 
-from fermisvd.budget import Budget, Form, RankedGroup, compressed
+from fermisvd.budget import Budget, Form, RankedGroup, compressed, stored_in_groups
 from fermisvd.calibration import Grams, OutputGrams, calibration_grams
 from fermisvd.decomposition import Decomposition, Factors, OutputGram
 from fermisvd.dense_choice import choose_dense
 from fermisvd.errors import OptionError
 from fermisvd.fermigrad import FermiGradSettings, optimise_ranks
-from fermisvd.format import CheckpointConfig
+from fermisvd.format import checkpoint_config
 from fermisvd.gates import install_gates
 from fermisvd.groups import LinearGroup, Partition, check_unshared, find_groups, stacked_weight
-from fermisvd.healing import HealingSettings, heal, rounded_factors, trained_factors
+from fermisvd.healing import HealingSettings, heal, opened_factors, stored_factors, trained_factors
 from fermisvd.hf import mark_compressed, vocabulary_of
 from fermisvd.joining import join_groups, layers_with_hopes
 from fermisvd.linear import linear_layer
@@ -33,6 +33,7 @@ from fermisvd.modules import replace_group
 from fermisvd.precision import compute_type, width_of, with_parameters_in
 from fermisvd.refit import refit
 from fermisvd.rescaling import rescale
+from fermisvd.schemes import Weights
 from fermisvd.settings import Batched, Count, Seeded, nested, option
 from fermisvd.storage import compressed_tensors, config_group
 from fermisvd.teacher import Taught, teach
@@ -51,6 +52,7 @@ class CompressOptions(Batched, Seeded):
 
     remove: Annotated[float, option("Fraction of the decoder blocks' linear parameters to remove.")]
     form: Annotated[Form, option("Stored form of the factors.")] = "pivga"
+    weights: Annotated[Weights, option("Numbers of the factors; auto: the model's type.")] = "auto"
     ranks: Annotated[RankRule, option("Rule that chooses the ranks.")] = "fermigrad"
     groups: Annotated[
         GroupsRule, option("Layers that read the same input: decomposed jointly, one by one, or as measured.")
@@ -86,7 +88,7 @@ class CompressOptions(Batched, Seeded):
     @property
     def budget(self) -> Budget:
         """Raises OptionError unless 0 < remove < 1."""
-        return Budget.removing(self.remove, self.form, self.align, self.minimum_rank)
+        return Budget.removing(self.remove, self.form, self.align, self.minimum_rank, self.weights)
 
     @property
     def partition(self) -> Partition:
@@ -121,18 +123,17 @@ def compress(model: PreTrainedModel, windows: torch.Tensor, remove: float = 0.2,
     ranked = work.budget.ranked(groups, ideal_ranks(work, groups, decomposition))
     if work.options.groups == "auto":
         ranked = join(work, ranked, decomposition)
-    ranked = compressed(ranked)
+    stored, ranked = stored_in_groups(ranked), compressed(ranked)
     factors = decomposition.truncated(ranked)
     if work.options.refits:
         factors |= refitted(work, ranked, factors, decomposition)
     if work.options.rescales and ranked:
         factors = rescaled(work, ranked, factors, decomposition)
-    student = with_modules(model, ranked, factors)
+    student = with_modules(model, stored, factors, decomposition)
     if work.options.healing.steps and ranked:
         healed(work, student)
-    settings = {"remove": remove, "form": work.options.form}
-    entries = tuple(config_group(each) for each in ranked)
-    mark_compressed(student, CheckpointConfig(groups=entries, provenance={"settings": settings}))
+    settings = {"remove": remove, "form": work.options.form, "weights": work.options.weights}
+    mark_compressed(student, checkpoint_config([config_group(each) for each in stored], {"settings": settings}))
     return student
 
 
@@ -267,15 +268,21 @@ def low_rank(teacher: PreTrainedModel, factors: Mapping[LinearGroup, Pair]) -> P
 
 
 def with_modules(
-    model: PreTrainedModel, ranked: Sequence[RankedGroup], factors: Mapping[LinearGroup, Pair]
+    model: PreTrainedModel,
+    stored: Sequence[RankedGroup],
+    factors: Mapping[LinearGroup, Pair],
+    decomposition: Decomposition,
 ) -> PreTrainedModel:
-    """A copy of the model with compressed layers, in its weights' type, in place of the groups' dense ones."""
+    """A copy of the model with compressed layers, in its weights' type or on a grid, in place of the groups' dense
+    ones. factors: of those that do not stay dense."""
     student = copy.deepcopy(model)
-    for each in ranked:
-        dtype = linear_layer(model, each.group.name).weight.dtype
-        biases = {name: linear_layer(student, name).bias for name in each.group.members}
+    for each in stored:
+        group, dtype = each.group, linear_layer(model, each.group.name).weight.dtype
+        biases = {name: linear_layer(student, name).bias for name in group.members}
         replace_group(student, config_group(each))
-        for name, tensor in compressed_tensors(each, *factors[each.group], dtype).items():
+        gram = None if each.weights == "auto" else decomposition.gram(group.source)
+        parts = (decomposition.weights(group),) if each.stays_dense else factors[group]
+        for name, tensor in compressed_tensors(each, parts, dtype, gram).items():
             put(student, name, tensor)
         for name, bias in biases.items():
             if bias is not None:
@@ -291,8 +298,9 @@ def put(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
 
 def healed(work: Compression, student: PreTrainedModel) -> None:
     """Distil the student's factors, and round them to its own type."""
-    options, types = work.options, {name: parameter.dtype for name, parameter in trained_factors(student).items()}
+    options, types = work.options, factor_types(student)
     trained = for_passes(student, reduce(torch.promote_types, types.values(), work.compute))  # no digit is lost
+    stored = max(set(types.values()), key=list(types.values()).count)  # of scales, where factors are on grids
     heal(
         trained,
         work.training,
@@ -300,8 +308,15 @@ def healed(work: Compression, student: PreTrainedModel) -> None:
         options.healing,
         batch_size=options.batch_size,
         seed=options.seed,
+        factors=opened_factors(trained, stored),
     )
     for dtype in set(types.values()):
-        for name, tensor in rounded_factors(trained, dtype).items():
-            if types[name] == dtype:
+        for name, tensor in stored_factors(trained, dtype).items():
+            if types.get(name, dtype) == dtype:
                 put(student, name, tensor)
+
+
+def factor_types(student: nn.Module) -> dict[str, torch.dtype]:
+    """Floating-point type of each factor, or of its scales, by tensor name."""
+    found = {name: parameter.dtype for name, parameter in trained_factors(student).items()}
+    return {name: dtype for name, dtype in found.items() if dtype.is_floating_point and dtype.itemsize > 1}

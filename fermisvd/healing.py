@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from fermisvd.batches import shuffled_batches, step_windows
 from fermisvd.errors import NumericalError
 from fermisvd.factor_adam import stepping_backward
-from fermisvd.format import INTERPOLATION
+from fermisvd.format import INTERPOLATION, SKELETON
 from fermisvd.groups import StructureError, decoder_blocks
 from fermisvd.losses import StudentLoss, kl_of_states
 from fermisvd.modules import CompressedLinear, PivGaColumnsLinear, PivGaRowsLinear
@@ -26,6 +26,7 @@ from fermisvd.pivga import refuse_overflow, round_interpolation
 from fermisvd.running.blocks import KEPT_ACTIVATIONS, checkpointed
 from fermisvd.running.distributed import local, own_passes, process_count, sum_over_processes, whole
 from fermisvd.settings import Count, Natural, Settings, option
+from fermisvd.straight_through import RATE, grid_tensors, open_grids
 from fermisvd.teacher import Taught
 
 BATCH_TOKENS = 2048  # that the learning rate was measured with
@@ -115,7 +116,7 @@ def heal(
     device, halves = next(student.parameters()).device, loss.halves
     start = {name: local(parameter.detach()).to("cpu", copy=True) for name, parameter in factors.items()}
     height = settings.learning_rate * _height(student, before, min(windows, len(taught)) * length)
-    rates = {name: height * _size(parameter) for name, parameter in factors.items()}
+    rates = {name: height * _size(each) * getattr(each, RATE, 1.0) for name, each in factors.items()}
     batches = shuffled_batches(len(taught), windows, seed)
     records: list[dict] = []
     with (
@@ -185,6 +186,17 @@ def _schedule(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
+def opened_factors(student: nn.Module, dtype: torch.dtype) -> dict[str, nn.Parameter]:
+    """What is trained of a student: its factors, and of those on grids the parameters that now stand in their place.
+    dtype: of scales in the checkpoint."""
+    return open_grids(student, dtype) | trained_factors(student)
+
+
+def stored_factors(student: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The tensors of a student that was trained, as a checkpoint has them. dtype: of factors and scales."""
+    return rounded_factors(student, dtype) | grid_tensors(student)
+
+
 def rounded_factors(student: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The factors in their storage type. PivGa's interpolation matrix is solved again against the rounded skeleton, as
     when it was made (fermisvd.pivga)."""
@@ -194,10 +206,10 @@ def rounded_factors(student: nn.Module, dtype: torch.dtype) -> dict[str, torch.T
         refuse_overflow(tensor, dtype)
     layers = {n: m for n, m in student.named_modules() if isinstance(m, (PivGaColumnsLinear, PivGaRowsLinear))}
     for name, layer in layers.items():
-        if layer.first is not layer:
+        if layer.first is not layer or f"{name}.{INTERPOLATION}" not in exact:  # on a grid
             continue
-        skeletons = [whole(member.skeleton.detach()) for member in layers.values() if member.first is layer]
-        skeleton, d = torch.cat(skeletons), whole(layer.interpolation.detach())
+        skeletons = [whole(member.factor(SKELETON).detach()) for member in layers.values() if member.first is layer]
+        skeleton, d = torch.cat(skeletons), whole(layer.factor(INTERPOLATION).detach())
         if isinstance(layer, PivGaRowsLinear):
             skeleton, d = skeleton.T, d.T
         solved = round_interpolation(skeleton.to(dtype), skeleton.double() @ d.double(), dtype)

@@ -77,11 +77,13 @@ class FermiSVDQuantizer(HfQuantizer):
         nothing._is_hf_initialized = True  # pyright: ignore[reportAttributeAccessIssue]: the flag that transformers reads
         for group in config.groups:
             for member in group.members:  # while it loads: GPT-2's _init_weights reaches for its children's weights
-                model.get_submodule(member).weight = nothing
+                layer = model.get_submodule(member)
+                if not hasattr(layer, "weight"):
+                    layer.weight = nothing
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs) -> None:
         for layer in model.modules():
-            if isinstance(layer, CompressedLinear):
+            if isinstance(layer, CompressedLinear) and not isinstance(layer.weight, nn.Parameter):
                 del layer.weight
 
     def is_serializable(self) -> bool:

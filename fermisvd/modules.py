@@ -1,26 +1,60 @@
-"""Reference torch modules of the two forms: short and plain, the ground truth for the serving kernels."""
+"""Reference torch modules of the forms: short and plain, the ground truth for the serving kernels."""
+
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from fermisvd.format import PERMUTATION, Group
+from fermisvd.format import INTERPOLATION, LOWRANK_A, LOWRANK_B, PERMUTATION, SKELETON, WEIGHT, Group
 from fermisvd.linear import Linear, weight_of
+from fermisvd.schemes import SCALE, SCHEMES, SHAPE, codes_of, dequantised
 
 
 class CompressedLinear(nn.Module):
-    """Base of the three layers: y = t, the group's shared part of x, seen through this member's rows.
+    """Base of the layers: y = t, the group's shared part of x, seen through this member's rows.
 
     `first` is the group's first member, which holds the shared tensors; kept in a tuple, so that torch does not
     register them a second time. A forward touches its own parameters alone: a further member gets t by calling
     `first`, since wrappers (accelerate's offloading, FSDP2, DeepSpeed) bring a layer's parameters for its call only.
+    schemes: the grid of each factor, by names, if they lie on any.
     """
 
-    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool, first: "CompressedLinear | None"):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool = False,
+        first: "CompressedLinear | None" = None,
+        schemes: Mapping[str, str] | None = None,
+    ):
         super().__init__()
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
         self._first = () if first is None else (first,)
+        self.schemes = {factor: SCHEMES[name] for factor, name in (schemes or {}).items()}
+        self.widths: dict[str, int] = {}  # inputs of the factors that this layer holds
         self.bias = _parameter(out_features) if bias else None
+
+    def add_factor(self, factor: str, rows: int, columns: int) -> None:
+        """Room for the tensors of a factor (rows x columns), as they are stored."""
+        self.widths[factor] = columns
+        if factor not in self.schemes:
+            setattr(self, factor, _parameter(rows, columns))
+            return
+        scheme = self.schemes[factor]
+        for name, shape in scheme.shapes(factor, rows, columns).items():
+            value = torch.ones(shape, dtype=scheme.type_of(name))  # of packed numbers any will do
+            if name.endswith(SHAPE):
+                value = torch.tensor([rows, columns], device=value.device)
+            setattr(self, name, nn.Parameter(value, requires_grad=False))
+
+    def factor(self, name: str) -> torch.Tensor:
+        """A factor (rows x columns), to multiply by; of a grid's numbers and scales what they stand for."""
+        if name not in self.schemes:
+            return getattr(self, name)
+        scheme, tensors = self.schemes[name], dict(self.named_parameters(recurse=False))
+        return dequantised(scheme, codes_of(scheme, name, tensors, self.widths[name]), tensors[f"{name}{SCALE}"])
 
     @property
     def first(self) -> "CompressedLinear":
@@ -47,17 +81,18 @@ class CompressedLinear(nn.Module):
 class LowRankLinear(CompressedLinear):
     """svd form: y = (x B^T) A^T. x: (..., n); B: (r, n), shared; A: (m, r)."""
 
-    def __init__(self, in_features, out_features, rank, bias=False, first=None):
-        super().__init__(in_features, out_features, rank, bias, first)
-        self.lowrank_a = _parameter(out_features, rank)
+    def __init__(self, in_features, out_features, rank, bias=False, first=None, schemes=None):
+        super().__init__(in_features, out_features, rank, bias, first, schemes)
+        self.add_factor(LOWRANK_A, out_features, rank)
         if first is None:
-            self.lowrank_b = _parameter(rank, in_features)
+            self.add_factor(LOWRANK_B, rank, in_features)
 
     def shared(self, x: torch.Tensor) -> torch.Tensor:
-        return functional.linear(x.to(self.lowrank_b.device), self.lowrank_b)
+        b = self.factor(LOWRANK_B)
+        return functional.linear(x.to(b.device), b)
 
     def outputs(self, t: torch.Tensor) -> torch.Tensor:
-        return functional.linear(t, self.lowrank_a, self.bias)
+        return functional.linear(t, self.factor(LOWRANK_A), self.bias)
 
 
 class PivGaColumnsLinear(CompressedLinear):
@@ -65,20 +100,21 @@ class PivGaColumnsLinear(CompressedLinear):
 
     permutation: torch.Tensor
 
-    def __init__(self, in_features, out_features, rank, bias=False, first=None):
-        super().__init__(in_features, out_features, rank, bias, first)
-        self.skeleton = _parameter(out_features, rank)
+    def __init__(self, in_features, out_features, rank, bias=False, first=None, schemes=None):
+        super().__init__(in_features, out_features, rank, bias, first, schemes)
+        self.add_factor(SKELETON, out_features, rank)
         if first is None:
-            self.interpolation = _parameter(rank, in_features - rank)
+            self.add_factor(INTERPOLATION, rank, in_features - rank)
             self.register_buffer(PERMUTATION, torch.arange(in_features, dtype=torch.int32))
 
     def shared(self, x: torch.Tensor) -> torch.Tensor:
-        permuted = gather(x.to(self.interpolation.device), self.permutation)
+        d = self.factor(INTERPOLATION)
+        permuted = gather(x.to(d.device), self.permutation)
         kept, rest = permuted[..., : self.rank], permuted[..., self.rank :]
-        return kept + functional.linear(rest, self.interpolation)
+        return kept + functional.linear(rest, d)
 
     def outputs(self, t: torch.Tensor) -> torch.Tensor:
-        return functional.linear(t, self.skeleton, self.bias)
+        return functional.linear(t, self.factor(SKELETON), self.bias)
 
 
 class PivGaRowsLinear(CompressedLinear):
@@ -86,19 +122,33 @@ class PivGaRowsLinear(CompressedLinear):
 
     permutation: torch.Tensor
 
-    def __init__(self, in_features, out_features, rank, bias=False, first=None):
-        super().__init__(in_features, out_features, rank, bias, first)
-        self.skeleton = _parameter(rank, in_features)
-        self.interpolation = _parameter(out_features - rank, rank)
+    def __init__(self, in_features, out_features, rank, bias=False, first=None, schemes=None):
+        super().__init__(in_features, out_features, rank, bias, first, schemes)
+        self.add_factor(SKELETON, rank, in_features)
+        self.add_factor(INTERPOLATION, out_features - rank, rank)
         self.register_buffer(PERMUTATION, torch.arange(out_features, dtype=torch.int32))
 
     def shared(self, x: torch.Tensor) -> torch.Tensor:
-        return functional.linear(x, self.skeleton)
+        return functional.linear(x, self.factor(SKELETON))
 
     def outputs(self, t: torch.Tensor) -> torch.Tensor:
-        y = torch.cat([t, functional.linear(t, self.interpolation)], dim=-1)
+        y = torch.cat([t, functional.linear(t, self.factor(INTERPOLATION))], dim=-1)
         y = gather(y, torch.argsort(self.permutation))
         return y if self.bias is None else y + self.bias
+
+
+class DenseGridLinear(CompressedLinear):
+    """dense form: y = x W^T, W: (m, n) on a grid. Nothing is shared: t is x."""
+
+    def __init__(self, in_features, out_features, rank, bias=False, first=None, schemes=None):
+        super().__init__(in_features, out_features, rank, bias, first, schemes)
+        self.add_factor(WEIGHT, out_features, in_features)
+
+    def shared(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def outputs(self, t: torch.Tensor) -> torch.Tensor:
+        return functional.linear(t, self.factor(WEIGHT), self.bias)
 
 
 class _Gather(torch.autograd.Function):
@@ -126,8 +176,8 @@ def _permuted(x: torch.Tensor, permutation: torch.Tensor) -> torch.Tensor:
 
 def module_class(group: Group) -> type[CompressedLinear]:
     """The layer class of a group's form and side."""
-    if group.form == "svd":
-        return LowRankLinear
+    if group.form != "pivga":
+        return LowRankLinear if group.form == "svd" else DenseGridLinear
     return PivGaRowsLinear if group.side == "rows" else PivGaColumnsLinear
 
 
@@ -146,9 +196,17 @@ def replace_group(model: nn.Module, group: Group) -> None:
             raise KeyError(f"group {group.name}: the model has no linear layer {name}")
         with dense.weight.device:
             rows, columns = weight_of(dense).shape
-            layer = module_class(group)(columns, rows, group.rank, dense.bias is not None, first)
-        model.set_submodule(name, layer.to(dense.weight.dtype))
+            layer = module_class(group)(columns, rows, group.rank, dense.bias is not None, first, group.schemes)
+        model.set_submodule(name, in_type(layer, dense.weight.dtype))
         first = first or layer
+
+
+def in_type(layer: CompressedLinear, dtype: torch.dtype) -> CompressedLinear:
+    """The layer, its floating-point parameters but a grid's numbers in `dtype`."""
+    for parameter in layer.parameters(recurse=False):
+        if parameter.is_floating_point() and parameter.dtype != torch.float8_e4m3fn:
+            parameter.data = parameter.data.to(dtype)
+    return layer
 
 
 def _parameter(*shape: int) -> nn.Parameter:

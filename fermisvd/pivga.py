@@ -15,6 +15,7 @@ import torch
 from fermisvd import lapack
 from fermisvd.errors import NumericalError
 from fermisvd.groups import Side
+from fermisvd.rounding import round_with_error_feedback, to_type
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,6 @@ class PivGa:
 
 LARGEST_INTERPOLATION = 1.01  # measured, docs/decisions.md
 MOST_EXCHANGES = 1000
-BLOCK = 64  # rows of D that are rounded between two matrix products
 DEPENDENT = 1e-10  # part of the largest squared column that counts as nothing: below it squares are rounding
 
 
@@ -84,29 +84,6 @@ def exchange(d: torch.Tensor, i: int, j: int) -> None:
     d[i, j] = 1.0 / pivot
 
 
-def round_with_error_feedback(d: torch.Tensor, triangle: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """D in `dtype`, rounded row by row, each row's error carried into the rows not yet rounded.
-
-    d: (r x q) float64; triangle: R (r x r), upper triangular, R^T R = C^T C of the skeleton C. Greedily minimises
-    |C (D_rounded - D)|_F = |R (D_rounded - D)|_F: rounding rows from the last up, row i can still absorb what rows
-    below it left behind. What a block of rows absorbs from those below it is one product; within it a row is three
-    operations, which on a GPU are three launches that nobody waits for.
-    """
-    diagonal = triangle.diagonal()
-    # a skeleton column that the others span can absorb nothing
-    scale = torch.where(diagonal.abs() > 1e-12 * diagonal.abs().max(), 1 / diagonal, 0.0)
-    carries = triangle * scale[:, None]
-    rounded, error = torch.empty_like(d, dtype=dtype), torch.zeros_like(d)
-    for stop in range(len(d), 0, -BLOCK):
-        start = max(stop - BLOCK, 0)
-        wanted = d[start:stop] - carries[start:stop, stop:] @ error[stop:]
-        for i in range(stop - 1, start - 1, -1):
-            rounded[i] = wanted[i - start]
-            torch.sub(rounded[i], d[i], out=error[i])
-            wanted[: i - start].addr_(carries[start:i, i], error[i], alpha=-1)
-    return rounded
-
-
 def fix_gauge(
     a: torch.Tensor,
     b: torch.Tensor,
@@ -141,7 +118,9 @@ def fix_gauge(
 def round_interpolation(skeleton: torch.Tensor, rest: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """D (r x q) in `dtype`, with C D near `rest`. skeleton: C (m x r), as stored; rest: (m x q) float64."""
     solution, triangle = least_squares(skeleton.double(), rest)
-    return solution if dtype == torch.float64 else round_with_error_feedback(solution, triangle, dtype)
+    if dtype == torch.float64:
+        return solution
+    return round_with_error_feedback(solution, triangle, to_type(dtype)).to(dtype)
 
 
 def refuse_overflow(tensor: torch.Tensor, dtype: torch.dtype) -> None:

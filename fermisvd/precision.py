@@ -38,7 +38,8 @@ def width_of(config: PretrainedConfig) -> int:
 def with_parameters_in(model: M, dtype: torch.dtype) -> M:
     """The model, its parameters cast in place; buffers, such as rotary frequencies, stay as exact as they are."""
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
+        if parameter.is_floating_point() and parameter.itemsize > 1:  # a grid's numbers stay on it
+            parameter.data = parameter.data.to(dtype)
     return model
 
 

@@ -1,38 +1,64 @@
 """From factors to what a checkpoint stores: a group's entry in the config, and its tensors."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from fermisvd.budget import Form, RankedGroup
-from fermisvd.format import INTERPOLATION, LOWRANK_A, LOWRANK_B, PERMUTATION, SKELETON, Group, expected_tensors
+from fermisvd.format import (
+    INTERPOLATION,
+    LOWRANK_A,
+    LOWRANK_B,
+    PERMUTATION,
+    SKELETON,
+    WEIGHT,
+    Group,
+    expected_tensors,
+    factor_of,
+)
+from fermisvd.grids import GRID_TENSORS, balanced, dense_on_grid, grids_of
 from fermisvd.groups import LinearGroup
 from fermisvd.pivga import fix_gauge
 
-ORDER = (LOWRANK_A, LOWRANK_B, INTERPOLATION, PERMUTATION, SKELETON)  # in which a group's tensors are written
+ORDER = (LOWRANK_A, LOWRANK_B, INTERPOLATION, PERMUTATION, SKELETON, WEIGHT)  # in which a group's tensors are written
 
 
 def config_group(ranked: RankedGroup) -> Group:
     """The config's entry of a compressed group."""
-    side = ranked.group.side if ranked.form == "pivga" else None
-    return Group(members=ranked.group.members, form=ranked.form, side=side, rank=ranked.rank)
+    group, form = ranked.group, "dense" if ranked.stays_dense else ranked.form
+    side = group.side if form == "pivga" else None
+    rank = group.full_rank if form == "dense" else ranked.rank
+    return Group(members=group.members, form=form, side=side, rank=rank, schemes=grids_of(ranked))
 
 
 def compressed_tensors(
-    ranked: RankedGroup, a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype
+    ranked: RankedGroup, parts: Sequence[torch.Tensor], dtype: torch.dtype, gram: torch.Tensor | None = None
 ) -> dict[str, torch.Tensor]:
-    """Tensors of one group as stored, by name. a: A (m x r); b: B (r x n)."""
-    return STORED[ranked.form](ranked.group, a, b, dtype)
+    """Tensors of one group as stored, by name.
+
+    parts: A (m x r) and B (r x n), or W (m x n) alone of a group that stays dense, on a grid; dtype: of factors, or of
+    a grid's scales; gram: C of the group's inputs, (n x n), which rounding to a grid asks for.
+    """
+    if ranked.weights == "auto":
+        return STORED[ranked.form](ranked.group, *parts, dtype)
+    assert gram is not None
+    make = dense_on_grid if ranked.stays_dense else GRID_TENSORS[ranked.form]
+    return make(ranked, [part.double() for part in parts], gram.double(), dtype)
 
 
 def stored_bytes(ranked: RankedGroup, dtype: torch.dtype) -> dict[str, int]:
     """Bytes of each tensor of a group, by name in the order of writing: known before any value is."""
-    shapes = expected_tensors(config_group(ranked), ranked.group.member_rows, ranked.group.columns)
+    group = config_group(ranked)
+    shapes = expected_tensors(group, ranked.group.member_rows, ranked.group.columns)
     kind = {name: name.rpartition(".")[2] for name in shapes}
+
+    def order(name: str) -> tuple[int, str]:
+        return ORDER.index(factor_of(kind[name])), kind[name]
+
     return {
-        name: math.prod(shapes[name]) * (torch.int32 if kind[name] == PERMUTATION else dtype).itemsize
-        for name in sorted(shapes, key=lambda name: ORDER.index(kind[name]))
+        name: math.prod(shapes[name]) * (group.type_of(kind[name]) or dtype).itemsize
+        for name in sorted(shapes, key=order)
     }
 
 
@@ -53,10 +79,3 @@ def pivga_tensors(group: LinearGroup, a: torch.Tensor, b: torch.Tensor, dtype: t
 
 
 STORED: dict[Form, Callable[..., dict[str, torch.Tensor]]] = {"svd": svd_tensors, "pivga": pivga_tensors}
-
-
-def balanced(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same product with columns of A and rows of B equally long, so that neither leaves a narrow type's range."""
-    a, b = a.double(), b.double()
-    scale = (b.norm(dim=1) / a.norm(dim=0).clamp(min=1e-30)).clamp(min=1e-30).sqrt()
-    return a * scale, b / scale[:, None]

@@ -53,7 +53,8 @@ from fermisvd.decomposition import OutputGram, kfac_svd
 from fermisvd.fermigrad import gated_kl
 from fermisvd.gates import install_gates
 from fermisvd.groups import LinearGroup, Side, find_groups
-from fermisvd.pivga import fix_gauge, least_squares, pivoted_cholesky, round_with_error_feedback
+from fermisvd.pivga import fix_gauge, least_squares, pivoted_cholesky
+from fermisvd.rounding import round_with_error_feedback, to_type
 from fermisvd.running.halves import halves_of
 from fermisvd_convert.ahead import GPU_WORKERS, in_order
 from fermisvd_convert.memory import give_back
@@ -104,7 +105,7 @@ def pieces(size: int, device: str) -> dict[str, Piece]:
         EIGH: (EIGH_FLOPS * size**3, lambda: torch.linalg.eigh(positive)),
         PIVOTS: (2 * size * size * half, lambda: pivoted_cholesky(singular.clone(), half)),  # on the CPU
         LEAST_SQUARES: (least_squares_flops(2 * size, half, half), lambda: least_squares(tall, right)),
-        FEEDBACK: (feedback_flops(half, half), lambda: round_with_error_feedback(d, triangle, torch.bfloat16)),
+        FEEDBACK: (feedback_flops(half, half), lambda: round_with_error_feedback(d, triangle, to_type(torch.bfloat16))),
         GRAM: (TOKENS * gram_flops(size), lambda: add_gram(total, inputs)),
         MODEL: fermigrad_step(size, device),
     }

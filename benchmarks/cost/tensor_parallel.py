@@ -9,8 +9,8 @@ loaded layers in tests/vllm_plugin/test_tensor_parallel.py.
 from fermisvd.budget import Budget, Form
 from fermisvd.format import Group
 from fermisvd.groups import LinearGroup
+from fermisvd_vllm.kinds import part_of
 from fermisvd_vllm.layout import LayerSizes, numbers_held, slots_of
-from fermisvd_vllm.parts import part_of
 
 HIDDEN, HEAD, HEADS, KV_HEADS, WIDE = 4096, 128, 32, 8, 14336
 LAYERS = {

@@ -8,7 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fermisvd.budget import RankedGroup, compressed
+from fermisvd.budget import RankedGroup, compressed, stored_in_groups
+from fermisvd.decomposition import Decomposition
 from fermisvd.files import read_headers
 from fermisvd.running import distributed
 from fermisvd_convert.card import write_card
@@ -59,7 +60,7 @@ def convert(model: str | Path, out: str | Path, remove: float, **options: Any) -
         factors_of = rescale_groups(conversion, compressed(ranked), decomposition, factors_of, taught)
         with unfinished(place) as folder:
             rows = group_rows(ranked, decomposition.sigma) if distributed.this_process() == 0 else []
-            write(conversion, folder, compressed(ranked), factors_of, rows)
+            write(conversion, folder, stored_in_groups(ranked), factors_of, decomposition, rows)
             healing = heal_factors(conversion, folder, taught)
             with complete(place):
                 after = evaluate_compressed(conversion, folder)
@@ -132,14 +133,20 @@ def write(
     folder: Path,
     ranked: Sequence[RankedGroup],
     factors_of: FactorsOf,
+    decomposition: Decomposition,
     rows: Sequence[GroupRow],
 ) -> None:
-    """All weights into a new folder, each process its part of the files, and the config. ranked: groups that do not
-    stay dense; rows: of the record, which the first process has."""
+    """All weights into a new folder, each process its part of the files, and the config.
+
+    ranked: groups that are not stored as they were; factors_of: of those that do not stay dense; rows: of the record,
+    which the first process has.
+    """
     cast, device = conversion.options.dtype != "auto", conversion.device
     workers = conversion.workers(gauge_bytes(conversion.size))
     conversion.workspace.wait_for_all()  # factors of joined groups are the first's
-    write_checkpoint(conversion.source, folder, ranked, factors_of, conversion.storage, cast, device, workers)
+    write_checkpoint(
+        conversion.source, folder, ranked, factors_of, decomposition, conversion.storage, cast, device, workers
+    )
     if distributed.this_process() == 0:
         write_config(conversion.source, folder, ranked, conversion.storage, provenance(conversion, rows))
     distributed.wait_for_all()

@@ -15,7 +15,7 @@ from fermisvd.errors import OutputError
 from fermisvd.files import read_headers
 from fermisvd.format import read_config, validate_checkpoint
 from fermisvd.groups import StructureError
-from fermisvd.healing import HealingState, heal, rounded_factors
+from fermisvd.healing import HealingState, heal, opened_factors, stored_factors
 from fermisvd.precision import compute_type, width_of
 from fermisvd.teacher import Taught, teach
 from fermisvd_convert.checks import check_place
@@ -64,11 +64,11 @@ def heal_checkpoint(checkpoint: str | Path, healed: str | Path, **given: Any) ->
         before = evaluate(student, text.held_back, expected, batch_size=at_once)
         begin = time.perf_counter()
         with kept_stage(place, healing_key(checkpoint, source, text, options, (compute, dtype))) as stage:
-            outcome = train(student, taught, options, stage, at_once)
+            outcome = train(student, taught, options, stage, at_once, stored)
         outcome["seconds"] = round(time.perf_counter() - begin, 2)
         with unfinished(place) as partial:
             shutil.copytree(checkpoint, partial, dirs_exist_ok=True, ignore=shutil.ignore_patterns(OURS))
-            replace_tensors(partial, rounded_factors(student, stored))
+            replace_tensors(partial, stored_factors(student, stored))
             del student  # or two would be held
             with complete(place):
                 final = load_dense_or_compressed(partial, device, dtype, options.trust_remote_code)
@@ -90,7 +90,7 @@ def check_healed(checkpoint: Path, healed: Path, teacher: str | None) -> None:
 
 
 def factors_type(checkpoint: Path) -> torch.dtype:
-    """Of a compressed checkpoint's factors. Raises StructureError if there are none."""
+    """Of a compressed checkpoint's factors, or of their scales. Raises StructureError if there are none."""
     groups, headers = read_config(checkpoint).groups, read_headers(checkpoint)
     if not groups:
         raise StructureError(f"{checkpoint}: the model has no compressed layer to heal")
@@ -161,7 +161,9 @@ def healing_key(
     return [factors, source.title, text.windows, *settings]
 
 
-def train(student: PreTrainedModel, taught: Taught, options: HealOptions, stage: Stage, at_once: int) -> dict:
+def train(
+    student: PreTrainedModel, taught: Taught, options: HealOptions, stage: Stage, at_once: int, stored: torch.dtype
+) -> dict:
     """Distil the student in place, at_once windows in a pass, from where the stage was kept last; an eighth of the
     windows decides whether it helped.
 
@@ -182,6 +184,7 @@ def train(student: PreTrainedModel, taught: Taught, options: HealOptions, stage:
             on_step=shown.show,
             begun=begun,
             on_progress=lambda state: keep(state.records, state.factors),
+            factors=opened_factors(student, stored),
         )
 
 

@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fermisvd.budget import RankedGroup
+from fermisvd.decomposition import Decomposition
 from fermisvd.errors import reason
 from fermisvd.files import ADAPTER_NAME, INDEX_NAME, WEIGHTS_NAME, TensorInfo, is_pickle, read_headers
-from fermisvd.format import CheckpointConfig
+from fermisvd.format import checkpoint_config
 from fermisvd.groups import LinearGroup
 from fermisvd.losses import Pair
 from fermisvd.running import distributed
@@ -71,6 +72,7 @@ def write_checkpoint(
     folder: Path,
     compressed: Sequence[RankedGroup],
     factors_of: Callable[[LinearGroup], Pair],
+    decomposition: Decomposition,
     dtype: torch.dtype,
     cast_dense: bool,
     device: str = "cpu",
@@ -79,8 +81,10 @@ def write_checkpoint(
     """Everything of the checkpoint but config.json and the model card, into `folder`, which must be there and empty:
     each process writes its part of the weights' files, the first also the files that are no weights.
 
-    compressed: groups that do not stay dense; factors_of: gives A and B of a group at its rank; dtype: of the factors;
-    cast_dense: whether the other tensors take it too, or stay as they are; workers: groups that are worked on at once.
+    compressed: groups that are not stored as they were; factors_of: gives A and B of one that does not stay dense, at
+    its rank; decomposition: has weights and Gram matrices, which rounding to a grid asks for; dtype: of the factors, or
+    of their scales; cast_dense: whether the other tensors take it too, or stay as they are; workers: groups that are
+    worked on at once.
     """
     pieces = planned(source, compressed, dtype, cast_dense)
     block = weight_bytes(source.headers) // source.blocks()
@@ -97,8 +101,10 @@ def write_checkpoint(
         if piece not in ranked_of:
             tensor = source.tensor(piece)
             return {piece: tensor.to(dtype) if cast_dense and tensor.is_floating_point() else tensor}
-        a, b = (factor.to(device) for factor in factors_of(ranked_of[piece].group))
-        tensors = compressed_tensors(ranked_of[piece], a, b, dtype)
+        ranked = ranked_of[piece]
+        parts = (decomposition.weights(ranked.group),) if ranked.stays_dense else factors_of(ranked.group)
+        gram = None if ranked.weights == "auto" else decomposition.gram(ranked.group.source).to(device)
+        tensors = compressed_tensors(ranked, [part.to(device) for part in parts], dtype, gram)
         return {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
 
     own = distributed.own_run(list(shards.items()))
@@ -170,7 +176,7 @@ def write_config(
     replaced = {f"{name}.weight" for ranked in compressed for name in ranked.group.members}
     provenance = provenance | {"dense_tensors": [name for name in source.headers if name not in replaced]}
     groups = tuple(config_group(ranked) for ranked in compressed)
-    entry = CheckpointConfig(groups=groups, provenance=provenance).model_dump(mode="json", exclude_none=True)
+    entry = checkpoint_config(groups, provenance).model_dump(mode="json", exclude_none=True)
     config = {key: value for key, value in source.config.items() if key != "torch_dtype"}
     config |= {"dtype": str(dtype).removeprefix("torch."), "quantization_config": entry}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

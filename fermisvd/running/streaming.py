@@ -137,7 +137,7 @@ def _empty(block: nn.Module, *_) -> None:
 def _read(stored: TensorInfo, device: str, dtype: torch.dtype) -> torch.Tensor:
     with safe_open(stored.file, framework="pt") as file:
         value = file.get_tensor(stored.name)
-    return value.to(device, dtype if value.is_floating_point() else value.dtype)
+    return value.to(device, dtype if value.is_floating_point() and value.itemsize > 1 else value.dtype)
 
 
 def _put(module: nn.Module, name: str, value: torch.Tensor) -> None:

@@ -78,7 +78,7 @@ def test_expected_tensors_count_the_budgets_parameters():
 
 
 CONFIG_FAULTS = {
-    "unknown version": (lambda e: e.update(format_version=2), "format_version is 2"),
+    "unknown version": (lambda e: e.update(format_version=3), "format_version is 3"),
     "no version": (lambda e: e.pop("format_version"), "format_version is None"),
     "extra field": (lambda e: e.update(extra=1), "extra"),
     "extra group field": (lambda e: e["groups"][0].update(extra=1), "groups.0.extra"),

@@ -142,8 +142,8 @@ FAULTS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     ),
     "pickled file": (lambda folder: (folder / "pytorch_model.bin").write_bytes(b""), ("pytorch_model.bin", "remove")),
     "unknown format version": (
-        lambda folder: edit_config(folder, lambda c: c["quantization_config"].update(format_version=2)),
-        ("format_version", "2", "install"),
+        lambda folder: edit_config(folder, lambda c: c["quantization_config"].update(format_version=3)),
+        ("format_version", "3", "install"),
     ),
     "rank above the matrix": (
         lambda folder: edit_groups(folder, lambda g: g[0].update(rank=4096)),

@@ -9,8 +9,9 @@ from fermisvd.budget import Form
 from fermisvd.errors import FormatError
 from fermisvd.format import Group, expected_tensors
 from fermisvd.groups import Side
+from fermisvd_vllm.kinds import part_of, parts_of
 from fermisvd_vllm.layout import LayerSizes, shard_of, slots_of
-from fermisvd_vllm.parts import DensePart, PivGaColumnsPart, PivGaRowsPart, SvdPart, part_of, parts_of
+from fermisvd_vllm.parts import DensePart, PivGaColumnsPart, PivGaRowsPart, SvdPart
 
 QKV = ["q", "k", "v"]
 

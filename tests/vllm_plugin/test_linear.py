@@ -21,12 +21,13 @@ from vllm.model_executor.layers.linear import (
 )
 
 from fermisvd.errors import FormatError
-from fermisvd.format import CheckpointConfig, Group
+from fermisvd.format import CheckpointConfig, Group, checkpoint_config
 from fermisvd.pivga import dense_product, fix_gauge
 from fermisvd_vllm.config import FermiSVDConfig
+from fermisvd_vllm.kinds import part_of
 from fermisvd_vllm.layout import Stored
 from fermisvd_vllm.linear import FermiSVDLinearMethod
-from fermisvd_vllm.parts import GroupPart, part_of
+from fermisvd_vllm.parts import GroupPart
 from fermisvd_vllm.tuning import BUCKETS, Op, OwnOps, check_agreement
 
 HIDDEN, HEAD, HEADS, KV_HEADS = 96, 32, 3, 1
@@ -89,7 +90,7 @@ def make_mixed_sides(partition):
 
 
 def make_layer(kind, groups, bias=False, own_ops=None, dtype=torch.float32) -> Any:  # create_weights adds attributes
-    entry = CheckpointConfig(groups=tuple(groups)).model_dump(mode="json", exclude_none=True)
+    entry = checkpoint_config(groups, {}).model_dump(mode="json", exclude_none=True)
     config = FermiSVDConfig(entry, own_ops)
     config.packed_modules_mapping = {
         "qkv_proj": ["q_proj", "k_proj", "v_proj"],

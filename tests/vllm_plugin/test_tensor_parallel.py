@@ -14,9 +14,9 @@ from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelL
 from fermisvd.errors import FormatError
 from fermisvd.format import Group, expected_tensors
 from fermisvd.pivga import dense_product, fix_gauge
+from fermisvd_vllm.kinds import parts_of
 from fermisvd_vllm.layout import numbers_held
 from fermisvd_vllm.linear import FermiSVDLinearMethod
-from fermisvd_vllm.parts import parts_of
 
 COLUMNS, RANK = 48, 7  # a rank that no TP size divides
 SIZES = [1, 2, 4, 8]

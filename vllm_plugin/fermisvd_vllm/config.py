@@ -14,9 +14,9 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from fermisvd.errors import FormatError
 from fermisvd.files import holds_weights
 from fermisvd.format import Group, parse_config, validate_before_serving
+from fermisvd_vllm.kinds import parts_of
 from fermisvd_vllm.layout import numbers_held
 from fermisvd_vllm.linear import FermiSVDLinearMethod
-from fermisvd_vllm.parts import parts_of
 from fermisvd_vllm.tuning import OwnOps
 from fermisvd_vllm.versions import DRAFT_PREFIX, check_loading_order, check_online_quantization
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -25,6 +25,14 @@ class WritingGemm(Gemm, Protocol):
     def write(self, layer: nn.Module, x: torch.Tensor, y: torch.Tensor) -> None: ...
 
 
+class Multiplies(Protocol):
+    """A factor: x (..., n) -> x W^T (..., m), or that written into y (tokens, m)."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
+
+    def write(self, x: torch.Tensor, y: torch.Tensor) -> None: ...
+
+
 @dataclass(frozen=True)
 class Products:
     """What multiplies in a layer.
@@ -33,7 +41,8 @@ class Products:
     uses_own_ops: whether our ops do what they can (fermisvd_vllm.kernels); joins_outputs: whether one of them makes y
     of t for all parts together; measure: finds up to how many tokens an op's kernel is used (fermisvd_vllm.tuning);
     tile: what a rank is filled up to a multiple of, with zeros; any_stride: whether gemm takes rows of x that are not
-    side by side; on_cpu: whether layers are computed in an op (fermisvd_vllm.on_cpu), not in a compiled graph.
+    side by side; on_cpu: whether layers are computed in an op (fermisvd_vllm.on_cpu), not in a compiled graph;
+    grid_factor: makes a factor on a grid (fermisvd_vllm.grid_gemm).
     """
 
     gemm: Gemm
@@ -44,6 +53,7 @@ class Products:
     tile: int
     any_stride: bool
     on_cpu: bool
+    grid_factor: Callable[..., Any]
 
     def filled(self, size: int) -> int:
         """The next multiple of the tile."""

@@ -13,6 +13,7 @@ import torch
 
 from fermisvd.errors import FormatError
 from fermisvd.format import MEND, PERMUTATION
+from fermisvd.schemes import PACKED, PER_INT32, SCALE, SHAPE
 
 Parallel = Literal["column", "row", "replicated"]
 Sections = tuple[tuple[int, int], ...]
@@ -53,7 +54,8 @@ class Stored:
     """A tensor that the checkpoint stores for a part, under the layer's member of that position.
 
     shape: in this process; outputs, inputs: the dimension that runs over the member's outputs, or over the layer's
-    inputs, if any: tensor parallelism splits it where it splits those; dtype: None for the model's own.
+    inputs, if any: tensor parallelism splits it where it splits those; dtype: None for the model's own; per: how many
+    inputs an entry along `inputs` is of: those that share a scale, or an int32.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Stored:
     outputs: int | None = None
     inputs: int | None = None
     dtype: torch.dtype | None = None
+    per: int = 1
 
 
 class Stores(Protocol):
@@ -110,19 +113,33 @@ def slots_of(parts: Iterable[Stores], sizes: LayerSizes) -> Slots:
             if sizes.parallel == "column" and tensor.outputs is not None:
                 shard, sections = tensor.outputs, sizes.member_sections[tensor.member]
             elif sizes.parallel == "row" and tensor.inputs is not None:
-                shard, sections = tensor.inputs, (sizes.width,)
+                shard, sections = tensor.inputs, (shared_sizes(tensor, sizes),)
             slot = Slot(filled.get(tensor.name, 0), tensor.shape, shard, sections, tensor.dtype)
             slots[tensor.name, tensor.member] = slot
             filled[tensor.name] = slot.offset + slot.size
     return slots
 
 
+def shared_sizes(tensor: Stored, sizes: LayerSizes) -> tuple[int, int]:
+    """(full, local) entries along the inputs of a row-parallel layer. Raises FormatError where processes would have to
+    share one."""
+    full, local = sizes.width
+    if local < full and local % tensor.per:
+        raise FormatError(
+            f"{sizes.layer}: {tensor.name}: {local} inputs of a process, of which {tensor.per} each share a number; "
+            "serve with a smaller --tensor-parallel-size, or convert with --weights int8"
+        )
+    return -(-full // tensor.per), -(-local // tensor.per)
+
+
 @dataclass(frozen=True)
 class Loaded:
-    """The tensors of a layer once they are loaded: by name, flat, and where in them each lies."""
+    """The tensors of a layer once they are loaded: by name, flat, and where in them each lies; inputs: of the layer in
+    this process."""
 
     flat: Mapping[str, torch.Tensor]
     slots: Slots
+    inputs: int
 
     def stacked(self, name: str, members: Iterable[int]) -> torch.Tensor:
         """The tensors of that name of these members, on top of each other: a view. Raises ValueError unless they are
@@ -164,7 +181,11 @@ def shard_of(whole: torch.Tensor, slot: Slot, tp_rank: int, tp_size: int, name: 
 
 def numbers_held(slots: Slots) -> tuple[int, int]:
     """Numbers in this process that tensor parallelism splits, and those that every process holds in full; no
-    permutations."""
-    sharded = sum(slot.size for slot in slots.values() if slot.shard is not None)
-    everywhere = sum(slot.size for (name, _), slot in slots.items() if slot.shard is None and name != PERMUTATION)
-    return sharded, everywhere
+    permutations, nor what lies beside the numbers of a grid."""
+    counted = [
+        (slot.shard is not None, slot.size * (PER_INT32 if name.endswith(PACKED) else 1))
+        for (name, _), slot in slots.items()
+        if name != PERMUTATION and not name.endswith((SCALE, SHAPE))
+    ]
+    sharded = sum(size for split, size in counted if split)
+    return sharded, sum(size for _, size in counted) - sharded

@@ -19,8 +19,9 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.utils import set_weight_attrs
 
 from fermisvd.errors import FormatError
-from fermisvd.format import PERMUTATION, check_finite, check_permutation
-from fermisvd_vllm.factors import Gemm, Products
+from fermisvd.format import PERMUTATION, check_finite, check_permutation, check_scales
+from fermisvd.schemes import SCALE
+from fermisvd_vllm.factors import Factor, Gemm, Products
 from fermisvd_vllm.layout import LayerSizes, Loaded, Parallel, Sections, Slot, Slots, shard_of, slots_of
 from fermisvd_vllm.on_cpu import numbered
 from fermisvd_vllm.packed import OUTPUTS_TILE, TILE, PackedMethod, packs
@@ -82,7 +83,7 @@ class FermiSVDLinearMethod(LinearMethodBase):
             self.tp_size,
             self.layer_name,
         )
-        self.slots = slots_of(self.parts, sizes)
+        self.slots, self.inputs = slots_of(self.parts, sizes), sizes.inputs
         self.dense_numbers = sum(sizes.member_rows) * sizes.inputs
         self.whole_tiles = not (sizes.inputs % TILE or any(rows % OUTPUTS_TILE for rows in sizes.member_rows))
         self.member_places = _member_places(self.parts, sizes.member_rows)
@@ -108,6 +109,8 @@ class FermiSVDLinearMethod(LinearMethodBase):
     def _flat_parameter(self, name: str, slots: list[Slot], params_dtype: torch.dtype) -> nn.Parameter:
         """Room for all tensors of one name. The permutation starts valid: dummy loading leaves integers alone."""
         dtype = slots[0].dtype or params_dtype
+        if len({slot.dtype for slot in slots}) > 1:
+            raise FormatError(f"{self.layer_name}: {name}: groups of one layer with numbers of several types")
         if name == PERMUTATION:
             data = torch.cat([torch.arange(slot.size, dtype=dtype) for slot in slots])
         else:
@@ -131,6 +134,8 @@ class FermiSVDLinearMethod(LinearMethodBase):
             self.check_model()
             slot = self.slots[name, member]
             check_finite(where, loaded_weight)
+            if name.endswith(SCALE):
+                check_scales(where, loaded_weight)
             if name == PERMUTATION:
                 check_permutation(where, loaded_weight)
             piece = shard_of(loaded_weight, slot, self.tp_rank, self.tp_size, where).to(param.dtype)
@@ -154,7 +159,8 @@ class FermiSVDLinearMethod(LinearMethodBase):
         some = next(iter(flat.values()))
         uses_own_ops = self.own_ops.run_on(some.device)
         self.on_cpu = some.device.type == "cpu" and not uses_own_ops
-        self.joins_outputs = uses_own_ops and len(self.parts) > 1 and all(part.one_product for part in self.parts)
+        joined = all(part.one_product and not part.on_grid for part in self.parts)
+        self.joins_outputs = uses_own_ops and len(self.parts) > 1 and joined
         packed = self.on_cpu and self.whole_tiles and packs(some.dtype, some.device)
         products = Products(
             gemm=self.gemm,
@@ -166,9 +172,10 @@ class FermiSVDLinearMethod(LinearMethodBase):
             # CUDA's products take rows of any stride; what a CPU's or ROCm's may be made of does not always
             any_stride=uses_own_ops and torch.version.hip is None,
             on_cpu=self.on_cpu,
+            grid_factor=_grid_factor,
         )
         for kind, parts in self.kinds:
-            kind.take_all(parts, Loaded(flat, self.slots), products)
+            kind.take_all(parts, Loaded(flat, self.slots, self.inputs), products)
         if self.joins_outputs:
             self._measure_outputs()
         layer.register_buffer(LORA_DEVICE_NAME, some.new_empty(0), persistent=False)
@@ -188,7 +195,7 @@ class FermiSVDLinearMethod(LinearMethodBase):
     def _measure_outputs(self) -> None:
         from fermisvd_vllm.kernels import OUTPUTS  # here: there need not be a Triton where there is no GPU
 
-        a = [part.second.weight for part in self.parts]
+        a = [self._plain(part).weight for part in self.parts]
         self.own_ops.measure(OUTPUTS, [noise(each, each.shape[1]) for each in a], a, *self.member_places)
 
     def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -197,10 +204,16 @@ class FermiSVDLinearMethod(LinearMethodBase):
             y = torch.ops.fermisvd.layer_product(x, layer.number, sum(self.part_rows))
         elif self.joins_outputs:
             t = self._shared(x)
-            y = torch.ops.fermisvd.outputs(t, [part.second.weight for part in self.parts], *self.member_places)
+            y = torch.ops.fermisvd.outputs(t, [self._plain(part).weight for part in self.parts], *self.member_places)
         else:
             y = self._joined([part.outputs(t) for part, t in zip(self.parts, self._shared(x), strict=True)])
         return y if bias is None else y + bias
+
+    @staticmethod
+    def _plain(part: Part) -> Factor:
+        """The second factor of a part, which is on no grid."""
+        assert isinstance(part.second, Factor)
+        return part.second
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """x (tokens, n) -> (tokens, m), without the bias: what a CPU does, in the op of fermisvd_vllm.on_cpu."""
@@ -231,6 +244,12 @@ class FermiSVDLinearMethod(LinearMethodBase):
             return torch.cat(list(outputs), dim=-1)
         members = zip(*self.member_places, strict=True)
         return torch.cat([outputs[part][..., start : start + size] for part, start, size in members], dim=-1)
+
+
+def _grid_factor(*arguments):
+    from fermisvd_vllm.grid_gemm import grid_factor  # here: vLLM's kernels take a while to import
+
+    return grid_factor(*arguments)
 
 
 def _by_kind(parts: Sequence[Part]) -> list[tuple[type[Part], list[Part]]]:

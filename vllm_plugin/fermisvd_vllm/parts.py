@@ -4,23 +4,22 @@ A part is a group of the checkpoint, or a member that stayed dense beside groups
 how they become factors, and how they multiply: x -> t, the part's shared product, -> y, its members' outputs. A layer
 asks for t of all its parts of a kind at once, since kinds save products, or launches, by that.
 
-A new kind of part is a class here and its line in KINDS. No vLLM here: linear.py brings what multiplies.
+A new kind of part is a class here and its line in fermisvd_vllm.kinds. No vLLM here: linear.py brings what multiplies.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import nn
 
 from fermisvd.errors import FormatError
-from fermisvd.format import INTERPOLATION, LOWRANK_A, LOWRANK_B, PERMUTATION, SKELETON, Group
-from fermisvd_vllm.factors import Factor, Products, filled_up
+from fermisvd.format import INTERPOLATION, LOWRANK_A, LOWRANK_B, PERMUTATION, SKELETON, WEIGHT, Group
+from fermisvd_vllm.factors import Factor, Multiplies, Products, filled_up
 from fermisvd_vllm.layout import LayerSizes, Loaded, Parallel, Stored
 from fermisvd_vllm.tuning import noise
 
 AnyTensor = TypeVar("AnyTensor", bound=torch.Tensor)  # a parameter stays one
-WEIGHT = "weight"  # of a member that stayed dense beside compressed ones
 
 
 class Part(nn.Module):
@@ -30,8 +29,9 @@ class Part(nn.Module):
     """
 
     one_product: ClassVar[bool] = True  # y is that product alone: our op may do it for all parts of a layer together
+    on_grid: ClassVar[bool] = False  # whether its factors are (fermisvd_vllm.grid_parts)
     group: Group | None = None  # None for a dense member
-    second: Factor
+    second: Multiplies
 
     def __init__(self, members: Sequence[int]):
         super().__init__()
@@ -278,38 +278,6 @@ class PivGaRowsPart(GroupPart):
         if self.rest:
             self.interpolation.write(t[:, self.rest :], t[:, : self.rest])
         load(y, self.order, t)
-
-
-KINDS: dict[tuple[str, str | None], type[GroupPart]] = {  # by form and side of the group
-    ("svd", None): SvdPart,
-    ("pivga", "columns"): PivGaColumnsPart,
-    ("pivga", "rows"): PivGaRowsPart,
-}
-
-
-def part_of(members: Sequence[int], group: Group | None) -> Part:
-    """The part of members at these positions of a layer."""
-    return DensePart(members) if group is None else KINDS[group.form, group.side](members, group)
-
-
-def parts_of(member_names: Sequence[str], groups: Mapping[str, Group], layer: str) -> list[Part] | None:
-    """Parts of a layer with these members, in order of their first member; None if all of them are dense.
-
-    groups: member name -> its group. Raises FormatError if a group reaches out of the layer.
-    """
-    position = {name: i for i, name in enumerate(member_names)}
-    parts: dict[str, Part] = {}
-    for name in member_names:
-        group = groups.get(name)
-        if group is None:
-            parts[name] = part_of([position[name]], None)
-            continue
-        strangers = [member for member in group.members if member not in position]
-        if strangers:
-            raise FormatError(f"group {group.name}: {strangers[0]} is no part of {layer}, the layer vLLM fuses it into")
-        if group.name not in parts:
-            parts[group.name] = part_of([position[member] for member in group.members], group)
-    return list(parts.values()) if any(part.group for part in parts.values()) else None
 
 
 def load(y: torch.Tensor, index: torch.Tensor, x: torch.Tensor) -> None:

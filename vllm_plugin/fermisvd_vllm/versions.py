@@ -3,6 +3,7 @@
 docs/serving.md has the table of releases. What breaks with a new one is mended here.
 """
 
+from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,7 +16,7 @@ DRAFT_PREFIX = "draft_model."
 
 # LoRA places its tensors on the device of the first of a few attributes that it finds on the base layer
 # (lora/layers/utils.py, `_get_lora_device`). Of these names this one means nothing to dense layers; it is empty.
-LORA_DEVICE_NAME = "weight_packed"
+LORA_DEVICE_NAME = "qweight"
 
 # vLLM's own classes of these (GPT-NeoX until 0.31) reorder the rows of every tensor under a layer of that name while
 # loading, be it B, D or the permutation. 0.32 serves GPT-NeoX by its transformers backend, which reorders nothing.
@@ -44,6 +45,27 @@ def has_packed_product() -> bool:
         return False
     schema = torch.ops._C.weight_packed_linear.default._schema
     return schema.arguments[0].name == "out" and not schema.returns  # older ones gave a tensor of their own
+
+
+def int4_options(config: type) -> dict[str, bool]:
+    """What 0.26 to 0.31 ask of an int4 kernel's config besides what they all ask."""
+    return {"has_g_idx": False} if "has_g_idx" in {field.name for field in fields(config)} else {}
+
+
+def keep_onednn(kernel, layer: torch.nn.Module) -> None:
+    """A CPU's int8 kernel by oneDNN, where that for AMX would be taken, which knows no float32."""
+    if hasattr(kernel, "process_weights_for_onednn") and hasattr(kernel, "_apply_weights_onednn"):
+        kernel.process_weights_for_onednn(layer)
+        kernel.linear_method = kernel._apply_weights_onednn
+    else:
+        kernel.process_weights_after_loading(layer)
+
+
+def run_eagerly(kernel) -> None:
+    """A CPU's fp8 kernel would have x's rounding compiled for every shape, 11 s the first time."""
+    rounding = getattr(kernel, "quant_fp8", None)
+    if rounding is not None and hasattr(rounding, "forward_native"):
+        rounding._forward_method = rounding.forward_native
 
 
 def check_loading_order(model_config, layer: str) -> None:

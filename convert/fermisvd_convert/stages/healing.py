@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from fermisvd.compress import set_aside
 from fermisvd.format import read_config
-from fermisvd.healing import HealingState, heal, rounded_factors
+from fermisvd.healing import HealingState, heal, opened_factors, stored_factors
 from fermisvd.running import distributed
 from fermisvd.running.streaming import fill_all
 from fermisvd.teacher import Taught
@@ -49,8 +49,9 @@ def heal_factors(conversion: Conversion, checkpoint: Path, taught: Taught) -> di
                 on_step=shown.show,
                 begun=begun,
                 on_progress=lambda state: keep(state.records, state.factors),
+                factors=opened_factors(student, conversion.storage),
             )
-        factors = rounded_factors(student, conversion.storage)
+        factors = stored_factors(student, conversion.storage)
         if distributed.this_process() == 0:
             stage.save("factors", factors)
         return record

@@ -1,6 +1,6 @@
 """Real ranks of the groups: by a rule, or of a file."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from fermisvd.compress import set_aside
@@ -45,7 +45,8 @@ def fermigrad_ranks(
     """FermiGrad's; an interrupted run goes on where it was kept last."""
     options, windows = conversion.options, taught.windows
     members = [group.members for group in groups]
-    budget = replace(conversion.budget, align=None)  # of which real ranks know nothing
+    budget = asdict(replace(conversion.budget, align=None))
+    del budget["weights"]  # of alignment and grids real ranks know nothing
     settings = (budget, options.fermigrad, options.batch_size, options.seed, options.compute, STEP_TOKENS)
     stage = conversion.workspace.stage("ranks", decomposition.stage.name, members, windows, *settings)
 
