@@ -2,7 +2,8 @@
 
 Sharing the process saves the import and most of the start. Of each task: `engine` (arguments of vllm.LLM), `prompts`
 (token ids), `max_tokens`, and optionally `sampling`, `lora` (folder of an adapter), `reload` (folder of new weights),
-`metrics`. Of each result: `tokens`, `logprobs` of those tokens and of the prompt's, or `error`.
+`metrics`, `distributions`. Of each result: `tokens`, `logprobs` of those tokens and of the prompt's, or `error`; where
+asked for, `distributions` of the next token behind each of the prompt's but the last, over the whole vocabulary.
 """
 
 import json
@@ -18,13 +19,23 @@ def generate(engine, task: dict) -> dict:
     options = {"temperature": 0, "max_tokens": task["max_tokens"], "ignore_eos": True, "logprobs": 0}
     prompts = [{"prompt_token_ids": ids} for ids in task["prompts"]]
     lora = LoRARequest("adapter", 1, task["lora"]) if "lora" in task else None
+    if task.get("distributions"):
+        options["prompt_logprobs"] = -1
     sampling = SamplingParams(**options | task.get("sampling", {}))
     outputs = engine.generate(prompts, sampling, use_tqdm=False, lora_request=lora)
-    return {
+    result = {
         "tokens": [list(o.outputs[0].token_ids) for o in outputs],
         "logprobs": [_of_tokens(o.outputs[0].token_ids, o.outputs[0].logprobs) for o in outputs],
         "prompt_logprobs": [_of_tokens(o.prompt_token_ids[1:], (o.prompt_logprobs or [])[1:]) for o in outputs],
     }
+    if task.get("distributions"):
+        result["distributions"] = [[_whole(step) for step in o.prompt_logprobs[1:]] for o in outputs]
+    return result
+
+
+def _whole(step: dict) -> list[float]:
+    """Log-probabilities of a step in the order of the vocabulary."""
+    return [step[token].logprob for token in range(len(step))]
 
 
 def _of_tokens(tokens, logprobs) -> list[float]:
