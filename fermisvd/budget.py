@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import ClassVar, Literal, NamedTuple, Self
 
 import torch
 
@@ -90,6 +90,7 @@ class Budget:
     align: int | None = None
     minimum_rank: int = 1
     weights: Weights = "auto"
+    left: ClassVar[str] = "--remove leaves {} parameters"
 
     @classmethod
     def removing(
@@ -104,13 +105,34 @@ class Budget:
         check_fraction(remove)
         return cls(1 - remove, form, align, minimum_rank, weights)
 
+    def total(self, groups: Sequence[LinearGroup]) -> int:
+        """What the groups count, dense."""
+        return dense_parameters(groups)
+
     def numbers(self, groups: Sequence[LinearGroup]) -> int:
         """How many numbers may stay. Raises OptionError if none is to go."""
-        total = dense_parameters(groups)
+        total = self.total(groups)
         numbers = math.floor(self.kept * total + 1e-6)
         if numbers == total:
             raise OptionError(f"--remove {1 - self.kept:.3g}: less than one of the {total} parameters")
         return numbers
+
+    def cost(self, group: LinearGroup, rank: int) -> int:
+        """What a group counts at this rank."""
+        return int(group_parameters(group, rank, self.form))
+
+    def soft(self, groups: Sequence[LinearGroup]) -> "SoftBudget":
+        """The same of real-valued ranks."""
+        return SoftBudget(groups, self.form)
+
+    def parameters(self, groups: Sequence[LinearGroup]) -> int:
+        """How many parameters may stay."""
+        return self.numbers(groups)
+
+    @property
+    def kept_parameters(self) -> float:
+        """Fraction of the parameters that may stay."""
+        return self.kept
 
     def alignment(self, group: LinearGroup) -> int:
         """Step of the group's rank."""
@@ -120,14 +142,18 @@ class Budget:
         """Ranks the group may take: multiples of its step, from the minimum on, that save something, then k: dense."""
         step = self.alignment(group)
         rungs = [r for r in range(step, group.full_rank, step) if r >= self.minimum_rank]
-        return [*(r for r in rungs if not stays_dense(group, r, self.form)), group.full_rank]
+        return [*(r for r in rungs if self.saves(group, r)), group.full_rank]
+
+    def saves(self, group: LinearGroup, rank: int) -> bool:
+        """Whether factors of this rank take less than the matrix."""
+        return not stays_dense(group, rank, self.form)
 
     def check(self, groups: Sequence[LinearGroup]) -> None:
         """Raises OptionError if even the lowest ranks exceed the budget."""
-        lowest = sum(int(group_parameters(group, self.ladder(group)[0], self.form)) for group in groups)
+        lowest = sum(self.cost(group, self.ladder(group)[0]) for group in groups)
         if lowest > (numbers := self.numbers(groups)):
             raise OptionError(
-                f"--remove leaves {numbers} parameters, but the lowest aligned ranks need {lowest}; "
+                f"{self.left.format(numbers)}, but the lowest aligned ranks need {lowest}; "
                 "remove less, or give a smaller --align or --minimum-rank"
             )
 
@@ -155,10 +181,7 @@ class Budget:
         self.check(groups)
         numbers, steps = self.numbers(groups), [self.alignment(group) for group in groups]
         ladders = [self.ladder(group) for group in groups]
-        costs = [
-            [int(group_parameters(group, r, self.form)) for r in ladder]
-            for group, ladder in zip(groups, ladders, strict=True)
-        ]
+        costs = [[self.cost(group, r) for r in ladder] for group, ladder in zip(groups, ladders, strict=True)]
         rungs = [
             max([i for i, r in enumerate(ladder) if r <= wish], default=0)
             for ladder, wish in zip(ladders, ideal, strict=True)
@@ -200,31 +223,53 @@ def check_fraction(remove: float) -> None:
         raise OptionError(f"--remove must lie between 0 and 1, got {remove}")
 
 
+class Curve(NamedTuple):
+    """What a group counts at rank r, constant + linear r - square r^2, and what it does dense."""
+
+    constant: float
+    linear: float
+    square: float
+    dense: float
+
+
+def parameter_curve(group: LinearGroup, form: Form) -> Curve:
+    """`factor_parameters` of the group."""
+    return Curve(0, group.rows + group.columns, 1 if form == "pivga" else 0, group.dense_parameters)
+
+
 class SoftBudget:
     """Parameter counts of real-valued ranks, all groups at once, float64, as functions of the shares mu/k, (groups,).
 
-    capped: whether a group's count stops at m n, as stored; the paper counts r (m + n) however much that is.
+    capped: whether a group's count stops at m n, as stored; the paper counts r (m + n) however much that is; curves:
+    what is counted, if not parameters, and its total of the dense model.
     """
 
-    def __init__(self, groups: Sequence[LinearGroup], form: Form, capped: bool = True):
+    def __init__(
+        self,
+        groups: Sequence[LinearGroup],
+        form: Form,
+        capped: bool = True,
+        curves: Sequence[Curve] | None = None,
+        total: float | None = None,
+    ):
         def column(values):
             return torch.tensor(list(values), dtype=torch.float64)
 
+        curves = [parameter_curve(group, form) for group in groups] if curves is None else curves
         self.full_rank = column(g.full_rank for g in groups)
-        self.width = column(g.rows + g.columns for g in groups)
-        self.dense = column(g.dense_parameters for g in groups)
-        self.form, self.capped = form, capped
+        self.constant, self.linear, self.square, self.dense = (column(values) for values in zip(*curves, strict=True))
+        self.total = self.dense.sum().item() if total is None else total
+        self.capped = capped
 
     def counts(self, share: torch.Tensor) -> torch.Tensor:
-        """Parameters of each group at mu = share * k. In svd form a capped count stops at m n."""
+        """What each group counts at mu = share * k; where capped, no more than dense."""
         rank = share.clamp(0, 1) * self.full_rank
-        if self.form == "pivga":
-            return rank * (self.width - rank)
-        return torch.minimum(rank * self.width, self.dense) if self.capped else rank * self.width
+        counts = self.constant + rank * (self.linear - self.square * rank)
+        return torch.minimum(counts, self.dense) if self.capped else counts
 
     def fraction(self, share: torch.Tensor) -> torch.Tensor:
-        """Kept fraction of the dense parameters."""
-        return self.counts(share).sum() / self.dense.sum()
+        """Kept fraction of what the dense model counts."""
+        return self.counts(share).sum() / self.total
 
     def price(self, share: torch.Tensor) -> torch.Tensor:
         """d fraction / d share, (groups,): what one unit of mu/k costs each group.
@@ -232,8 +277,7 @@ class SoftBudget:
         In svd form the price goes on above the rank where dense is cheaper, so that a dense group can be drawn down.
         """
         rank = share.clamp(0, 1) * self.full_rank
-        slope = self.width - 2 * rank if self.form == "pivga" else self.width
-        return slope * self.full_rank / self.dense.sum()
+        return (self.linear - 2 * self.square * rank) * self.full_rank / self.total
 
     def tangent(self, gradient: torch.Tensor, share: torch.Tensor, low: torch.Tensor, high: float) -> torch.Tensor:
         """The gradient less its part along the price: what is left trades parameters between groups.

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fermisvd.budget import Budget, Form, RankedGroup, compressed, stored_in_groups
+from fermisvd.byte_budget import ByteBudget, in_type
 from fermisvd.calibration import Grams, OutputGrams, calibration_grams
 from fermisvd.decomposition import Decomposition, Factors, OutputGram
 from fermisvd.dense_choice import choose_dense
@@ -38,6 +39,7 @@ from fermisvd.settings import Batched, Count, Seeded, nested, option
 from fermisvd.storage import compressed_tensors, config_group
 from fermisvd.teacher import Taught, teach
 
+REMOVE = 0.2  # by default, of `compress`
 ASIDE_WINDOWS = 32  # windows that decide between measured alternatives, never trained on
 RankRule = Literal["fermigrad", "uniform"]
 RANK_RULES = get_args(RankRule)
@@ -50,7 +52,10 @@ class CompressOptions(Batched, Seeded):
 
     panel = "Method"
 
-    remove: Annotated[float, option("Fraction of the decoder blocks' linear parameters to remove.")]
+    remove: Annotated[float | None, option("Fraction of the decoder blocks' linear parameters to remove.")] = None
+    bytes: Annotated[
+        float | None, option("Instead: fraction of their bytes that may stay, as written, scales and all.")
+    ] = None
     form: Annotated[Form, option("Stored form of the factors.")] = "pivga"
     weights: Annotated[Weights, option("Numbers of the factors; auto: the model's type.")] = "auto"
     ranks: Annotated[RankRule, option("Rule that chooses the ranks.")] = "fermigrad"
@@ -80,6 +85,14 @@ class CompressOptions(Batched, Seeded):
     healing: Annotated[HealingSettings, nested("Healing", prefix="heal_")] = HealingSettings()
 
     @model_validator(mode="after")
+    def _one_budget(self) -> Self:
+        if (self.remove is None) == (self.bytes is None):
+            raise ValueError("give one of --remove and --bytes")
+        if self.bytes is not None and self.fermigrad.count not in (None, self.form):
+            raise ValueError("--count is of parameters: it does not go with --bytes")
+        return self
+
+    @model_validator(mode="after")
     def _rescale_has_its_curvature(self) -> Self:
         if self.rescale and self.whitening != "kfac":
             raise ValueError("--rescale takes its step lengths from --whitening kfac")
@@ -87,8 +100,12 @@ class CompressOptions(Batched, Seeded):
 
     @property
     def budget(self) -> Budget:
-        """Raises OptionError unless 0 < remove < 1."""
-        return Budget.removing(self.remove, self.form, self.align, self.minimum_rank, self.weights)
+        """Raises OptionError unless 0 < remove < 1, or 0 < bytes < 1. Bytes are those of bfloat16: see `in_type`."""
+        others = self.form, self.align, self.minimum_rank, self.weights
+        if self.bytes is not None:
+            return ByteBudget.keeping(self.bytes, *others)
+        assert self.remove is not None
+        return Budget.removing(self.remove, *others)
 
     @property
     def partition(self) -> Partition:
@@ -106,16 +123,20 @@ class CompressOptions(Batched, Seeded):
         return self.refits and self.healing.steps == 0 and self.whitening == "kfac"
 
 
-def compress(model: PreTrainedModel, windows: torch.Tensor, remove: float = 0.2, **options: Any) -> PreTrainedModel:
+def compress(
+    model: PreTrainedModel, windows: torch.Tensor, remove: float | None = None, **options: Any
+) -> PreTrainedModel:
     """A compressed copy of `model`, in its types, that save_pretrained writes, from_pretrained loads and vLLM serves.
 
     model: a dense causal language model of transformers, which stays as it is; windows: token ids (samples, length) to
-    calibrate and train on, over and over; remove: fraction of the parameters of the decoder blocks' linear layers;
-    options: those of `CompressOptions` by name, such as form="svd" or heal_steps=0, nested ones as on the command line.
+    calibrate and train on, over and over; remove: fraction of the parameters of the decoder blocks' linear layers, 0.2
+    unless `bytes` is given; options: those of `CompressOptions` by name, such as form="svd" or heal_steps=0, nested
+    ones as on the command line.
     Models, factors and Gram matrices are held at once, in float32 and float64. Raises FermiSVDError for a model,
     windows or options that cannot be used.
     """
     check_windows(model, windows)
+    remove = REMOVE if remove is None and options.get("bytes") is None else remove
     work = Compression(model, windows, CompressOptions.named(remove=remove, **options))
     groups = find_groups(work.teacher, work.options.partition)
     work.budget.check(groups)
@@ -132,7 +153,7 @@ def compress(model: PreTrainedModel, windows: torch.Tensor, remove: float = 0.2,
     student = with_modules(model, stored, factors, decomposition)
     if work.options.healing.steps and ranked:
         healed(work, student)
-    settings = {"remove": remove, "form": work.options.form, "weights": work.options.weights}
+    settings = {name: work.options.by_name()[name] for name in ("remove", "bytes", "form", "weights")}
     mark_compressed(student, checkpoint_config([config_group(each) for each in stored], {"settings": settings}))
     return student
 
@@ -168,7 +189,8 @@ class Compression:
         if getattr(model.config, "quantization_config", None) is not None:
             raise OptionError("the model is quantised or compressed already; give the dense one")
         check_unshared(model)
-        self.model, self.windows, self.options, self.budget = model, windows, options, options.budget
+        self.model, self.windows, self.options = model, windows, options
+        self.budget = in_type(options.budget, model.dtype)
         self.compute = compute_type(options.compute, model.device, width_of(model.config))
         self.teacher = for_passes(model, self.compute)
         self.taught = teach(self.teacher, windows, options.batch_size)

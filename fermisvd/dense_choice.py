@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from fermisvd.budget import Budget, SoftBudget
+from fermisvd.budget import Budget
 from fermisvd.gates import GatedGroup, cut
 from fermisvd.groups import LinearGroup
 from fermisvd.losses import StudentLoss
@@ -27,7 +27,7 @@ class DenseChoice:
     """Which groups are dense, as marks (groups,), and the real ranks that a choice of marks leaves the others."""
 
     def __init__(self, groups: Sequence[LinearGroup], mus: Sequence[float], budget: Budget):
-        self.counts = SoftBudget(groups, "svd")
+        self.counts = budget.soft(groups)
         self.numbers = budget.numbers(groups)
         self.share = torch.tensor(list(mus), dtype=torch.float64) / self.counts.full_rank
         self.low = torch.clamp(budget.minimum_rank / self.counts.full_rank, max=1.0)
@@ -51,7 +51,7 @@ class DenseChoice:
         high, below = torch.where(dense, 1.0, self.jump), self.share <= self.jump
         mean = (self.share / self.jump)[below].mean() if below.any() else 0.5
         start = torch.where(~dense & ~below, mean * self.jump, self.share)
-        kept = self.numbers / self.counts.dense.sum().item()
+        kept = self.numbers / self.counts.total
         low = torch.where(dense, 1.0, self.low)
         return (self.counts.project(start, kept, low, high) * self.counts.full_rank).tolist()
 

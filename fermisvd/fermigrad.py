@@ -13,7 +13,7 @@ from pydantic import model_validator
 from transformers import PreTrainedModel
 
 from fermisvd.batches import shuffled_batches, step_windows
-from fermisvd.budget import Budget, Form, SoftBudget, dense_parameters, factor_parameters
+from fermisvd.budget import Budget, Form, SoftBudget, factor_parameters
 from fermisvd.errors import NumericalError
 from fermisvd.gates import GatedGroup, open_gates, set_gates
 from fermisvd.groups import LinearGroup
@@ -64,7 +64,7 @@ def kept_fraction(groups: Sequence[LinearGroup], budget: Budget, count: Form) ->
     if count != budget.form:
         uniform = zip(groups, budget.uniform_ranks(groups), strict=True)
         target = sum(factor_parameters(rank, group.rows, group.columns, count) for group, rank in uniform)
-    return target / dense_parameters(groups)
+    return target / budget.total(groups)
 
 
 class RankOptimiser:
@@ -74,7 +74,7 @@ class RankOptimiser:
     def __init__(self, groups: Sequence[LinearGroup], budget: Budget, settings: FermiGradSettings):
         count = settings.count or budget.form
         self.settings, self.kept = settings, kept_fraction(groups, budget, count)
-        self.budget = SoftBudget(groups, count, capped=count == budget.form)
+        self.budget = budget.soft(groups) if count == budget.form else SoftBudget(groups, count, capped=False)
         self.high = 1 + 6 * settings.temperature
         self.low = torch.clamp(budget.minimum_rank / self.budget.full_rank, max=1.0)
         self.share = torch.full_like(self.budget.full_rank, self.high, requires_grad=True)

@@ -58,9 +58,10 @@ def candidates(parts: Sequence[RankedGroup], budget: Budget) -> Iterator[list[Ra
         pieces = [parts[piece] for piece in partition]
         if any(len(piece) > 1 and all(part.stays_dense for part in piece) for piece in pieces):
             continue
+        kind = budget.form, budget.weights
         joint = [(joined([part.group for part in piece]), sum(part.parameters for part in piece)) for piece in pieces]
         candidate = [
-            piece[0] if len(piece) == 1 else RankedGroup(group, rank_at(group, room, budget), budget.form)
+            piece[0] if len(piece) == 1 else RankedGroup(group, rank_at(group, room, budget), *kind)
             for piece, (group, room) in zip(pieces, joint, strict=True)
         ]
         if all(each.rank for each in candidate):

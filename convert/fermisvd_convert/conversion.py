@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from fermisvd.budget import Budget
+from fermisvd.byte_budget import in_type
 from fermisvd_convert.ahead import workers_beside
 from fermisvd_convert.memory import UNKNOWN, Limits, Passes, Sizes, give_back, memory_of
 from fermisvd_convert.options import ConvertOptions
@@ -53,7 +54,7 @@ class Conversion:
 
     @property
     def budget(self) -> Budget:
-        return self.options.budget
+        return in_type(self.options.budget, self.storage)
 
     @property
     def length(self) -> int:

@@ -37,11 +37,11 @@ from fermisvd_convert.writer import weight_bytes, write_checkpoint, write_config
 logger = logging.getLogger("fermisvd")
 
 
-def convert(model: str | Path, out: str | Path, remove: float, **options: Any) -> Record:
+def convert(model: str | Path, out: str | Path, remove: float | None = None, **options: Any) -> Record:
     """Compress `model` (folder or hub id) into the new folder `out`; returns the record that `out`/fermisvd.json holds.
 
-    remove: fraction of the parameters of the decoder blocks' linear layers; options: those of ConvertOptions by name,
-    which are the command line's. `out` appears whole or not at all.
+    remove: fraction of the parameters of the decoder blocks' linear layers, unless `bytes` is given; options: those of
+    ConvertOptions by name, which are the command line's. `out` appears whole or not at all.
     Started by torchrun, the processes share the work; `out` and `work` must be folders that they all see.
     Raises FermiSVDError for bad input, naming it.
     """

@@ -205,10 +205,10 @@ def draw_trace(record: Record) -> "Figure":
     loss.plot(steps, [step.kl for step in record.trace.steps], color="black")
     loss.set(ylabel="KL(teacher || student)\nnats a token", ylim=(0, None))
     kept.plot(steps, [100 * step.kept for step in record.trace.steps], color="black")
-    kept.set_ylabel("parameters\nkept, %")
     settings = record.settings
+    kept.set_ylabel(f"{'bytes' if settings.get('bytes') else 'parameters'}\nkept, %")
     if settings.get("count") == settings.get("form"):  # else the trace counts in another form than the target is given
-        target = 100 * (1 - settings["remove"])
+        target = 100 * (settings.get("bytes") or 1 - settings["remove"])
         kept.axhline(target, color="grey", linestyle=":", linewidth=1)
         kept.annotate(f"target {target:.4g}", (steps[0], target), (0, 3), textcoords="offset points", color="grey")
     by_step = np.clip([step.share for step in record.trace.steps], 0, 1)  # above 1 the gate is fully open
@@ -322,8 +322,8 @@ def draw_quality(records: Sequence[Record]) -> "Figure":
 
 
 def methods(records: Sequence[Record]) -> list[str]:
-    """What tells the records' settings apart, the removed fraction aside; form and ranks where nothing does."""
-    keys = dict.fromkeys(key for record in records for key in record.settings if key != "remove")
+    """What tells the records' settings apart, the budget's fraction aside; form and ranks where nothing does."""
+    keys = dict.fromkeys(key for record in records for key in record.settings if key not in ("remove", "bytes"))
     differing = [key for key in keys if len({str(record.settings.get(key)) for record in records}) > 1] or [
         "form",
         "ranks",

@@ -272,7 +272,9 @@ def needs(size: Sizes, options: ConvertOptions, passes: Passes, limit: Limits, p
         found["--groups auto"] = Need(taken, 0, instead)
     if options.refits:
         grams = decomposition_bytes(size) + 4 * DOUBLE * size.gram
-        refitted = 2 * FLOAT * int(options.budget.kept * size.dense)  # r (m + n) is at most twice what pivga counts
+        refitted = (
+            2 * FLOAT * int(options.budget.kept_parameters * size.dense)
+        )  # r (m + n) is at most twice what pivga counts
         tried = TRIAL_WINDOWS * passes.length * state
         taken = whole + size.item * size.block + 2 * size.text * state + max(forward, grams) + tried + refitted
         found["--refit"] = Need(taken, 0, "--no-refit")
@@ -280,7 +282,7 @@ def needs(size: Sizes, options: ConvertOptions, passes: Passes, limit: Limits, p
         found["--rescale"] = Need(gated_bytes(size, passes), 0, "--no-rescale")
     found["writing"] = Need(gauge_bytes(size), size.item * size.block, "--form svd")
     if options.healing.steps:
-        kept = options.budget.kept
+        kept = options.budget.kept_parameters
         start = int(size.item * kept * size.dense)
         windows = options.healing.step_windows(options.batch_size, passes.length, processes)
         trained = healing_bytes(size, passes, kept, -(-windows // processes))

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from fermisvd.budget import check_fraction
 from fermisvd.compress import RANK_RULES
 from fermisvd.files import INDEX_NAME, check_name
 from fermisvd.groups import LinearGroup
@@ -43,7 +42,7 @@ def prepare(model: str, out: Path, options: ConvertOptions) -> Conversion:
     workspace = Workspace(folder)
     for name in (*options.calibration, options.ranks):
         check_name(Path(name))
-    check_fraction(options.remove)
+    _ = options.budget  # which says where its fraction is none
     check_out(out, model, folder, options.overwrite)
     device = resolve_device(options.device)
     source = open_source(model, options.revision, options.trust_remote_code)

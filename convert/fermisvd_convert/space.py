@@ -50,7 +50,7 @@ def out_bytes(conversion: Conversion, groups: Sequence[LinearGroup]) -> dict[str
     for name, info in source.headers.items():
         cast = conversion.options.dtype != "auto" and info.dtype in TORCH_TYPES
         dense += 0 if name in replaced else info.numel * storage.itemsize if cast else info.bytes
-    found = {"dense tensors": dense, "factors": conversion.budget.numbers(groups) * storage.itemsize}
+    found = {"dense tensors": dense, "factors": conversion.budget.parameters(groups) * storage.itemsize}
     if conversion.options.form == "pivga":
         found["permutations"] = sum(4 * (g.columns if g.side == "columns" else g.rows) for g in groups)
     copied = sum((source.folder / path).stat().st_size for path in copied_files(source.folder)[0])
@@ -82,7 +82,7 @@ def work_bytes(
         first["hidden states on the way to them"] = max(0, asked - conversion.limits.hidden_bytes)
     later = {"factors": factors_bytes(groups, options.whitening, options.groups == "auto")}
     later["factors"] = max(0, later["factors"] - decomposition.stage.bytes_written())
-    kept = conversion.budget.numbers(groups)
+    kept = conversion.budget.parameters(groups)
     if options.refits:
         later["refitted factors"] = 8 * kept  # float32; r (m + n) is at most twice what pivga counts
     if options.healing.steps:
