@@ -17,10 +17,11 @@ from fermisvd.hf import load_model
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
-# KL(Hugging Face || vLLM), nats a token. With the same rounding: a value may fall the other way; bfloat16 has 8 bits.
-SAME = {"float32": 3e-4, "bfloat16": 3e-3}
-# Without: of activations in 8 bits, and in e4m3's 3 bits behind the first
-ROUNDED = {"int8": 6e-3, "fp8": 6e-2}
+# KL(Hugging Face || vLLM), nats a token, of activations in 8 bits, in e4m3's 3 bits behind the first, in bfloat16's 7
+ROUNDED = {"int8": 6e-3, "fp8": 6e-2, "int4": 3e-3}
+# With the same rounding. Where a value falls the other way, as sums in another order make it, the layers behind round
+# another way too: what is left is a part of what rounding changes.
+SAME = 0.4
 FOLDERS = [("pivga", "int8"), ("svd", "int8"), ("pivga", "fp8"), ("pivga", "int4")]
 
 
@@ -134,19 +135,23 @@ def divergence(result: dict, expected: list[torch.Tensor]) -> float:
 
 @pytest.mark.parametrize("name", [name for name in ENGINES if name != "int4 float32"])
 def test_distributions_are_hugging_faces(served, expected, name):
-    form, weights, options = ENGINES[name]
-    reference = expected[form, weights] if weights == "int4" else expected[form, weights, "rounded"]
-    assert divergence(served[name], reference) < SAME[options.get("dtype", "float32")]
-
-
-@pytest.mark.parametrize("name", ["int8", "int8 svd", "fp8"])
-def test_what_rounded_activations_change(served, expected, name):
     form, weights, _ = ENGINES[name]
     assert divergence(served[name], expected[form, weights]) < ROUNDED[weights]
 
 
+def check_rounded(result, expected, form, weights):
+    """Much nearer to a forward that rounds activations in the same way than to one that does not."""
+    exact, rounded = expected[form, weights], expected[form, weights, "rounded"]
+    assert divergence(result, rounded) < SAME * divergence(result, exact)
+
+
+@pytest.mark.parametrize("name", ["int8", "int8 compiled", "int8 strict", "int8 svd", "fp8"])
+def test_activations_are_rounded_a_token_at_a_time(served, expected, name):
+    check_rounded(served[name], expected, *ENGINES[name][:2])
+
+
 def test_reload(served, expected):
-    assert divergence(served["int8"]["reloaded"], expected["pivga", "int8", "rounded"]) < SAME["float32"]
+    check_rounded(served["int8"]["reloaded"], expected, "pivga", "int8")
 
 
 @pytest.mark.parametrize("form", ["pivga", "svd"])
