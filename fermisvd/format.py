@@ -293,6 +293,7 @@ def validate_before_serving(folder: Path) -> None:
         and factor_of(name.rpartition(".")[2]) in FACTORS[group.form]
     }
     check_values({name: info for name, info in headers.items() if name not in factors})
+    check_grids(config, headers, folder)
 
 
 def check_headers(config: CheckpointConfig, headers: Mapping[str, TensorInfo], folder: Path) -> None:
