@@ -92,7 +92,12 @@ def test_a_wrong_value_is_told_by_the_options_name(settings, name):
         settings.named(**LEAST[settings] | {name: object()})
 
 
-@pytest.mark.parametrize("settings", LEAST)
+def test_a_conversion_has_one_budget():
+    with pytest.raises(OptionError, match=r"^give one of --remove and --bytes$"):
+        ConvertOptions.named()
+
+
+@pytest.mark.parametrize("settings", LEAST.keys() - {ConvertOptions})
 def test_what_must_be_given_is_told_by_its_name(settings):
     (name,) = LEAST[settings]
     assert [each for each, field in settings.options().items() if field.default is PydanticUndefined] == [name]
