@@ -13,12 +13,12 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from . import anatomy, cost, knobs, real, real_served, tables
+from . import anatomy, cost, grids, knobs, real, real_served, tables
 from .tables import README_FRACTIONS, RESULTS, records_read
 
 ROOT = Path(__file__).parents[2]
 PAGE, README = ROOT / "docs" / "results.md", ROOT / "README.md"
-PARTS = tables.PARTS | cost.PARTS | real.PARTS | knobs.PARTS | real_served.PARTS | anatomy.PARTS
+PARTS = tables.PARTS | cost.PARTS | real.PARTS | knobs.PARTS | real_served.PARTS | anatomy.PARTS | grids.PARTS
 README_PARTS = {"real": real.readme_part, "served": partial(tables.served_in_words, README_FRACTIONS[0])}
 
 
@@ -66,6 +66,7 @@ def main() -> None:
     draw_load(ROOT / "docs" / "load.svg")
     if about := real.real_record():
         draw_real(ROOT / "docs" / "real.svg", about, real.harness_record())
+    grids.draw_grids(ROOT / "docs" / "grids.svg")
     anatomy.draw_kept(ROOT / "docs" / "anatomy.svg")
 
 

@@ -68,13 +68,15 @@ def body_lines(record: Record, figure: list[str]) -> list[str]:
     perplexity, size = record.perplexity, record.bytes
     link = f"[{name}](https://huggingface.co/{name})" if "/" in name else name
     revision = record.revision
+    weights = settings.get("weights", "auto")
+    numbers = "" if weights == "auto" else f" in {weights}"
     ranks = {"fermigrad": "FermiGrad"}.get(settings["ranks"], settings["ranks"])
     return [
         f"# {Path(name).name}, {total.removed:.1%} of its linear parameters removed",
         "",
         f"{link}{f' (revision `{revision}`)' if revision else ''}, compressed by FermiSVD "
         f"{record.versions['fermisvd']}: data-aware SVD of its linear layers with {ranks} ranks ({PAPER}), "
-        f"{settings['form']} form, {settings['groups']} groups, {settings['whitening']} whitening, "
+        f"{settings['form']} form{numbers}, {settings['groups']} groups, {settings['whitening']} whitening, "
         f"{settings['heal_steps']} steps of distillation.",
         "",
         "| | before | after |",

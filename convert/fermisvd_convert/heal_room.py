@@ -8,7 +8,7 @@ import torch
 
 from fermisvd.budget import factor_parameters
 from fermisvd.errors import OptionError
-from fermisvd.format import read_checkpoint, stacked_shape
+from fermisvd.format import read_checkpoint, read_config, stacked_shape
 from fermisvd.groups import find_groups
 from fermisvd_convert.memory import (
     Need,
@@ -44,8 +44,9 @@ def windows_that_fit(
     host_room, lacking = memory_of("cpu", None) if device.startswith("cuda") else None, ""
     length = text.windows.shape[1]
     step = options.healing.step_windows(options.batch_size, length)
+    on_grid = any(group.schemes for group in read_config(checkpoint).groups)
     for windows in fewer(options.batch_size):
-        required = heal_needs(size, factors, Passes(windows, length), step, host_room is not None)
+        required = heal_needs(size, factors, Passes(windows, length), step, host_room is not None, on_grid)
         if not (lacking := missing(required, memory_of(device, None), host_room, "what the machine has")):
             if windows < options.batch_size:
                 logger.warning("memory has room for passes of %d windows: a batch takes several", windows)
@@ -66,12 +67,14 @@ def sizes_of(
     return replace(size, dense=dense), int(factors)
 
 
-def heal_needs(size: Sizes, factors: int, passes: Passes, step_windows: int, on_gpu: bool) -> dict[str, Need]:
+def heal_needs(
+    size: Sizes, factors: int, passes: Passes, step_windows: int, on_gpu: bool, on_grid: bool = False
+) -> dict[str, Need]:
     """Of the parts of `fermisvd heal`, by name. Models are loaded in the host's memory and then put on a GPU."""
     whole, kept = size.item * (size.blocks + size.outside), factors / size.dense
     student, states = whole - size.item * (size.dense - factors), size.item * size.text * size.width
     asked = whole + head_bytes(size, passes.tokens) + activation_bytes(size, passes.tokens) // 2
-    trained, start = healing_bytes(size, passes, kept, step_windows), size.item * factors
+    trained, start = healing_bytes(size, passes, kept, step_windows, on_grid), size.item * factors
     shorter = "fewer --samples, or --sequence-length smaller"
     return {
         "the dense model": Need(asked, whole if on_gpu else 0, "--device cpu" if on_gpu else "--compute bfloat16"),

@@ -33,6 +33,8 @@ KEPT_AHEAD = 2  # parts of matrices that are being kept while the GPU has the ne
 # its activations, that a pass there and back takes, which trains no weights or does; on a CPU as its resident set was
 # measured, with holes that the C library keeps (docs/results.md, memory counted and measured)
 GATED_TIMES, TRAINED_TIMES = {"cuda": 2.0, "cpu": 1.75}, {"cuda": 2.0, "cpu": 3.1}
+THROUGH_GRID = 3  # float32 numbers that a pass keeps of each number that it rounds: reckoned, not measured
+GRAMS_TO_ROUND = 5  # Gram matrices in float64 while a group is rounded: in order, damped, its root (reckoned)
 GAUGE_BYTES = 28  # that PivGa takes for each number of W: 24 measured (docs/results.md), and the factors
 
 
@@ -230,14 +232,16 @@ def gated_bytes(size: Sizes, passes: Passes) -> int:
     return divided(size, passes, gated, gated) + size.item * size.outside + training_bytes(size, tokens, size.gated)
 
 
-def healing_bytes(size: Sizes, passes: Passes, kept: float, share: int) -> int:
+def healing_bytes(size: Sizes, passes: Passes, kept: float, share: int, on_grid: bool = False) -> int:
     """On each device. kept: fraction of the dense parameters; share: windows of a step that a process takes. Of each
     factor: the copy that the passes use, its value in float32, two moments in the type of the copy, and a gradient
-    where it waits for further passes."""
+    where it waits for further passes. On a grid: value and moments in float32, and what a pass makes of the value."""
     factors, rest = int(kept * size.dense), size.item * (size.blocks - size.dense)
     weights = size.item * factors + rest
     waiting = size.item if passes.windows < share else 0
     beside = factors * (2 * size.item + (FLOAT if size.item < FLOAT else 0) + waiting)
+    if on_grid:
+        beside = factors * (3 * FLOAT + THROUGH_GRID * FLOAT + waiting * FLOAT // size.item)
     tokens = min(passes.windows, share) * passes.length
     held = divided(size, passes, weights + beside, weights) + size.item * size.outside
     return held + training_bytes(size, tokens, size.trained)
@@ -272,20 +276,20 @@ def needs(size: Sizes, options: ConvertOptions, passes: Passes, limit: Limits, p
         found["--groups auto"] = Need(taken, 0, instead)
     if options.refits:
         grams = decomposition_bytes(size) + 4 * DOUBLE * size.gram
-        refitted = (
-            2 * FLOAT * int(options.budget.kept_parameters * size.dense)
-        )  # r (m + n) is at most twice what pivga counts
+        kept = options.budget.kept_parameters
+        refitted = 2 * FLOAT * int(kept * size.dense)  # r (m + n) is at most twice what pivga counts
         tried = TRIAL_WINDOWS * passes.length * state
         taken = whole + size.item * size.block + 2 * size.text * state + max(forward, grams) + tried + refitted
         found["--refit"] = Need(taken, 0, "--no-refit")
     if options.rescales:
         found["--rescale"] = Need(gated_bytes(size, passes), 0, "--no-rescale")
-    found["writing"] = Need(gauge_bytes(size), size.item * size.block, "--form svd")
+    rounded = 0 if options.weights == "auto" else GRAMS_TO_ROUND * DOUBLE * size.gram
+    found["writing"] = Need(gauge_bytes(size) + rounded, size.item * size.block, "--form svd")
     if options.healing.steps:
         kept = options.budget.kept_parameters
         start = int(size.item * kept * size.dense)
         windows = options.healing.step_windows(options.batch_size, passes.length, processes)
-        trained = healing_bytes(size, passes, kept, -(-windows // processes))
+        trained = healing_bytes(size, passes, kept, -(-windows // processes), options.weights != "auto")
         found["healing"] = Need(trained, start, "--heal-steps 0, or more processes")
     return found
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fermisvd.compress import RANK_RULES
+from fermisvd.errors import OptionError
 from fermisvd.files import INDEX_NAME, check_name
 from fermisvd.groups import LinearGroup
 from fermisvd.precision import compute_type, width_of
@@ -120,6 +121,11 @@ def check_room(conversion: Conversion, groups: Sequence[LinearGroup]) -> Convers
     if windows < options.batch_size:
         logger.warning("memory has room for passes of %d windows: a batch takes several", windows)
     if passes.parts > 1:
+        if options.weights != "auto" and options.healing.steps:
+            raise OptionError(
+                f"--weights {options.weights}: the model is divided among {processes} processes to fit memory, and "
+                "healing through a grid is not; give --heal-steps 0"
+            )
         logger.warning("memory has no room for the whole model: its blocks are divided among %d processes", processes)
     conversion = replace(conversion, limits=limits, passes=passes, size=size)
     decomposition = decomposition_of(conversion, statistics_of(conversion))
