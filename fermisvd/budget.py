@@ -91,6 +91,7 @@ class Budget:
     minimum_rank: int = 1
     weights: Weights = "auto"
     left: ClassVar[str] = "--remove leaves {} parameters"
+    remedy: ClassVar[str] = "remove less"
 
     @classmethod
     def removing(
@@ -154,7 +155,7 @@ class Budget:
         if lowest > (numbers := self.numbers(groups)):
             raise OptionError(
                 f"{self.left.format(numbers)}, but the lowest aligned ranks need {lowest}; "
-                "remove less, or give a smaller --align or --minimum-rank"
+                f"{self.remedy}, or give a smaller --align or --minimum-rank"
             )
 
     def uniform_rank(self, group: LinearGroup) -> float:

@@ -24,6 +24,7 @@ class ByteBudget(Budget):
 
     dtype: str = "bfloat16"
     left: ClassVar[str] = "--bytes leaves {} bytes"
+    remedy: ClassVar[str] = "allow more"
 
     @classmethod
     def keeping(cls, fraction: float, form: Form, align: int | None, minimum_rank: int, weights: Weights) -> Self:

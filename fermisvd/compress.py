@@ -25,12 +25,12 @@ from fermisvd.fermigrad import FermiGradSettings, optimise_ranks
 from fermisvd.format import checkpoint_config
 from fermisvd.gates import install_gates
 from fermisvd.groups import LinearGroup, Partition, check_unshared, find_groups, stacked_weight
-from fermisvd.healing import HealingSettings, heal, opened_factors, stored_factors, trained_factors
+from fermisvd.healing import HealingSettings, heal, opened_factors, stored_factors
 from fermisvd.hf import mark_compressed, vocabulary_of
 from fermisvd.joining import join_groups, layers_with_hopes
 from fermisvd.linear import linear_layer
 from fermisvd.losses import Pair, StudentLoss, set_products
-from fermisvd.modules import replace_group
+from fermisvd.modules import CompressedLinear, replace_group
 from fermisvd.precision import compute_type, width_of, with_parameters_in
 from fermisvd.refit import refit
 from fermisvd.rescaling import rescale
@@ -151,7 +151,7 @@ def compress(
     if work.options.rescales and ranked:
         factors = rescaled(work, ranked, factors, decomposition)
     student = with_modules(model, stored, factors, decomposition)
-    if work.options.healing.steps and ranked:
+    if work.options.healing.steps and stored:
         healed(work, student)
     settings = {name: work.options.by_name()[name] for name in ("remove", "bytes", "form", "weights")}
     mark_compressed(student, checkpoint_config([config_group(each) for each in stored], {"settings": settings}))
@@ -340,5 +340,10 @@ def healed(work: Compression, student: PreTrainedModel) -> None:
 
 def factor_types(student: nn.Module) -> dict[str, torch.dtype]:
     """Floating-point type of each factor, or of its scales, by tensor name."""
-    found = {name: parameter.dtype for name, parameter in trained_factors(student).items()}
-    return {name: dtype for name, dtype in found.items() if dtype.is_floating_point and dtype.itemsize > 1}
+    return {
+        f"{prefix}.{name}": parameter.dtype
+        for prefix, layer in student.named_modules()
+        if isinstance(layer, CompressedLinear)
+        for name, parameter in layer.named_parameters(recurse=False)
+        if name != "bias" and parameter.is_floating_point() and parameter.itemsize > 1
+    }

@@ -24,11 +24,12 @@ VERSIONS = (FORMAT_VERSION, GRID_VERSION)
 
 LOWRANK_A, LOWRANK_B = "lowrank_a", "lowrank_b"
 SKELETON, INTERPOLATION, PERMUTATION = "skeleton", "interpolation", "permutation"
-WEIGHT = "weight"  # of a member that is no product of factors
+WEIGHT = "weight"  # of a member that is as it was
+MATRIX = "matrix"  # of one that is no product of factors, but on a grid; vLLM transposes GPT-2's `weight` in any form
 FACTORS = {  # of a group, by form
     "svd": (LOWRANK_A, LOWRANK_B),
     "pivga": (SKELETON, INTERPOLATION),
-    "dense": (WEIGHT,),
+    "dense": (MATRIX,),
 }
 FLOAT_TYPES = {"F64", "F32", "F16", "BF16"}
 TYPE_NAMES = {torch.int8: "I8", torch.float8_e4m3fn: "F8_E4M3", torch.int32: "I32", torch.int64: "I64"}
@@ -207,7 +208,11 @@ def expected_tensors(group: Group, member_rows: Sequence[int], columns: int) -> 
             f"group {group.name}: rank {rank} is larger than the matrix, {rows} x {columns}; "
             "correct config.json or convert again"
         )
-    each = {"svd": {LOWRANK_A: rank}, "dense": {WEIGHT: columns}}.get(group.form, {})
+    if group.form == "dense" and rank != min(rows, columns):
+        raise FormatError(
+            f"group {group.name}: rank {rank} of a dense {rows} x {columns}; correct config.json or convert again"
+        )
+    each = {"svd": {LOWRANK_A: rank}, "dense": {MATRIX: columns}}.get(group.form, {})
     if group.form == "dense":
         shared = {}
     elif group.form == "svd":
@@ -328,7 +333,7 @@ def stacked_shape(group: Group, headers: Mapping[str, TensorInfo], folder: Path)
     if group.form == "svd":
         return rows_of(LOWRANK_A), columns_of(LOWRANK_B)
     if group.form == "dense":
-        return rows_of(WEIGHT), columns_of(WEIGHT)
+        return rows_of(MATRIX), columns_of(MATRIX)
     if group.side == "columns":
         return rows_of(SKELETON), shape_of(f"{group.name}.{PERMUTATION}", 1)[0]
     return [shape_of(f"{group.name}.{PERMUTATION}", 1)[0]], columns_of(SKELETON)
@@ -360,7 +365,8 @@ def shape_in(headers: Mapping[str, TensorInfo], tensor: str, dimensions: int, fo
 def check_group_headers(group: Group, headers: Mapping[str, TensorInfo], folder: Path) -> None:
     """Raises FormatError if a tensor of the group is missing or its shape or type is not what the config says."""
     rows, columns = stacked_shape(group, headers, folder)
-    for name, shape in expected_tensors(group, rows, columns).items():
+    expected = expected_tensors(group, rows, columns)
+    for name, shape in expected.items():
         if shape_in(headers, name, len(shape), folder) != shape:
             raise FormatError(
                 f"{headers[name].file}: {name}: shape {headers[name].shape}, "
@@ -373,7 +379,7 @@ def check_group_headers(group: Group, headers: Mapping[str, TensorInfo], folder:
                 f"expected {' or '.join(sorted(allowed))}; {MEND}"
             )
     for member in group.members:
-        if f"{member}.weight" in headers and f"{member}.weight" not in expected_tensors(group, rows, columns):
+        if f"{member}.weight" in headers:
             raise FormatError(
                 f"{headers[f'{member}.weight'].file}: {member}.weight is there, "
                 f"but group {group.name} replaces it; {MEND}"
@@ -394,16 +400,19 @@ def check_values(headers: Mapping[str, TensorInfo]) -> None:
 def check_grids(config: CheckpointConfig, headers: Mapping[str, TensorInfo], folder: Path) -> None:
     """Reads what lies beside the numbers of grids. Raises FormatError for a scale that is not positive, or a shape that
     is not the factor's."""
+    beside: dict[Path, dict[str, tuple[int, ...]]] = {}  # file -> tensor -> shape of its factor
     for group in (group for group in config.groups if group.schemes):
         rows, columns = stacked_shape(group, headers, folder)
         factors = expected_tensors(group.model_copy(update={"schemes": None}), rows, columns)
         for name in expected_tensors(group, rows, columns):
-            if not name.endswith((SCALE, SHAPE)):
-                continue
-            with safe_open(headers[name].file, framework="pt") as shard:
+            if name.endswith((SCALE, SHAPE)):
+                member, _, last = name.rpartition(".")
+                beside.setdefault(headers[name].file, {})[name] = factors[f"{member}.{factor_of(last)}"]
+    for file, names in beside.items():
+        with safe_open(file, framework="pt") as shard:
+            for name, shape in names.items():
                 tensor = shard.get_tensor(name)
-            member, _, last = name.rpartition(".")
-            if name.endswith(SCALE):
-                check_scales(f"{headers[name].file}: {name}", tensor)
-            else:
-                check_shape(f"{headers[name].file}: {name}", tensor, factors[f"{member}.{factor_of(last)}"])
+                if name.endswith(SCALE):
+                    check_scales(f"{file}: {name}", tensor)
+                else:
+                    check_shape(f"{file}: {name}", tensor, shape)

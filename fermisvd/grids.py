@@ -2,8 +2,8 @@
 
 The factor that sees the layer's input is rounded first, with error feedback in the Gram matrix of that input (B, D of
 columns, R_skel). The other one (A, C_skel, D of rows) is fitted to what the first makes of the input as it was rounded,
-W C B^T (B C B^T)^-1, and rounded with feedback in the Gram matrix of that, B C B^T. The order was measured, and that a
-rotation of the svd form's ranks spreads what few of them would carry (docs/decisions.md).
+W C B^T (B C B^T)^-1 with W = A B, and rounded with feedback in the Gram matrix of that, B C B^T. The order was
+measured, and that a rotation of the svd form's ranks spreads what few of them would carry (docs/decisions.md).
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from fermisvd.budget import Form, RankedGroup
-from fermisvd.format import INTERPOLATION, LOWRANK_A, LOWRANK_B, PERMUTATION, SKELETON, WEIGHT
+from fermisvd.format import INTERPOLATION, LOWRANK_A, LOWRANK_B, MATRIX, PERMUTATION, SKELETON
 from fermisvd.pivga import choose_skeleton, least_squares
 from fermisvd.rounding import Rounded, round_for_inputs
 from fermisvd.schemes import scheme_for, stored
@@ -25,7 +25,7 @@ def inputs_of(ranked: RankedGroup) -> dict[str, int]:
     """How many inputs each factor of a group has, by its name."""
     group, rank = ranked.group, ranked.rank
     if ranked.stays_dense:
-        return {WEIGHT: group.columns}
+        return {MATRIX: group.columns}
     if ranked.form == "svd":
         return {LOWRANK_A: rank, LOWRANK_B: group.columns}
     if group.side == "columns":
@@ -73,14 +73,21 @@ def named(member: str, tensors: Tensors) -> Tensors:
     return {f"{member}.{name}": tensor for name, tensor in tensors.items()}
 
 
-def fitted_outputs(product: torch.Tensor, b: torch.Tensor, gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A (m x r) with A B X nearest to W X, and the Gram matrix of B X, (r x r). product: W (m x n); b: B (r x n), as it
-    is stored; gram: C = X X^T, (n x n)."""
+def fitted_outputs(
+    a: torch.Tensor, product: torch.Tensor, b: torch.Tensor, gram: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A (m x r) with A B X nearest to W X, and the Gram matrix of B X, (r x r).
+
+    a: what A is where X says nothing, since few tokens were seen (m x r); product: W, the product of the factors that
+    are stored (m x n); b: B (r x n), as it is stored; gram: C = X X^T, (n x n).
+    """
     response = b @ gram
     own = response @ b.T
+    energies = own.diagonal()
+    seen = energies[energies > 0]
     damped = own.clone()
-    damped.diagonal().add_(FIT_RIDGE * own.diagonal().median())
-    return torch.linalg.solve(damped, response @ product.T).T, own
+    damped.diagonal().add_(FIT_RIDGE * seen.median() if len(seen) else 1.0)
+    return a + torch.linalg.solve(damped, response @ (product - a @ b).T).T, own
 
 
 def svd_on_grids(ranked: RankedGroup, parts: Parts, gram: torch.Tensor, dtype: torch.dtype) -> Tensors:
@@ -89,7 +96,7 @@ def svd_on_grids(ranked: RankedGroup, parts: Parts, gram: torch.Tensor, dtype: t
     a, b = parts
     a, b = rotated(*balanced(a, b))
     shared = rounding(LOWRANK_B, b, gram)
-    fitted, own = fitted_outputs(a @ b, shared.values, gram)
+    fitted, own = fitted_outputs(a, a @ b, shared.values, gram)
     outputs = rounding(LOWRANK_A, fitted, own)
     return rounding.of_members(LOWRANK_A, outputs) | rounding.of_first(LOWRANK_B, shared)
 
@@ -100,19 +107,22 @@ def pivga_on_grids(ranked: RankedGroup, parts: Parts, gram: torch.Tensor, dtype:
     if ranked.group.side == "rows":
         permutation = choose_skeleton(b.T, a.T)
         first, rest = permutation[:rank].long(), permutation[rank:].long()
-        skeleton = rounding(SKELETON, a[first] @ b, gram)
-        fitted, own = fitted_outputs(a[rest] @ b, skeleton.values, gram)
+        kept, others = a[first] @ b, a[rest] @ b
+        skeleton = rounding(SKELETON, kept, gram)
+        exact = least_squares(kept.T, others.T)[0].T
+        fitted, own = fitted_outputs(exact, others, skeleton.values, gram)
         tensors = rounding.of_first(SKELETON, skeleton) | rounding.of_first(
             INTERPOLATION, rounding(INTERPOLATION, fitted, own)
         )
     else:
         permutation = choose_skeleton(a, b)
         first, rest = permutation[:rank].long(), permutation[rank:].long()
-        exact = least_squares(a @ b[:, first], a @ b[:, rest])[0]
+        kept = a @ b[:, first]
+        exact = least_squares(kept, a @ b[:, rest])[0]
         interpolation = rounding(INTERPOLATION, exact, gram[rest][:, rest])
         shared = torch.empty_like(b)
         shared[:, first], shared[:, rest] = torch.eye(rank).to(b), interpolation.values
-        fitted, own = fitted_outputs(a @ b, shared, gram)
+        fitted, own = fitted_outputs(kept, a @ b, shared, gram)
         tensors = rounding.of_members(SKELETON, rounding(SKELETON, fitted, own))
         tensors |= rounding.of_first(INTERPOLATION, interpolation)
     return tensors | {f"{ranked.group.name}.{PERMUTATION}": permutation}
@@ -121,7 +131,7 @@ def pivga_on_grids(ranked: RankedGroup, parts: Parts, gram: torch.Tensor, dtype:
 def dense_on_grid(ranked: RankedGroup, parts: Parts, gram: torch.Tensor, dtype: torch.dtype) -> Tensors:
     """Every member's rows of W (m x n), as it is."""
     rounding = _Rounding(ranked, dtype)
-    return rounding.of_members(WEIGHT, rounding(WEIGHT, parts[0], gram))
+    return rounding.of_members(MATRIX, rounding(MATRIX, parts[0], gram))
 
 
 GRID_TENSORS: dict[Form, Callable[..., Tensors]] = {"svd": svd_on_grids, "pivga": pivga_on_grids}

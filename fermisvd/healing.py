@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from fermisvd.batches import shuffled_batches, step_windows
 from fermisvd.errors import NumericalError
 from fermisvd.factor_adam import stepping_backward
-from fermisvd.format import INTERPOLATION, SKELETON
+from fermisvd.format import INTERPOLATION, SKELETON, factor_of
 from fermisvd.groups import StructureError, decoder_blocks
 from fermisvd.losses import StudentLoss, kl_of_states
 from fermisvd.modules import CompressedLinear, PivGaColumnsLinear, PivGaRowsLinear
@@ -55,13 +55,13 @@ class HealingSettings(Settings):
 
 
 def trained_factors(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The compressed layers' factors by tensor name: all they hold but biases and permutations."""
+    """The compressed layers' factors by tensor name, but those on grids: see `opened_factors`."""
     return {
         f"{prefix}.{name}": parameter
         for prefix, layer in model.named_modules()
         if isinstance(layer, CompressedLinear)
         for name, parameter in layer.named_parameters(recurse=False)
-        if name != "bias"
+        if name != "bias" and factor_of(name) not in layer.schemes
     }
 
 

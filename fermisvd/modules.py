@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from fermisvd.format import INTERPOLATION, LOWRANK_A, LOWRANK_B, PERMUTATION, SKELETON, WEIGHT, Group
+from fermisvd.format import INTERPOLATION, LOWRANK_A, LOWRANK_B, MATRIX, PERMUTATION, SKELETON, Group
 from fermisvd.linear import Linear, weight_of
 from fermisvd.schemes import SCALE, SCHEMES, SHAPE, codes_of, dequantised
 
@@ -142,13 +142,13 @@ class DenseGridLinear(CompressedLinear):
 
     def __init__(self, in_features, out_features, rank, bias=False, first=None, schemes=None):
         super().__init__(in_features, out_features, rank, bias, first, schemes)
-        self.add_factor(WEIGHT, out_features, in_features)
+        self.add_factor(MATRIX, out_features, in_features)
 
     def shared(self, x: torch.Tensor) -> torch.Tensor:
         return x
 
     def outputs(self, t: torch.Tensor) -> torch.Tensor:
-        return functional.linear(t, self.factor(WEIGHT), self.bias)
+        return functional.linear(t, self.factor(MATRIX), self.bias)
 
 
 class _Gather(torch.autograd.Function):

@@ -78,15 +78,20 @@ def best_scales(
     weights = matrix.new_ones(columns) if energies is None else energies
     weights = torch.nn.functional.pad(weights, (0, padding)).view(-1, size)
     most = parts.abs().amax(-1) / min(-scheme.least, scheme.largest)
-    best = torch.full_like(most, torch.inf)
-    scales = most.to(dtype)
+    best, scales = torch.full_like(most, torch.inf), most.to(dtype)
     for shrink in SHRINKS.tolist():
-        trial = (most * shrink).to(dtype)
+        trial = torch.where(most > 0, (most * shrink).clamp(min=smallest(dtype)), 0.0).to(dtype)
         step = safe(trial)[..., None]
         error = ((scheme.nearest(parts / step) * step - parts).square() * weights).sum(-1)
         better = error < best
         best, scales = torch.where(better, error, best), torch.where(better, trial, scales)
     return safe(scales).to(dtype)
+
+
+def smallest(dtype: torch.dtype) -> float:
+    """The smallest positive number of a floating-point type."""
+    of_type = torch.finfo(dtype)
+    return of_type.smallest_normal * of_type.eps
 
 
 def safe(scales: torch.Tensor) -> torch.Tensor:

@@ -10,9 +10,9 @@ from fermisvd.format import (
     INTERPOLATION,
     LOWRANK_A,
     LOWRANK_B,
+    MATRIX,
     PERMUTATION,
     SKELETON,
-    WEIGHT,
     Group,
     expected_tensors,
     factor_of,
@@ -21,7 +21,7 @@ from fermisvd.grids import GRID_TENSORS, balanced, dense_on_grid, grids_of
 from fermisvd.groups import LinearGroup
 from fermisvd.pivga import fix_gauge
 
-ORDER = (LOWRANK_A, LOWRANK_B, INTERPOLATION, PERMUTATION, SKELETON, WEIGHT)  # in which a group's tensors are written
+ORDER = (LOWRANK_A, LOWRANK_B, INTERPOLATION, PERMUTATION, SKELETON, MATRIX)  # in which a group's tensors are written
 
 
 def config_group(ranked: RankedGroup) -> Group:

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from fermisvd.modules import CompressedLinear
+from fermisvd.rounding import smallest
 from fermisvd.schemes import SCALE, Scheme, codes_of, stored
 
 SMALLEST = 1e-15  # a trained scale stays above it, or what its type holds: its square is a number of float32
@@ -40,8 +41,7 @@ class OnGrid(nn.Module):
 
     def stored_scale(self) -> torch.Tensor:
         """s as a checkpoint has it, in float32."""
-        of_type = torch.finfo(self.stored)
-        least = max(SMALLEST, of_type.smallest_normal * of_type.eps)
+        least = max(SMALLEST, smallest(self.stored))
         return self.scale.detach().clamp(min=least).to(self.stored).float()
 
     def codes(self, w: torch.Tensor) -> torch.Tensor:

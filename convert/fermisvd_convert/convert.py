@@ -15,7 +15,7 @@ from fermisvd.running import distributed
 from fermisvd_convert.card import write_card
 from fermisvd_convert.checks import check_out
 from fermisvd_convert.conversion import Conversion, timed
-from fermisvd_convert.memory import gauge_bytes
+from fermisvd_convert.memory import writing_bytes
 from fermisvd_convert.options import ConvertOptions
 from fermisvd_convert.output import Place, claimed, complete, list_files, move_into_place, unfinished
 from fermisvd_convert.places import real_path
@@ -142,7 +142,7 @@ def write(
     which the first process has.
     """
     cast, device = conversion.options.dtype != "auto", conversion.device
-    workers = conversion.workers(gauge_bytes(conversion.size))
+    workers = conversion.workers(writing_bytes(conversion.size, conversion.options.weights))
     conversion.workspace.wait_for_all()  # factors of joined groups are the first's
     write_checkpoint(
         conversion.source, folder, ranked, factors_of, decomposition, conversion.storage, cast, device, workers

@@ -23,6 +23,7 @@ from fermisvd.refit import TRIAL_WINDOWS
 from fermisvd.running import distributed
 from fermisvd.running.blocks import KEPT_ACTIVATIONS, places_back
 from fermisvd.running.halves import HEAD_TOKENS, compared_tokens
+from fermisvd.schemes import Weights
 from fermisvd_convert.options import ConvertOptions
 
 HIDDEN_BYTES = 2**26  # hidden states held in memory with --max-memory, or a block's bytes, if they are left
@@ -205,9 +206,9 @@ def decomposition_bytes(size: Sizes) -> int:
     return 2 * DOUBLE * size.gram + 6 * FLOAT * size.layer
 
 
-def gauge_bytes(size: Sizes) -> int:
-    """Of one group's PivGa form."""
-    return GAUGE_BYTES * size.layer
+def writing_bytes(size: Sizes, weights: Weights = "auto") -> int:
+    """Of one group's PivGa form, and of its rounding to a grid."""
+    return GAUGE_BYTES * size.layer + (0 if weights == "auto" else GRAMS_TO_ROUND * DOUBLE * size.gram)
 
 
 def training_bytes(size: Sizes, tokens: int, times: float) -> int:
@@ -283,8 +284,7 @@ def needs(size: Sizes, options: ConvertOptions, passes: Passes, limit: Limits, p
         found["--refit"] = Need(taken, 0, "--no-refit")
     if options.rescales:
         found["--rescale"] = Need(gated_bytes(size, passes), 0, "--no-rescale")
-    rounded = 0 if options.weights == "auto" else GRAMS_TO_ROUND * DOUBLE * size.gram
-    found["writing"] = Need(gauge_bytes(size) + rounded, size.item * size.block, "--form svd")
+    found["writing"] = Need(writing_bytes(size, options.weights), size.item * size.block, "--form svd")
     if options.healing.steps:
         kept = options.budget.kept_parameters
         start = int(size.item * kept * size.dense)

@@ -12,6 +12,7 @@ from fermisvd.errors import OutputError
 from fermisvd.groups import LinearGroup, block_of
 from fermisvd.joining import fused_layers, joined
 from fermisvd.running.blocks import places_back
+from fermisvd.schemes import GROUP_SIZES
 from fermisvd_convert.conversion import Conversion
 from fermisvd_convert.places import disk_of, existing
 from fermisvd_convert.source import TORCH_TYPES
@@ -50,11 +51,19 @@ def out_bytes(conversion: Conversion, groups: Sequence[LinearGroup]) -> dict[str
     for name, info in source.headers.items():
         cast = conversion.options.dtype != "auto" and info.dtype in TORCH_TYPES
         dense += 0 if name in replaced else info.numel * storage.itemsize if cast else info.bytes
-    found = {"dense tensors": dense, "factors": conversion.budget.parameters(groups) * storage.itemsize}
+    found = {"dense tensors": dense, "factors": factors_written(conversion, groups)}
     if conversion.options.form == "pivga":
         found["permutations"] = sum(4 * (g.columns if g.side == "columns" else g.rows) for g in groups)
     copied = sum((source.folder / path).stat().st_size for path in copied_files(source.folder)[0])
     return found | {"other files": copied + SMALL_FILES}
+
+
+def factors_written(conversion: Conversion, groups: Sequence[LinearGroup]) -> int:
+    """Bytes of all factors on the budget, at most, with scales and what packing fills up."""
+    size, weights = conversion.storage.itemsize, conversion.options.weights
+    number = {"auto": size, "int4": 0.5 + size / GROUP_SIZES[-1]}.get(weights, 1)
+    beside = 0 if weights == "auto" else sum(2 * group.rows + group.full_rank for group in groups) * (size + 4)
+    return int(conversion.budget.parameters(groups) * number) + beside
 
 
 def work_bytes(
@@ -86,7 +95,7 @@ def work_bytes(
     if options.refits:
         later["refitted factors"] = 8 * kept  # float32; r (m + n) is at most twice what pivga counts
     if options.healing.steps:
-        later["healed factors"] = kept * conversion.storage.itemsize
+        later["healed factors"] = factors_written(conversion, groups)
     if states > sum(later.values()):
         later = {"hidden states": states}
     return first | later | {"other stages": SMALL_FILES}

@@ -76,7 +76,7 @@ def dense_of(group: Group, tensors) -> torch.Tensor:
         return torch.cat([factor_in(group, tensors, member, factor) for member in group.members])
 
     if group.form == "dense":
-        return of_members("weight")
+        return of_members("matrix")
     if group.form == "svd":
         return of_members("lowrank_a") @ factor_in(group, tensors, group.name, "lowrank_b")
     permutation = tensors[f"{group.name}.permutation"].long()

@@ -24,6 +24,7 @@ from fermisvd.schemes import PER_INT32, Scheme
 from fermisvd_vllm.versions import int4_options, keep_onednn, run_eagerly
 
 INT4_TILE = 32  # rows and columns of an int4 factor come in multiples of it
+FP8_TILE = 16  # and columns of an fp8 factor on a GPU, of which one kernel reads four at a time
 
 
 def grid_factor(scheme: Scheme, numbers: torch.Tensor, scales: torch.Tensor, width: int) -> "GridFactor":
@@ -46,12 +47,17 @@ class GridFactor(nn.Module):
 
     def __init__(self, rows: int, width: int):
         super().__init__()
-        self.rows, self.width = rows, width
+        self.rows, self.width, self.filled = rows, width, width
         self.bias = self.input_scale = None  # which kernels ask for
         self.logical_widths = [rows]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
+
+    def filled_up(self, x: torch.Tensor) -> torch.Tensor:
+        """x (tokens, n), contiguous, with zeros to the width that the kernel takes."""
+        more = self.filled - self.width
+        return nn.functional.pad(x, (0, more)) if more else x.contiguous()
 
     def write(self, x: torch.Tensor, y: torch.Tensor) -> None:
         """The same into y (tokens, m), which may be columns of something wider."""
@@ -87,14 +93,17 @@ class Fp8Factor(GridFactor):
 
     def __init__(self, scheme: Scheme, numbers: torch.Tensor, scales: torch.Tensor, width: int):
         super().__init__(len(numbers), width)
-        self.output_size_per_partition, self.input_size_per_partition = len(numbers), width  # for Marlin
+        self.filled = width if numbers.device.type == "cpu" else -(-width // FP8_TILE) * FP8_TILE
+        if self.filled > width:
+            numbers = nn.functional.pad(numbers.view(torch.uint8), (0, self.filled - width)).view(numbers.dtype)
+        self.output_size_per_partition, self.input_size_per_partition = len(numbers), self.filled  # for Marlin
         self.orig_dtype = scales.dtype
         self.kernel = init_fp8_linear_kernel(
             activation_quant_key=kFp8DynamicTokenSym,
             weight_quant_key=kFp8StaticChannelSym,
             input_dtype=scales.dtype,
             out_dtype=scales.dtype,
-            weight_shape=(len(numbers), width),
+            weight_shape=(len(numbers), self.filled),
             module_name="fermisvd",
         )
         self.weight = nn.Parameter(numbers.t(), requires_grad=False)
@@ -104,7 +113,7 @@ class Fp8Factor(GridFactor):
             run_eagerly(self.kernel)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.kernel.apply_weights(self, x.contiguous(), None)
+        return self.kernel.apply_weights(self, self.filled_up(x), None)
 
 
 class Int4Factor(GridFactor):
@@ -147,8 +156,7 @@ class Int4Factor(GridFactor):
         self.kernel.process_weights_after_loading(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = nn.functional.pad(x, (0, self.filled - self.width)) if self.filled > self.width else x.contiguous()
-        return self.kernel.apply_weights(self, x, None)[..., : self.rows]
+        return self.kernel.apply_weights(self, self.filled_up(x), None)[..., : self.rows]
 
 
 def _loaded_already(*_: object) -> None:

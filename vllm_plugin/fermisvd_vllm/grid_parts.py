@@ -6,7 +6,7 @@ from typing import ClassVar, Self
 
 import torch
 
-from fermisvd.format import INTERPOLATION, LOWRANK_A, LOWRANK_B, PERMUTATION, SKELETON, WEIGHT, Group
+from fermisvd.format import INTERPOLATION, LOWRANK_A, LOWRANK_B, MATRIX, PERMUTATION, SKELETON, Group
 from fermisvd.schemes import PACKED, PER_INT32, SCALE, SCHEMES, SHAPE
 from fermisvd_vllm.factors import Multiplies, Products
 from fermisvd_vllm.layout import LayerSizes, Loaded, Stored
@@ -178,10 +178,10 @@ class DenseGridPart(GridPart):
 
     def stored(self, sizes: LayerSizes) -> Iterator[Stored]:
         for member in self.members:
-            yield from self.tensors(WEIGHT, member, sizes.member_rows[member], sizes.inputs, outputs=0, inputs=1)
+            yield from self.tensors(MATRIX, member, sizes.member_rows[member], sizes.inputs, outputs=0, inputs=1)
 
     def take(self, loaded: Loaded, products: Products) -> None:
-        self.second = self.of_grid(WEIGHT, self.members, loaded.inputs, loaded, products)
+        self.second = self.of_grid(MATRIX, self.members, loaded.inputs, loaded, products)
 
     def shared(self, x: torch.Tensor) -> torch.Tensor:
         return x

@@ -134,12 +134,12 @@ class FermiSVDLinearMethod(LinearMethodBase):
             self.check_model()
             slot = self.slots[name, member]
             check_finite(where, loaded_weight)
-            if name.endswith(SCALE):
-                check_scales(where, loaded_weight)
             if name == PERMUTATION:
                 check_permutation(where, loaded_weight)
             piece = shard_of(loaded_weight, slot, self.tp_rank, self.tp_size, where).to(param.dtype)
             check_finite(f"{where} as {param.dtype}", piece)  # --dtype float16 may be too narrow for it
+            if name.endswith(SCALE):
+                check_scales(f"{where} as {param.dtype}", piece)
             param.data[slot.offset : slot.offset + slot.size].view(slot.shape).copy_(piece)
             self.filled.add((name, member))
 

@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from fermisvd.byte_budget import ByteBudget
 from fermisvd.compress import set_aside
 from fermisvd.dense_choice import CANDIDATES, choose_dense
 from fermisvd.fermigrad import STEP_TOKENS, optimise_ranks
@@ -45,8 +46,9 @@ def fermigrad_ranks(
     """FermiGrad's; an interrupted run goes on where it was kept last."""
     options, windows = conversion.options, taught.windows
     members = [group.members for group in groups]
-    budget = asdict(replace(conversion.budget, align=None))
-    del budget["weights"]  # of alignment and grids real ranks know nothing
+    budget = asdict(replace(conversion.budget, align=None))  # of which real ranks know nothing
+    if not isinstance(conversion.budget, ByteBudget):  # nor of grids, unless bytes are counted
+        del budget["weights"]
     settings = (budget, options.fermigrad, options.batch_size, options.seed, options.compute, STEP_TOKENS)
     stage = conversion.workspace.stage("ranks", decomposition.stage.name, members, windows, *settings)
 
