@@ -291,10 +291,11 @@ def validate_before_serving(folder: Path) -> None:
     Raises FormatError naming file, tensor and remedy.
     """
     config, headers = read_checkpoint(folder)
+    group_of = config.group_of()
     factors = {
         name
         for name in headers
-        if (group := config.group_of().get(name.rpartition(".")[0]))
+        if (group := group_of.get(name.rpartition(".")[0]))
         and factor_of(name.rpartition(".")[2]) in FACTORS[group.form]
     }
     check_values({name: info for name, info in headers.items() if name not in factors})

@@ -14,7 +14,7 @@ from fermisvd.budget import Form, RankedGroup
 from fermisvd.format import INTERPOLATION, LOWRANK_A, LOWRANK_B, MATRIX, PERMUTATION, SKELETON
 from fermisvd.pivga import choose_skeleton, least_squares
 from fermisvd.rounding import Rounded, round_for_inputs
-from fermisvd.schemes import scheme_for, stored
+from fermisvd.schemes import SCHEMES, scheme_for, stored
 
 FIT_RIDGE = 1e-6  # of the median diagonal of B C B^T
 Tensors = dict[str, torch.Tensor]
@@ -46,11 +46,7 @@ class _Rounding:
 
     def __init__(self, ranked: RankedGroup, dtype: torch.dtype):
         self.ranked, self.dtype = ranked, dtype
-        self.schemes = {
-            factor: scheme
-            for factor, inputs in inputs_of(ranked).items()
-            if (scheme := scheme_for(ranked.weights, inputs))
-        }
+        self.schemes = {factor: SCHEMES[name] for factor, name in (grids_of(ranked) or {}).items()}
 
     def __call__(self, factor: str, matrix: torch.Tensor, gram: torch.Tensor) -> Rounded:
         """matrix (m x n) on the factor's grid; gram: of its inputs, (n x n)."""

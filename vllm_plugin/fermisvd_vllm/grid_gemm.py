@@ -1,8 +1,8 @@
 """Factors on grids, each multiplied by the kernel that vLLM itself would choose for it on this device.
 
-A kernel keeps what it makes of its weights, so there is one for each factor. Where there is none, GridError says what
-to do instead. What vLLM's kernels ask of their layer differs between schemes, not between releases (0.26 to 0.32) but
-where fermisvd_vllm.versions says so.
+A kernel keeps what it makes of its weights, so there is one for each factor. Where there is none, a FormatError says
+what to do instead. What vLLM's kernels ask of their layer differs between schemes; where it does between releases, from
+0.26 to 0.32, fermisvd_vllm.versions says so.
 """
 
 from typing import Any
