@@ -2,11 +2,13 @@
 
     python -m benchmarks.quality.grids                     # run what is missing, of the models that are here
     python -m benchmarks.quality.grids --only stdlib-2m --case "pivga, int8, 0.2"
+    python -m benchmarks.quality.grids --only smollm2 --work FOLDER    # stages are kept there
 
 Cases are a model in int8, fp8 or int4 as it is (rounded to nearest; with error feedback; that and healed), and factors
 by the default command in each type, at fractions of the parameters removed, healed and not. Perplexity, KL to the dense
 model, and bytes of the decoder blocks' linear layers as they are written. Texts and windows are those of
-benchmarks.quality.table; Hugging Face's forward dequantises, so activations are exact. Results:
+benchmarks.quality.table, of SmolLM2 those of benchmarks.quality.real on WikiText-2, with groups apart and FermiGrad in
+steps of two windows; Hugging Face's forward dequantises, so activations are exact. Results:
 benchmarks/results/grids-MODEL.json, case by case; a case that is there is skipped.
 """
 
@@ -21,6 +23,7 @@ from transformers import PreTrainedModel
 
 from benchmarks.cells import begin, kept, put
 from benchmarks.quality.pruning import linear_parameters
+from benchmarks.quality.real_setting import CALIBRATION, EVALUATION
 from benchmarks.quality.rounding import round_linear
 from benchmarks.quality.table import EVALUATION_WINDOWS, PROTOCOL, defaults, models
 from benchmarks.records import new_record
@@ -33,8 +36,12 @@ from fermisvd_convert.convert import convert
 from fermisvd_convert.evaluate import evaluate
 from fermisvd_convert.loading import load_tokenizer
 from fermisvd_convert.text import windows_of
+from tests.support import SHARED
+from tests.support.smollm2 import FOLDER
 
-NAMES = ("stdlib-2m", "stories260K")
+NAMES = ("stdlib-2m", "stories260K", "smollm2")
+OWN = {"smollm2": {"samples": 512, "gradient_samples": 512, "groups": "separate", "batch_size": 2}}
+WINDOWS = {"smollm2": EVALUATION["wikitext2"][1]}  # of the evaluation text; of others EVALUATION_WINDOWS
 SETTINGS = {**PROTOCOL, "align": None}  # ranks in steps that kernels like, as a user gets them
 BITS = {"int8": 8, "int4": 4}
 WIDE = {"int8": 0.6, "fp8": 0.6, "int4": 0.4}  # --bytes with which every layer stays dense, on the grid
@@ -47,10 +54,10 @@ Made = tuple[PreTrainedModel, int]  # and bytes of the linear layers
 
 
 class Place:
-    """A model of the table, and a folder for what is made of it."""
+    """A model, and folders for what is made of it and for stages."""
 
-    def __init__(self, model: dict, scratch: Path):
-        self.model, self.scratch = model, scratch
+    def __init__(self, name: str, model: dict, scratch: Path, work: Path):
+        self.name, self.model, self.scratch, self.work = name, model, scratch, work
         self.dense = load_model(model["path"])
 
     def as_it_is(self) -> Made:
@@ -63,8 +70,8 @@ class Place:
     def converted(self, **options) -> Made:
         out = self.scratch / "out"
         text = [str(path) for path in self.model["calibration"]]
-        options = SETTINGS | options
-        convert(str(self.model["path"]), out, calibration=text, work=self.scratch / "work", overwrite=True, **options)
+        options = settings_of(self.name) | options
+        convert(str(self.model["path"]), out, calibration=text, work=self.work, overwrite=True, **options)
         return load_model(out), layer_bytes(out)
 
 
@@ -99,23 +106,40 @@ def cases(place: Place) -> dict[str, Callable[[], Made]]:
     return found
 
 
-def new_results() -> dict:
-    protocol = {**SETTINGS, "evaluation_windows": EVALUATION_WINDOWS, "defaults": defaults(), "unhealed": UNHEALED}
+def settings_of(name: str) -> dict:
+    return SETTINGS | OWN.get(name, {})
+
+
+def windows_for(name: str) -> int:
+    return WINDOWS.get(name, EVALUATION_WINDOWS)
+
+
+def new_results(name: str) -> dict:
+    own = {**settings_of(name), "evaluation_windows": windows_for(name)}
+    protocol = {**own, "defaults": defaults(), "unhealed": UNHEALED}
     return new_record("python -m benchmarks.quality.grids", protocol) | {"cells": {}}
 
 
-def measure(only: str | None, wanted: list[str]) -> None:
+def here(scratch: Path) -> dict[str, dict]:
+    """Name -> path, calibration texts and evaluation text of the models that are here."""
+    found = {name: model for name, model in models(scratch).items() if name in NAMES}
+    if FOLDER.is_dir() and SHARED.is_dir():
+        found["smollm2"] = {"path": FOLDER, "calibration": CALIBRATION, "evaluation": EVALUATION["wikitext2"][0]}
+    return found
+
+
+def measure(only: str | None, wanted: list[str], work: Path | None) -> None:
     """Fill the records case by case."""
     with tempfile.TemporaryDirectory() as scratch:
-        for name, model in models(Path(scratch)).items():
-            if name not in NAMES or only not in (None, name):
+        for name, model in here(Path(scratch)).items():
+            if only not in (None, name):
                 continue
             (folder := Path(scratch) / name).mkdir()
-            place, record = Place(model, folder), f"grids-{name}"
-            begin(record, new_results())
+            place, record = Place(name, model, folder, work or folder / "work"), f"grids-{name}"
+            begin(record, new_results(name))
             text, tokenizer = str(model["evaluation"]), load_tokenizer(model["path"])
             taught: Taught = teach(
-                place.dense, windows_of(tokenizer, text, 256, EVALUATION_WINDOWS, bos=False), BATCH_SIZE
+                place.dense, windows_of(tokenizer, text, 256, windows_for(name), bos=False), BATCH_SIZE
             )
             for case, make in cases(place).items():
                 if (wanted and case not in wanted) or case in (kept(record) or {"cells": {}})["cells"]:
@@ -124,7 +148,7 @@ def measure(only: str | None, wanted: list[str]) -> None:
                 made, size = make()
                 found = evaluate(made, taught.windows, taught).as_dict()
                 seconds = round(time.perf_counter() - start, 1)
-                put(record, new_results(), case, {"bytes": size, **found, "seconds": seconds})
+                put(record, new_results(name), case, {"bytes": size, **found, "seconds": seconds})
                 print(name, case, f"{size:,} bytes", found, f"{seconds} s", flush=True)
 
 
@@ -132,5 +156,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--only", choices=NAMES)
     parser.add_argument("--case", action="append", dest="cases", default=[])
+    parser.add_argument("--work", type=Path)
     arguments = parser.parse_args()
-    measure(arguments.only, arguments.cases)
+    if arguments.work and not arguments.only:
+        parser.error("--work: of one model; name it by --only")
+    measure(arguments.only, arguments.cases, arguments.work)
