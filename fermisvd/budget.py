@@ -40,12 +40,16 @@ def dense_parameters(groups: Iterable[LinearGroup]) -> int:
 
 @dataclass(frozen=True)
 class RankedGroup:
-    """A group, the rank that was chosen for it, and the form that it would be stored in, on which grid if any."""
+    """A group, the rank that was chosen for it, and the form that it would be stored in, on which grid if any.
+
+    own: factors on another grid than `weights`, by name.
+    """
 
     group: LinearGroup
     rank: int
     form: Form
     weights: Weights = "auto"
+    own: tuple[tuple[str, Weights], ...] = ()
 
     @property
     def stays_dense(self) -> bool:
@@ -148,6 +152,10 @@ class Budget:
     def saves(self, group: LinearGroup, rank: int) -> bool:
         """Whether factors of this rank take less than the matrix."""
         return not stays_dense(group, rank, self.form)
+
+    def holds_all(self, groups: Sequence[LinearGroup]) -> bool:
+        """Whether all groups at their full ranks are on the budget: a grid alone may save enough."""
+        return sum(self.cost(group, group.full_rank) for group in groups) <= self.numbers(groups)
 
     def check(self, groups: Sequence[LinearGroup]) -> None:
         """Raises OptionError if even the lowest ranks exceed the budget."""

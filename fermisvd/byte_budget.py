@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import ClassVar, Self, TypeVar
 
 import torch
 
@@ -13,6 +13,7 @@ from fermisvd.groups import LinearGroup
 from fermisvd.schemes import GROUP_SIZES, Weights, scheme_for
 from fermisvd.storage import stored_bytes
 
+B = TypeVar("B", bound=Budget)
 PERMUTATION_BYTES = 4  # of each entry
 SMALLEST_GROUP = GROUP_SIZES[-1]  # of int4: what a rank may ask for
 
@@ -96,6 +97,6 @@ class ByteBudget(Budget):
         return min(1.0, self.kept * self.storage.itemsize / self.number_bytes(SMALLEST_GROUP)[0])
 
 
-def in_type(budget: Budget, dtype: torch.dtype) -> Budget:
+def in_type(budget: B, dtype: torch.dtype) -> B:
     """The budget, its bytes those of this type; one in parameters as it is."""
     return replace(budget, dtype=str(dtype).removeprefix("torch.")) if isinstance(budget, ByteBudget) else budget

@@ -15,6 +15,7 @@ from pydantic import BeforeValidator, model_validator
 from torch import nn
 from transformers import PreTrainedModel
 
+from fermisvd.bits import choose_bits
 from fermisvd.budget import Budget, Form, RankedGroup, compressed, stored_in_groups
 from fermisvd.byte_budget import ByteBudget, in_type
 from fermisvd.calibration import Grams, OutputGrams, calibration_grams
@@ -34,9 +35,9 @@ from fermisvd.modules import CompressedLinear, replace_group
 from fermisvd.precision import compute_type, width_of, with_parameters_in
 from fermisvd.refit import refit
 from fermisvd.rescaling import rescale
-from fermisvd.schemes import Weights
+from fermisvd.schemes import COARSE, Weights, WeightsRule
 from fermisvd.settings import Batched, Count, Seeded, nested, option
-from fermisvd.storage import compressed_tensors, config_group
+from fermisvd.storage import config_group, group_tensors
 from fermisvd.teacher import Taught, teach
 
 REMOVE = 0.2  # by default, of `compress`
@@ -57,7 +58,10 @@ class CompressOptions(Batched, Seeded):
         float | None, option("Instead: fraction of their bytes that may stay, as written, scales and all.")
     ] = None
     form: Annotated[Form, option("Stored form of the factors.")] = "pivga"
-    weights: Annotated[Weights, option("Numbers of the factors; auto: the model's type.")] = "auto"
+    weights: Annotated[
+        WeightsRule,
+        option("Numbers of the factors; auto: the model's type; mixed: int4, and int8 where --bytes has room."),
+    ] = "auto"
     ranks: Annotated[RankRule, option("Rule that chooses the ranks.")] = "fermigrad"
     groups: Annotated[
         GroupsRule, option("Layers that read the same input: decomposed jointly, one by one, or as measured.")
@@ -86,8 +90,12 @@ class CompressOptions(Batched, Seeded):
 
     @model_validator(mode="after")
     def _one_budget(self) -> Self:
-        if (self.remove is None) == (self.bytes is None):
+        if self.weights == "mixed" and (self.bytes is None or self.whitening != "kfac"):
+            raise ValueError("--weights mixed spends --bytes, and takes its losses from --whitening kfac")
+        if self.remove is None and self.bytes is None:
             raise ValueError("give one of --remove and --bytes")
+        if self.remove is not None and self.bytes is not None and self.weights != "mixed":
+            raise ValueError("give one of --remove and --bytes; both go with --weights mixed alone")
         if self.bytes is not None and self.fermigrad.count not in (None, self.form):
             raise ValueError("--count is of parameters: it does not go with --bytes")
         return self
@@ -100,12 +108,21 @@ class CompressOptions(Batched, Seeded):
 
     @property
     def budget(self) -> Budget:
-        """Raises OptionError unless 0 < remove < 1, or 0 < bytes < 1. Bytes are those of bfloat16: see `in_type`."""
-        others = self.form, self.align, self.minimum_rank, self.weights
-        if self.bytes is not None:
-            return ByteBudget.keeping(self.bytes, *others)
-        assert self.remove is not None
-        return Budget.removing(self.remove, *others)
+        """What ranks are chosen on. Raises OptionError unless 0 < remove < 1, or 0 < bytes < 1. Bytes are those of
+        bfloat16: see `in_type`."""
+        if self.remove is not None:
+            return Budget.removing(self.remove, *self._stored)
+        assert self.bytes is not None
+        return ByteBudget.keeping(self.bytes, *self._stored)
+
+    @property
+    def bits(self) -> ByteBudget | None:
+        """What `mixed` spends on bits, once ranks are chosen."""
+        return ByteBudget.keeping(self.bytes, *self._stored) if self.bytes and self.weights == "mixed" else None
+
+    @property
+    def _stored(self) -> tuple[Form, int | None, int, Weights]:
+        return self.form, self.align, self.minimum_rank, COARSE if self.weights == "mixed" else self.weights
 
     @property
     def partition(self) -> Partition:
@@ -144,12 +161,15 @@ def compress(
     ranked = work.budget.ranked(groups, ideal_ranks(work, groups, decomposition))
     if work.options.groups == "auto":
         ranked = join(work, ranked, decomposition)
-    stored, ranked = stored_in_groups(ranked), compressed(ranked)
+    whole, ranked = ranked, compressed(ranked)
     factors = decomposition.truncated(ranked)
     if work.options.refits:
         factors |= refitted(work, ranked, factors, decomposition)
     if work.options.rescales and ranked:
         factors = rescaled(work, ranked, factors, decomposition)
+    if bits := work.options.bits:
+        whole = choose_bits(whole, factors.__getitem__, decomposition, in_type(bits, model.dtype), work.windows.numel())
+    stored = stored_in_groups(whole)
     student = with_modules(model, stored, factors, decomposition)
     if work.options.healing.steps and stored:
         healed(work, student)
@@ -236,6 +256,8 @@ def calibrate(work: Compression, groups: Sequence[LinearGroup]) -> InMemory:
 
 def ideal_ranks(work: Compression, groups: Sequence[LinearGroup], decomposition: InMemory) -> list[float]:
     """Real ranks on the budget; FermiGrad's in svd form are k or at most where factors are smaller than W."""
+    if work.budget.holds_all(groups):
+        return [group.full_rank for group in groups]
     if work.options.ranks == "uniform":
         return work.budget.uniform_ranks(groups)
     model = copy.deepcopy(work.teacher)
@@ -302,9 +324,8 @@ def with_modules(
         group, dtype = each.group, linear_layer(model, each.group.name).weight.dtype
         biases = {name: linear_layer(student, name).bias for name in group.members}
         replace_group(student, config_group(each))
-        gram = None if each.weights == "auto" else decomposition.gram(group.source)
-        parts = (decomposition.weights(group),) if each.stays_dense else factors[group]
-        for name, tensor in compressed_tensors(each, parts, dtype, gram).items():
+        made = group_tensors(each, factors.__getitem__, decomposition, dtype, model.device)
+        for name, tensor in made.items():
             put(student, name, tensor)
         for name, bias in biases.items():
             if bias is not None:

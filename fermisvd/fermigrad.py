@@ -26,13 +26,16 @@ from fermisvd.teacher import Taught
 
 PLATEAU_STEPS = 12
 LARGEST_PENALTY = 1e100
-STEP_TOKENS = 4096  # of a batch, at most: more were no better (docs/decisions.md)
+STEP_TOKENS = 4096  # more were no better (docs/decisions.md)
 
 
 class FermiGradSettings(Settings):
     """Options of the rank optimisation."""
 
     steps: Annotated[Count, option("FermiGrad steps.")] = 64
+    step_tokens: Annotated[Count, option("Most tokens a step, of at most --batch-size windows; fewer are faster.")] = (
+        STEP_TOKENS
+    )
     temperature: Annotated[float, option("T of the Fermi gate, over each group's full rank.", ge=1e-6, le=1)] = 0.01
     constraint: Annotated[Literal["projection", "penalty"], option("How FermiGrad holds the budget.")] = "projection"
     learning_rate: Annotated[float, option("Adam's, of each group's rank over its full rank.", gt=0)] = 0.02
@@ -152,15 +155,15 @@ def optimise_ranks(
     """Real ranks mu that minimise KL(teacher || student) on the budget.
 
     model: holds the gated layers of `install_gates`; taught: windows, of which a step takes batch_size, but no more
-    than make STEP_TOKENS, in an order that the seed decides. on_step sees each step's record: step, kl, kept, and
-    `share`, the list of mu/k; on_progress what `begun` takes to go on from there, to the same result. at_once: windows
-    of a pass, whose gradients are added up to the batch's; kept_bytes: of activations; beyond them blocks are computed
-    again for the gradient. Of several processes each takes its part of every batch's windows; the gradients are added
-    up.
+    than make the settings' step_tokens, in an order that the seed decides. on_step sees each step's record: step, kl,
+    kept, and `share`, the list of mu/k; on_progress what `begun` takes to go on from there, to the same result.
+    at_once: windows of a pass, whose gradients are added up to the batch's; kept_bytes: of activations; beyond them
+    blocks are computed again for the gradient. Of several processes each takes its part of every batch's windows; the
+    gradients are added up.
     Returns one mu a group, on the budget, and the records. Raises NumericalError if the loss is not finite.
     """
     optimiser, halves = RankOptimiser(groups, budget, settings), halves_of(model)
-    batch_size = step_windows(STEP_TOKENS, taught.windows.shape[1], batch_size, process_count())
+    batch_size = step_windows(settings.step_tokens, taught.windows.shape[1], batch_size, process_count())
     batches = shuffled_batches(len(taught), batch_size, seed)
     activations = sum(group.rows + group.columns for group in groups)  # of a token
     at_once = min(at_once or batch_size, -(-batch_size // process_count()))

@@ -37,7 +37,8 @@ def grids_of(ranked: RankedGroup) -> dict[str, str] | None:
     """The scheme of each factor of a group, by its name; None where factors are of a floating-point type."""
     if ranked.weights == "auto":
         return None
-    found = {factor: scheme_for(ranked.weights, inputs) for factor, inputs in inputs_of(ranked).items()}
+    weights, inputs = dict(ranked.own), inputs_of(ranked)
+    found = {factor: scheme_for(weights.get(factor, ranked.weights), count) for factor, count in inputs.items()}
     return {factor: scheme.name for factor, scheme in found.items() if scheme}
 
 

@@ -14,6 +14,9 @@ from typing import Any, Literal
 import torch
 
 Weights = Literal["auto", "int8", "fp8", "int4"]  # auto: no grid, but the model's type
+WeightsRule = Literal[Weights, "mixed"]  # mixed: each factor COARSE or FINE, as fermisvd.bits chooses
+COARSE: Weights = "int4"
+FINE: Weights = "int8"
 SCALE, PACKED, SHAPE = "_scale", "_packed", "_shape"
 PER_INT32 = 8  # numbers of 4 bits
 GROUP_SIZES = (128, 64, 32)  # inputs that share a scale: the first that divides the width, else the last

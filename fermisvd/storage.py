@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from fermisvd.budget import Form, RankedGroup
+from fermisvd.decomposition import Decomposition
 from fermisvd.format import (
     INTERPOLATION,
     LOWRANK_A,
@@ -19,6 +20,7 @@ from fermisvd.format import (
 )
 from fermisvd.grids import GRID_TENSORS, balanced, dense_on_grid, grids_of
 from fermisvd.groups import LinearGroup
+from fermisvd.losses import Pair
 from fermisvd.pivga import fix_gauge
 
 ORDER = (LOWRANK_A, LOWRANK_B, INTERPOLATION, PERMUTATION, SKELETON, MATRIX)  # in which a group's tensors are written
@@ -45,6 +47,27 @@ def compressed_tensors(
     assert gram is not None
     make = dense_on_grid if ranked.stays_dense else GRID_TENSORS[ranked.form]
     return make(ranked, [part.double() for part in parts], gram.double(), dtype)
+
+
+def parts_of(
+    ranked: RankedGroup, factors_of: Callable[[LinearGroup], Pair], decomposition: Decomposition
+) -> tuple[torch.Tensor, ...]:
+    """What a group is stored from: A (m x r) and B (r x n), or W (m x n) alone where it stays dense."""
+    return (decomposition.weights(ranked.group),) if ranked.stays_dense else factors_of(ranked.group)
+
+
+def group_tensors(
+    ranked: RankedGroup,
+    factors_of: Callable[[LinearGroup], Pair],
+    decomposition: Decomposition,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> dict[str, torch.Tensor]:
+    """`compressed_tensors` of a group, made on a device. factors_of: gives A and B of one that does not stay dense, at
+    its rank."""
+    gram = None if ranked.weights == "auto" else decomposition.gram(ranked.group.source).to(device)
+    parts = [part.to(device) for part in parts_of(ranked, factors_of, decomposition)]
+    return compressed_tensors(ranked, parts, dtype, gram)
 
 
 def stored_bytes(ranked: RankedGroup, dtype: torch.dtype) -> dict[str, int]:

@@ -40,7 +40,7 @@ from tests.support import SHARED
 from tests.support.smollm2 import FOLDER
 
 NAMES = ("stdlib-2m", "stories260K", "smollm2")
-OWN = {"smollm2": {"samples": 512, "gradient_samples": 512, "groups": "separate", "batch_size": 2}}
+OWN = {"smollm2": {"samples": 512, "gradient_samples": 512, "groups": "separate", "step_tokens": 512}}
 WINDOWS = {"smollm2": EVALUATION["wikitext2"][1]}  # of the evaluation text; of others EVALUATION_WINDOWS
 SETTINGS = {**PROTOCOL, "align": None}  # ranks in steps that kernels like, as a user gets them
 BITS = {"int8": 8, "int4": 4}

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from fermisvd.budget import Budget
-from fermisvd.byte_budget import in_type
+from fermisvd.byte_budget import ByteBudget, in_type
 from fermisvd_convert.ahead import workers_beside
 from fermisvd_convert.memory import UNKNOWN, Limits, Passes, Sizes, give_back, memory_of
 from fermisvd_convert.options import ConvertOptions
@@ -55,6 +55,11 @@ class Conversion:
     @property
     def budget(self) -> Budget:
         return in_type(self.options.budget, self.storage)
+
+    @property
+    def bits(self) -> ByteBudget | None:
+        """What is spent on bits once ranks are chosen."""
+        return in_type(self.options.bits, self.storage) if self.options.bits else None
 
     @property
     def length(self) -> int:

@@ -21,6 +21,7 @@ from fermisvd_convert.output import Place, claimed, complete, list_files, move_i
 from fermisvd_convert.places import real_path
 from fermisvd_convert.preflight import check_room, prepare
 from fermisvd_convert.record import GroupRow, Record, group_rows, totals, versions
+from fermisvd_convert.stages.bits import choose_bits
 from fermisvd_convert.stages.calibration import calibrate
 from fermisvd_convert.stages.decomposition import FactorsOf, decompose
 from fermisvd_convert.stages.evaluation import evaluate_compressed, evaluate_dense
@@ -58,6 +59,7 @@ def convert(model: str | Path, out: str | Path, remove: float | None = None, **o
         ranked = join(conversion, ranked, decomposition, taught)
         factors_of = refit_groups(conversion, compressed(ranked), decomposition, taught)
         factors_of = rescale_groups(conversion, compressed(ranked), decomposition, factors_of, taught)
+        ranked = choose_bits(conversion, ranked, factors_of, decomposition)
         with unfinished(place) as folder:
             rows = group_rows(ranked, decomposition.sigma) if distributed.this_process() == 0 else []
             write(conversion, folder, stored_in_groups(ranked), factors_of, decomposition, rows)

@@ -23,7 +23,7 @@ from fermisvd.refit import TRIAL_WINDOWS
 from fermisvd.running import distributed
 from fermisvd.running.blocks import KEPT_ACTIVATIONS, places_back
 from fermisvd.running.halves import HEAD_TOKENS, compared_tokens
-from fermisvd.schemes import Weights
+from fermisvd.schemes import WeightsRule
 from fermisvd_convert.options import ConvertOptions
 
 HIDDEN_BYTES = 2**26  # hidden states held in memory with --max-memory, or a block's bytes, if they are left
@@ -206,7 +206,7 @@ def decomposition_bytes(size: Sizes) -> int:
     return 2 * DOUBLE * size.gram + 6 * FLOAT * size.layer
 
 
-def writing_bytes(size: Sizes, weights: Weights = "auto") -> int:
+def writing_bytes(size: Sizes, weights: WeightsRule = "auto") -> int:
     """Of one group's PivGa form, and of its rounding to a grid."""
     return GAUGE_BYTES * size.layer + (0 if weights == "auto" else GRAMS_TO_ROUND * DOUBLE * size.gram)
 

@@ -61,6 +61,8 @@ def out_bytes(conversion: Conversion, groups: Sequence[LinearGroup]) -> dict[str
 def factors_written(conversion: Conversion, groups: Sequence[LinearGroup]) -> int:
     """Bytes of all factors on the budget, at most, with scales and what packing fills up."""
     size, weights = conversion.storage.itemsize, conversion.options.weights
+    if conversion.bits:
+        return conversion.bits.numbers(groups)
     number = {"auto": size, "int4": 0.5 + size / GROUP_SIZES[-1]}.get(weights, 1)
     beside = 0 if weights == "auto" else sum(2 * group.rows + group.full_rank for group in groups) * (size + 4)
     return int(conversion.budget.parameters(groups) * number) + beside

@@ -19,7 +19,7 @@ from fermisvd.format import checkpoint_config
 from fermisvd.groups import LinearGroup
 from fermisvd.losses import Pair
 from fermisvd.running import distributed
-from fermisvd.storage import compressed_tensors, config_group, stored_bytes
+from fermisvd.storage import config_group, group_tensors, stored_bytes
 from fermisvd_convert.ahead import in_order
 from fermisvd_convert.loading import SourceError
 from fermisvd_convert.memory import give_back
@@ -102,9 +102,7 @@ def write_checkpoint(
             tensor = source.tensor(piece)
             return {piece: tensor.to(dtype) if cast_dense and tensor.is_floating_point() else tensor}
         ranked = ranked_of[piece]
-        parts = (decomposition.weights(ranked.group),) if ranked.stays_dense else factors_of(ranked.group)
-        gram = None if ranked.weights == "auto" else decomposition.gram(ranked.group.source).to(device)
-        tensors = compressed_tensors(ranked, [part.to(device) for part in parts], dtype, gram)
+        tensors = group_tensors(ranked, factors_of, decomposition, dtype, device)
         return {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
 
     own = distributed.own_run(list(shards.items()))

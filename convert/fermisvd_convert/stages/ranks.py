@@ -4,9 +4,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from fermisvd.byte_budget import ByteBudget
-from fermisvd.compress import set_aside
+from fermisvd.compress import RANK_RULES, set_aside
 from fermisvd.dense_choice import CANDIDATES, choose_dense
-from fermisvd.fermigrad import STEP_TOKENS, optimise_ranks
+from fermisvd.fermigrad import optimise_ranks
 from fermisvd.gates import install_gates
 from fermisvd.groups import LinearGroup
 from fermisvd.teacher import Taught
@@ -31,6 +31,8 @@ def choose_ranks(
 ) -> IdealRanks:
     """By the rule that the options name. Raises OptionError for a file that is not what it should be."""
     options = conversion.options
+    if options.ranks in RANK_RULES and conversion.budget.holds_all(groups):
+        return IdealRanks(groups, [group.full_rank for group in groups])
     if options.ranks == "uniform":
         return IdealRanks(groups, conversion.budget.uniform_ranks(groups))
     if options.ranks != "fermigrad":
@@ -49,7 +51,7 @@ def fermigrad_ranks(
     budget = asdict(replace(conversion.budget, align=None))  # of which real ranks know nothing
     if not isinstance(conversion.budget, ByteBudget):  # nor of grids, unless bytes are counted
         del budget["weights"]
-    settings = (budget, options.fermigrad, options.batch_size, options.seed, options.compute, STEP_TOKENS)
+    settings = (budget, options.fermigrad, options.batch_size, options.seed, options.compute)
     stage = conversion.workspace.stage("ranks", decomposition.stage.name, members, windows, *settings)
 
     def make() -> dict:
