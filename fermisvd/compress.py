@@ -15,7 +15,7 @@ from pydantic import BeforeValidator, model_validator
 from torch import nn
 from transformers import PreTrainedModel
 
-from fermisvd.bits import choose_bits
+from fermisvd.bits import check_room_for_bits, choose_bits
 from fermisvd.budget import Budget, Form, RankedGroup, compressed, stored_in_groups
 from fermisvd.byte_budget import ByteBudget, in_type
 from fermisvd.calibration import Grams, OutputGrams, calibration_grams
@@ -157,6 +157,8 @@ def compress(
     work = Compression(model, windows, CompressOptions.named(remove=remove, **options))
     groups = find_groups(work.teacher, work.options.partition)
     work.budget.check(groups)
+    if work.bits:
+        check_room_for_bits(work.budget.ranked(groups, work.budget.uniform_ranks(groups)), work.bits)
     decomposition = calibrate(work, groups)
     ranked = work.budget.ranked(groups, ideal_ranks(work, groups, decomposition))
     if work.options.groups == "auto":
@@ -167,8 +169,8 @@ def compress(
         factors |= refitted(work, ranked, factors, decomposition)
     if work.options.rescales and ranked:
         factors = rescaled(work, ranked, factors, decomposition)
-    if bits := work.options.bits:
-        whole = choose_bits(whole, factors.__getitem__, decomposition, in_type(bits, model.dtype), work.windows.numel())
+    if work.bits:
+        whole = choose_bits(whole, factors.__getitem__, decomposition, work.bits, work.windows.numel())
     stored = stored_in_groups(whole)
     student = with_modules(model, stored, factors, decomposition)
     if work.options.healing.steps and stored:
@@ -202,8 +204,8 @@ def for_passes(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
 
 class Compression:
     """What the steps share: the model, its copy in the type of the passes (teacher), what that makes of the windows,
-    of those to decide on and to train on; the budget. Raises OptionError or StructureError for a model that cannot be
-    compressed."""
+    of those to decide on and to train on; the budgets of ranks and of bits. Raises OptionError or StructureError for a
+    model that cannot be compressed."""
 
     def __init__(self, model: PreTrainedModel, windows: torch.Tensor, options: CompressOptions):
         if getattr(model.config, "quantization_config", None) is not None:
@@ -211,6 +213,7 @@ class Compression:
         check_unshared(model)
         self.model, self.windows, self.options = model, windows, options
         self.budget = in_type(options.budget, model.dtype)
+        self.bits = in_type(options.bits, model.dtype) if options.bits else None
         self.compute = compute_type(options.compute, model.device, width_of(model.config))
         self.teacher = for_passes(model, self.compute)
         self.taught = teach(self.teacher, windows, options.batch_size)

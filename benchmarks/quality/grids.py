@@ -5,7 +5,8 @@
     python -m benchmarks.quality.grids --only smollm2 --work FOLDER    # stages are kept there
 
 Cases are a model in int8, fp8 or int4 as it is (rounded to nearest; with error feedback; that and healed), and factors
-by the default command in each type, at fractions of the parameters removed, healed and not. Perplexity, KL to the dense
+by the default command in each type, at fractions of the parameters removed, healed and not; and int4 and int8 mixed at
+fractions of the bytes. Perplexity, KL to the dense
 model, and bytes of the decoder blocks' linear layers as they are written. Texts and windows are those of
 benchmarks.quality.table, of SmolLM2 those of benchmarks.quality.real on WikiText-2, with groups apart and FermiGrad in
 steps of two windows; Hugging Face's forward dequantises, so activations are exact. Results:
@@ -49,6 +50,7 @@ UNHEALED = {"heal_steps": 0, "refit": False}
 NEAREST, FEEDBACK = "dense, rounded to nearest", "dense, error feedback"
 TYPES = ("auto", "int8", "fp8", "int4")
 REMOVALS = (0.1, 0.2, 0.3, 0.4, 0.5)
+MIXED, MIXED_REMOVAL = (0.25, 0.3, 0.35, 0.4, 0.45), 0.2  # --bytes; and --remove beside it
 
 Made = tuple[PreTrainedModel, int]  # and bytes of the linear layers
 
@@ -97,6 +99,12 @@ def cases(place: Place) -> dict[str, Callable[[], Made]]:
         dense = {"bytes": share, "weights": weights, "ranks": "uniform", "groups": "separate"}
         found[f"{FEEDBACK}, {weights}"] = ours(**dense, **UNHEALED)
         found[f"{FEEDBACK}, healed, {weights}"] = ours(**dense)
+    for share in MIXED:
+        mixed = {"bytes": share, "weights": "mixed"}
+        found[f"bits and ranks, {share} of the bytes"] = ours(**mixed)
+        found[f"bits and ranks, not healed, {share} of the bytes"] = ours(**mixed, **UNHEALED)
+        removed = mixed | {"remove": MIXED_REMOVAL}
+        found[f"bits, {MIXED_REMOVAL:.0%} removed, not healed, {share} of the bytes"] = ours(**removed, **UNHEALED)
     for remove in REMOVALS:
         for weights in TYPES:
             for form in ("pivga", "svd"):

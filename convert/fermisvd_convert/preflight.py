@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from fermisvd.bits import check_room_for_bits
 from fermisvd.compress import RANK_RULES
 from fermisvd.errors import OptionError
 from fermisvd.files import INDEX_NAME, check_name
@@ -111,6 +112,8 @@ def check_room(conversion: Conversion, groups: Sequence[LinearGroup]) -> Convers
     if options.ranks not in RANK_RULES:
         fitted = ranks_from_file(Path(options.ranks), list(groups), options.groups)[0]
     conversion.budget.check(fitted)
+    if conversion.bits:  # ranks that are alike say what FermiGrad's will take
+        check_room_for_bits(conversion.budget.ranked(fitted, conversion.budget.uniform_ranks(fitted)), conversion.bits)
     text, item = conversion.windows.numel(), conversion.compute.itemsize
     size = model_sizes(source.headers, list(groups), source.vocabulary, text, item, conversion.device)
     processes = distributed.process_count()

@@ -75,6 +75,30 @@ def test_another_type_reuses_the_ranks(tiny_llama, text, tmp_path):
     assert json.loads((tmp_path / "int8" / "config.json").read_text())["quantization_config"]["format_version"] == 2
 
 
+def test_bits_are_weighed_once(tiny_llama, text, tmp_path):
+    """Another --bytes finds what each factor loses by fewer bits, and spends more; what is written is on the budget."""
+    options = {**QUICK, "align": 4, "weights": "mixed", "calibration": [str(text)], **CUT}
+    sizes, fine = [], []
+    for kept in (0.15, 0.18):
+        record = convert(tiny_llama, tmp_path / str(kept), 0.3, bytes=kept, **options)
+        groups = validate_checkpoint(tmp_path / str(kept)).groups
+        members = {name for group in groups for name in group.members}
+        headers = read_headers(tmp_path / str(kept)).items()
+        own = [info for name, info in headers if name.rpartition(".")[0] in members and not name.endswith("bias")]
+        sizes.append(sum(info.bytes for info in own))
+        assert sizes[-1] <= kept * 4 * sum(group.parameters_before for group in record.groups)
+        fine.append({(each["group"], factor) for each in record.choices["bits"] for factor in each["fine"]})
+        stored = {
+            (group.name, factor) for group in groups for factor, name in (group.schemes or {}).items() if name == "int8"
+        }
+        assert stored == fine[-1]
+        assert sum(each["kl"] for each in record.choices["bits"]) < sum(
+            each["kl_coarse"] for each in record.choices["bits"]
+        )
+    assert sizes[0] < sizes[1] and len(fine[0]) < len(fine[1])
+    assert len(list((tmp_path / ".fermisvd").rglob("bits-*.json"))) == 1
+
+
 def test_heal_and_inspect(tiny_llama, text, tmp_path):
     """A finished checkpoint is healed through its grid, and stays on it."""
     convert(tiny_llama, tmp_path / "out", 0.3, weights="int8", calibration=[str(text)], **QUICK, **CUT)
