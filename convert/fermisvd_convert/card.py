@@ -69,15 +69,20 @@ def body_lines(record: Record, figure: list[str]) -> list[str]:
     link = f"[{name}](https://huggingface.co/{name})" if "/" in name else name
     revision = record.revision
     weights = settings.get("weights", "auto")
-    numbers = "" if weights == "auto" else f" in {weights}"
+    numbers = {"auto": "", "mixed": " in int4 and int8"}.get(weights, f" in {weights}")
     ranks = {"fermigrad": "FermiGrad"}.get(settings["ranks"], settings["ranks"])
+    how = (
+        f"data-aware SVD of its linear layers with {ranks} ranks ({PAPER}), {settings['form']} form{numbers}, "
+        f"{settings['groups']} groups, {settings['whitening']} whitening"
+    )
+    title = f"{total.removed:.1%} of its linear parameters removed"
+    if all(group.form == "dense" for group in record.groups):
+        how, title = f"its linear layers rounded{numbers} with error feedback", f"its linear layers{numbers}"
     return [
-        f"# {Path(name).name}, {total.removed:.1%} of its linear parameters removed",
+        f"# {Path(name).name}, {title}",
         "",
         f"{link}{f' (revision `{revision}`)' if revision else ''}, compressed by FermiSVD "
-        f"{record.versions['fermisvd']}: data-aware SVD of its linear layers with {ranks} ranks ({PAPER}), "
-        f"{settings['form']} form{numbers}, {settings['groups']} groups, {settings['whitening']} whitening, "
-        f"{settings['heal_steps']} steps of distillation.",
+        f"{record.versions['fermisvd']}: {how}, {settings['heal_steps']} steps of distillation.",
         "",
         "| | before | after |",
         "|---|---|---|",

@@ -50,4 +50,5 @@ def _group_row(group: Group, member_rows: list[int], columns: int) -> GroupRow:
         full_rank=min(rows, columns),
         parameters_before=rows * columns,
         parameters_after=int(factor_parameters(group.rank, rows, columns, group.form)),
+        schemes=group.schemes,
     )

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from fermisvd.budget import RankedGroup
 from fermisvd.errors import FormatError
+from fermisvd.grids import grids_of
 from fermisvd.groups import LinearGroup, Side
 
 NAME = "fermisvd.json"
@@ -39,7 +40,8 @@ class Spectrum(BaseModel):
 
 
 class GroupRow(BaseModel):
-    """A group as it is stored; kept_energy: sum_{j<r} sigma_j^2 / sum_j sigma_j^2."""
+    """A group as it is stored; schemes: the grid of each factor that lies on one; kept_energy: sum_{j<r} sigma_j^2 /
+    sum_j sigma_j^2."""
 
     members: list[str] = Field(min_length=1)
     form: str
@@ -48,6 +50,7 @@ class GroupRow(BaseModel):
     full_rank: int = Field(gt=0)
     parameters_before: int = 0
     parameters_after: int = 0
+    schemes: dict[str, str] | None = None
     kept_energy: float | None = None
     spectrum: Spectrum | None = None
 
@@ -220,6 +223,7 @@ def group_row(ranked: RankedGroup, sigma: np.ndarray) -> RecordedGroup:
         full_rank=group.full_rank,
         parameters_before=group.dense_parameters,
         parameters_after=ranked.parameters,
+        schemes=grids_of(ranked),
         kept_energy=1.0 if ranked.stays_dense else kept_energy(sigma, ranked.rank),
         spectrum=Spectrum(**decimated(sigma)),
     )

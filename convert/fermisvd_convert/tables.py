@@ -28,19 +28,29 @@ def print_groups(rows: Sequence[GroupRow], console: Console) -> None:
     prefix = _common_parent([row.members[0] for row in rows])
     table = Table(title=f"linear layers of {prefix.rstrip('.')}")
     table.add_column("group", overflow="fold")
-    for column in ("form", "side"):
+    on_grids = any(row.schemes for row in rows)
+    for column in ("form", "side", *(["numbers"] if on_grids else [])):
         table.add_column(column)
     for column in ("rank", "of", "before", "after"):
         table.add_column(column, justify="right")
     for row in rows:
         counts = (f"{row.parameters_before:,}", f"{row.parameters_after:,}")
         side = row.side if row.form == "pivga" else ""
-        table.add_row(short_name(row.members, prefix), row.form, side, str(row.rank), str(row.full_rank), *counts)
+        numbers = [numbers_of(row.schemes)] if on_grids else []
+        ranks = (str(row.rank), str(row.full_rank))
+        table.add_row(short_name(row.members, prefix), row.form, side, *numbers, *ranks, *counts)
     total = totals(rows)
     counts = (f"{total.parameters_before:,}", f"{total.parameters_after:,}")
     table.add_section()
-    table.add_row("total", "", f"-{total.removed:.2%}", "", "", *counts)
+    table.add_row("total", "", f"-{total.removed:.2%}", *([""] if on_grids else []), "", "", *counts)
     console.print(table)
+
+
+def numbers_of(schemes: Mapping[str, str] | None) -> str:
+    """int8; or the grid of each factor, where they differ."""
+    if not schemes or len(set(schemes.values())) == 1:
+        return next(iter(schemes.values())) if schemes else ""
+    return ", ".join(f"{factor} {scheme}" for factor, scheme in schemes.items())
 
 
 def left_dense_lines(left_dense: dict[str, int]) -> list[str]:

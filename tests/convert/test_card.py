@@ -2,14 +2,17 @@ import logging
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
+from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from fermisvd_convert.card import name_repository, write_card
 from fermisvd_convert.convert import convert
 from fermisvd_convert.record import Record, read_record
+from fermisvd_convert.tables import print_groups
 from fermisvd_convert.text import recorded_names
 
 PNG = b"\x89PNG"
@@ -129,3 +132,16 @@ def test_calibration_names_tell_nothing_of_the_machine(tmp_path):
     (tmp_path / "a.txt").write_text("x")
     given = [f"{tmp_path}/a.txt@3", str(tmp_path), "lab/set:config@2"]
     assert recorded_names(given) == ["a.txt@3", tmp_path.name, "lab/set:config@2"]
+
+
+def test_a_model_that_is_only_rounded(tiny_llama, tmp_path):
+    """Nothing is factorised: the card speaks of bits, and so does the table."""
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"def f{i}(x):\n    return x * {i}\n\n" for i in range(300)))
+    options: dict[str, Any] = {"samples": 8, "sequence_length": 32, "heal_steps": 0, "refit": False, "weights": "int8"}
+    record = convert(tiny_llama, tmp_path / "out", bytes=0.4, calibration=[str(text)], **options)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "its linear layers in int8\n" in card and "rounded in int8 with error feedback" in card
+    assert "SVD of its" not in card and "0.0%" not in card
+    print_groups(record.groups, console := Console(record=True, width=200))
+    assert console.export_text().count("int8") == len(record.groups)

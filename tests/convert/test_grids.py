@@ -95,6 +95,7 @@ def test_bits_are_weighed_once(tiny_llama, text, tmp_path):
         assert sum(each["kl"] for each in record.choices["bits"]) < sum(
             each["kl_coarse"] for each in record.choices["bits"]
         )
+        assert inspect_checkpoint(tmp_path / str(kept)).as_dict()["groups"][0]["schemes"] == groups[0].schemes
     assert sizes[0] < sizes[1] and len(fine[0]) < len(fine[1])
     assert len(list((tmp_path / ".fermisvd").rglob("bits-*.json"))) == 1
 
