@@ -1,19 +1,23 @@
 """Checkpoints of a shape and no weights: config.json and a tokenizer, to be served with --load-format dummy.
 
 Dense, svd and pivga of one shape share their ranks: uniform ones that remove the given fraction in svd form, one group
-for each fused layer. So svd is smaller than dense by that fraction, and pivga smaller still.
+for each fused layer. So svd is smaller than dense by that fraction, and pivga smaller still. In few bits dense is what
+vLLM itself serves: a checkpoint of compressed-tensors on the same grid.
 """
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any, Literal
 
 from transformers import LlamaConfig
 
-from fermisvd.budget import Budget, Form, group_parameters
-from fermisvd.format import CheckpointConfig, Group
+from fermisvd.budget import Budget, Form, RankedGroup
+from fermisvd.format import checkpoint_config
 from fermisvd.groups import LinearGroup, Side
+from fermisvd.schemes import Weights, scheme_for
+from fermisvd.storage import config_group
 from tests.support import DEMO_MODEL
 
 FORMS = ("dense", "svd", "pivga")
@@ -71,7 +75,9 @@ def ranks_of(groups: list[LinearGroup], remove: float, align: int | None = None)
     return budget.ranks(groups, budget.uniform_ranks(groups))
 
 
-def write_folder(folder: Path, name: str, form: Form | Literal["dense"], remove: float) -> dict[str, int]:
+def write_folder(
+    folder: Path, name: str, form: Form | Literal["dense"], remove: float, weights: Weights = "auto"
+) -> dict[str, int]:
     """A folder that vLLM takes for the checkpoint of that shape and form. Returns the parameters that every token is
     multiplied by: `layers`, the decoder blocks' linear layers, and `head`."""
     shape, groups = SHAPES[name], groups_of(SHAPES[name])
@@ -81,14 +87,18 @@ def write_folder(folder: Path, name: str, form: Form | Literal["dense"], remove:
     config["architectures"] = ["LlamaForCausalLM"]
     layers = sum(group.dense_parameters for group in groups)
     if form != "dense":
-        ranks = ranks_of(groups, remove)
-        entries = tuple(
-            Group(members=g.members, form=form, side=g.side if form == "pivga" else None, rank=r)
-            for g, r in zip(groups, ranks, strict=True)
-        )
-        checkpoint = CheckpointConfig(groups=entries)
-        config["quantization_config"] = checkpoint.model_dump(mode="json")
-        layers = int(sum(group_parameters(g, r, form) for g, r in zip(groups, ranks, strict=True)))
+        ranked = [RankedGroup(g, r, form, weights) for g, r in zip(groups, ranks_of(groups, remove), strict=True)]
+        checkpoint = checkpoint_config([config_group(each) for each in ranked], {})
+        config["quantization_config"] = checkpoint.model_dump(mode="json", exclude_none=True)
+        layers = sum(each.parameters for each in ranked)
+    elif grid := scheme_for(weights, math.gcd(shape["hidden_size"], shape["intermediate_size"])):
+        config["quantization_config"] = {
+            "quant_method": "compressed-tensors",
+            "quantization_status": "compressed",
+            "format": grid.format,
+            "config_groups": {"group_0": grid.described()},
+            "ignore": ["lm_head"],
+        }
     (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
     for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         shutil.copy(DEMO_MODEL / file, folder)

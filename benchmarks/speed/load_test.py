@@ -2,13 +2,16 @@
 
     python -m benchmarks.speed.load_test wide --remove 0.4     # a shape of benchmarks/shapes.py, dummy weights
     python -m benchmarks.speed.load_test llama-3.1-8b --concurrent 1 16 64 256 --serve="--gpu-memory-utilization 0.3"
+    python -m benchmarks.speed.load_test wide --remove 0.4 --weights int8      # all three in int8
     python -m benchmarks.speed.load_test DENSE SVD PIVGA       # three checkpoints
 
 All three servers are up at once and asked in turn by `vllm bench serve`, case by case and repetition by repetition, so
 that a noisy minute hits all of them; figures are medians, ratios are to dense in the same repetition. It is checked
 that each server holds just the numbers that its ranks say. All are served in the type that the machine is fast at,
 unless --serve gives another --dtype. With --offline, `vllm bench throughput` and `latency` come first, an engine at a
-time. Results: benchmarks/results/load-NAME-REMOVE.json, from which `make results` writes docs/results.md.
+time. With --weights dense is a checkpoint of compressed-tensors; give --serve="--dtype bfloat16" then, which all of
+vLLM's kernels for few bits take. Results: benchmarks/results/load-NAME-REMOVE.json, with -WEIGHTS at the end if need
+be, from which `make results` writes docs/results.md.
 """
 
 import argparse
@@ -26,6 +29,7 @@ from collections.abc import Iterable
 from contextlib import ExitStack, redirect_stdout, suppress
 from math import prod
 from pathlib import Path
+from typing import get_args
 
 import psutil
 import torch
@@ -35,6 +39,7 @@ from benchmarks.records import command_line, new_record, vllm_versions, write_re
 from benchmarks.shapes import FORMS, SHAPES, write_folder
 from fermisvd.files import read_headers
 from fermisvd.precision import multiplies_bfloat16
+from fermisvd.schemes import Weights
 from fermisvd_convert.source import TORCH_TYPES
 from tests.support import DEMO_MODEL
 from tests.support.server import VLLM, Server, serve
@@ -154,15 +159,15 @@ def number_in(log: Path, pattern: re.Pattern) -> int | None:
     return int(found[1].replace(",", "")) if found else None
 
 
-def weight_memory(folder: Path, log: Path, about: dict, item: int) -> dict[str, int | str]:
+def weight_memory(folder: Path, log: Path, about: dict, item: int, of_layers: float) -> dict[str, int | str]:
     """What vLLM says that the weights take; where it says nothing, as on a CPU, what files or shape make of them.
-    item: bytes of a number as it is served."""
+    item, of_layers: bytes of a number as it is served, and of one of the layers; scales are not counted."""
     if said := WEIGHT_MEMORY.search(log.read_text()):
         return {"weight_bytes": int(float(said[1]) * 2**30), "weights_from": "measured by vLLM"}
     if files := sum(file.stat().st_size for file in folder.glob("*.safetensors")):
         return {"weight_bytes": files, "weights_from": "of the files"}
-    numbers = about["layers"] + 2 * about["head"]  # embedding and head are of one size
-    return {"weight_bytes": item * numbers, "weights_from": "computed"}
+    size = of_layers * about["layers"] + item * 2 * about["head"]  # embedding and head are of one size
+    return {"weight_bytes": int(size), "weights_from": "computed"}
 
 
 def numbers_of(folder: Path) -> dict[str, int]:
@@ -200,7 +205,7 @@ def measure(arguments: argparse.Namespace) -> None:
                 name, about[form] = folders["dense"].name, dict(numbers_of(folders[form]))
             else:
                 folders[form] = scratch / form
-                about[form] = dict(write_folder(folders[form], name, form, arguments.remove))
+                about[form] = dict(write_folder(folders[form], name, form, arguments.remove, arguments.weights))
         if len(arguments.model) == 1:
             serve_options = ["--load-format", "dummy", *serve_options]
         if "--dtype" not in arguments.serve:
@@ -222,11 +227,14 @@ def measure(arguments: argparse.Namespace) -> None:
             expected = about[form]["layers"] if len(arguments.model) == 1 else None  # of folders some may be dense
             about[form]["low_rank_numbers"] = check_held(form, log, expected)
             about[form]["kv_cache_tokens"] = number_in(log, KV_TOKENS)
-            about[form] |= weight_memory(folders[form], log, about[form], 4 if "float32" in serve_options else 2)
+            item = 4 if "float32" in serve_options else 2
+            of_layers = {"auto": item, "int4": 0.5}.get(arguments.weights, 1)
+            about[form] |= weight_memory(folders[form], log, about[form], item, of_layers)
             print(form, about[form], flush=True)
         record["kept_apart"] = keep_apart(servers.values())  # all are up: those started later would inherit the cores
         todo = cases(arguments.concurrent, arguments.prefill, arguments.requests, arguments.decode_only)
         title = f"load-{name}" if len(arguments.model) == 3 else f"load-{name}-{arguments.remove}"
+        title += "" if arguments.weights == "auto" else f"-{arguments.weights}"
         record |= {"models": about, "runs": runs}
         latest: dict[tuple[str, str], dict] = {}
         for repeat in range(-1, arguments.repeats):  # the first round warms up: compiles, prepacks, fills caches
@@ -264,6 +272,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("model", nargs="*", help=f"one of {', '.join(SHAPES)}, or three folders: dense, svd, pivga")
     parser.add_argument("--remove", type=float, default=0.4)
+    parser.add_argument("--weights", choices=get_args(Weights), default="auto")
     parser.add_argument("--concurrent", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--prefill", type=int, default=2048)
     parser.add_argument("--requests", type=int, default=2, help="requests of each client")
@@ -283,6 +292,8 @@ if __name__ == "__main__":
     for folder in () if shape else arguments.model:
         if not Path(folder, "config.json").is_file():
             parser.error(f"{folder}: no config.json there")
+    if arguments.weights != "auto" and not shape:
+        parser.error("--weights: of a shape; checkpoints have theirs")
     if "tensor-parallel" in arguments.serve:
         parser.error("what a server holds is checked for one rank only: no tensor parallelism here")
     measure(arguments)

@@ -18,7 +18,7 @@ LENGTH = 10
 FORMS = ["pivga", "svd"]
 
 
-def save_adapter(model, folder, rank=4, alpha=8):
+def save_adapter(model, folder, rank=4, alpha: float = 8):
     """A random LoRA adapter in PEFT's files on all linear layers; merges it into `model`."""
     torch.manual_seed(1)
     tensors, kinds = {}, set()

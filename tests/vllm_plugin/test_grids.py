@@ -47,16 +47,16 @@ DTYPES = {"int8": [torch.float32, torch.bfloat16], "fp8": [torch.float32, torch.
 CASES = [(weights, dtype) for weights, dtypes in DTYPES.items() for dtype in dtypes]
 
 
-def make_group(members, form, side, rank, weights, dtype) -> tuple[Group, dict[str, torch.Tensor]]:
-    """A group on grids and its tensors, named as in a checkpoint."""
+def make_group(members, form, side, rank, weights, dtype, own=()) -> tuple[Group, dict[str, torch.Tensor]]:
+    """A group on grids and its tensors, named as in a checkpoint. own: factors on another grid."""
     rows = tuple(ROWS[name] for name in members)
     group = LinearGroup(tuple(f"m.{name}" for name in members), rows, HIDDEN, side, f"m.{members[0]}")
     x = torch.randn(300, HIDDEN, dtype=torch.float64)
     if form == "dense":
-        ranked, parts = RankedGroup(group, group.full_rank, "pivga", weights), [torch.randn(sum(rows), HIDDEN)]
+        ranked, parts = RankedGroup(group, group.full_rank, "pivga", weights, own), [torch.randn(sum(rows), HIDDEN)]
     else:
         parts = [torch.randn(sum(rows), rank), torch.randn(rank, HIDDEN)]
-        ranked = RankedGroup(group, rank, form, weights)
+        ranked = RankedGroup(group, rank, form, weights, own)
     return config_group(ranked), compressed_tensors(ranked, parts, dtype, x.T @ x)
 
 
@@ -140,6 +140,45 @@ def test_row_parallel_layer_and_reload(form, weights, dtype):
         layer.quant_method.create_weights(
             layer, HIDDEN, [ROWS["o_proj"]], HIDDEN, ROWS["o_proj"], dtype
         )  # as a reload finds it
+
+
+def loaded(made, dtype):
+    """A fused layer of these groups, and the matrix that they stand for."""
+    layer, dense = make_layer("qkv_proj", [group for group, _ in made], dtype=dtype), {}
+    for group, part in made:
+        load(layer, part)
+        rows = [ROWS[name.removeprefix("m.")] for name in group.members]
+        dense |= zip(group.members, dense_of(group, part).split(rows), strict=True)
+    layer.quant_method.process_weights_after_loading(layer)
+    return layer, torch.cat([dense[f"m.{name}"] for name in QKV])
+
+
+@pytest.mark.parametrize(
+    "fine", [("skeleton",), ("interpolation",), ("lowrank_a",), ("lowrank_b",)], ids=lambda fine: fine[0]
+)
+def test_factors_of_two_types(fine):
+    """int8 for one factor of q, int4 for the other; k dense in int4, v in int8."""
+    form, dtype = "svd" if fine[0].startswith("lowrank") else "pivga", torch.bfloat16
+    layer, weight = loaded(
+        [
+            make_group(["q_proj"], form, "columns", 24, "int4", dtype, own=((fine[0], "int8"),)),
+            make_group(["k_proj"], "dense", "columns", 0, "int4", dtype),
+            make_group(["v_proj"], "dense", "columns", 0, "int4", dtype, own=(("matrix", "int8"),)),
+        ],
+        dtype,
+    )
+    check_forward(layer, weight, TOLERANCE["int8"], dtype)
+
+
+@pytest.mark.parametrize("alike", [QKV, ["q_proj", "v_proj"], ["k_proj", "v_proj"]])
+def test_dense_matrices_on_one_grid_are_one_product(alike):
+    dtype = torch.bfloat16
+    made = [make_group([name], "dense", "columns", 0, "int8" if name in alike else "int4", dtype) for name in QKV]
+    layer, weight = loaded(made, dtype)
+    check_forward(layer, weight, TOLERANCE["int8"], dtype)
+    assert sorted(part.second.rows for part in layer.quant_method.parts) == sorted(
+        [sum(ROWS[name] for name in alike), *(ROWS[name] for name in QKV if name not in alike)]
+    )
 
 
 def test_dense_member_beside_grids():

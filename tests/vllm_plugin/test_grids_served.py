@@ -14,15 +14,19 @@ from fermisvd import modules
 from fermisvd.files import read_headers
 from fermisvd.format import validate_checkpoint
 from fermisvd.hf import load_model
+from fermisvd.linear import linear_layer
+from tests.support.reference import assert_agrees, greedy
+from tests.vllm_plugin.test_engine_modes import save_adapter
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
 # KL(Hugging Face || vLLM), nats a token, of activations in 8 bits, in e4m3's 3 bits behind the first, in bfloat16's 7
-ROUNDED = {"int8": 6e-3, "fp8": 6e-2, "int4": 3e-3}
+ROUNDED = {"int8": 6e-3, "fp8": 6e-2, "int4": 3e-3, "mixed": 6e-3}
 # With the same rounding. Where a value falls the other way, as sums in another order make it, the layers behind round
 # another way too: what is left is a part of what rounding changes.
 SAME = 0.4
-FOLDERS = [("pivga", "int8"), ("svd", "int8"), ("pivga", "fp8"), ("pivga", "int4")]
+FOLDERS = [("pivga", "int8"), ("svd", "int8"), ("pivga", "fp8"), ("pivga", "int4"), ("pivga", "mixed")]
+BFLOAT16 = ("int4", "mixed")  # a CPU has no kernel for int4 in float32
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +46,8 @@ def folders(demo_model, demo_text, tmp_path_factory):
             ranks="uniform",
             heal_steps=4,
             align=1,
-            dtype="bfloat16" if weights == "int4" else "float32",
+            dtype="bfloat16" if weights in BFLOAT16 else "float32",
+            bytes=0.32 if weights == "mixed" else None,
             calibration=[str(demo_text["calibration"])],
             samples=32,
             sequence_length=128,
@@ -73,8 +78,12 @@ def rounding_linear(weights):
 
 
 def distributions(folder, prompts) -> list[torch.Tensor]:
+    """Of a folder's model."""
+    return of_model(load_model(folder), prompts)
+
+
+def of_model(model, prompts) -> list[torch.Tensor]:
     """Log-probabilities behind each token of each prompt."""
-    model = load_model(folder)
     with torch.no_grad():
         logits = [model(torch.tensor([ids])).logits[0, :-1] for ids in prompts]
     return [each.float().log_softmax(-1) for each in logits]
@@ -86,7 +95,7 @@ def expected(folders, prompts):
     found = {}
     for key, folder in folders.items():
         found[key] = distributions(folder, prompts)
-        if key[1] != "int4":
+        if key[1] not in BFLOAT16:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(modules, "functional", SimpleNamespace(linear=rounding_linear(key[1])))
                 found[*key, "rounded"] = distributions(folder, prompts)
@@ -98,32 +107,60 @@ ENGINES = {
     "int8 compiled": ("pivga", "int8", {}),
     "int8 strict": ("pivga", "int8", {"enforce_eager": True, "load_format": "fermisvd"}),
     "int8 svd": ("svd", "int8", {"enforce_eager": True}),
+    "int8 lora": ("pivga", "int8", {"enforce_eager": True, "enable_lora": True, "max_lora_rank": 8}),
+    "int8 dummy": ("pivga", "int8", {"enforce_eager": True, "load_format": "dummy"}),
+    "int4 dummy": ("pivga", "mixed", {"enforce_eager": True, "load_format": "dummy", "dtype": "bfloat16"}),
     "int8 bfloat16": ("pivga", "int8", {"enforce_eager": True, "dtype": "bfloat16"}),
     "fp8": ("pivga", "fp8", {"enforce_eager": True}),
     "int4 bfloat16": ("pivga", "int4", {"enforce_eager": True, "dtype": "bfloat16"}),
+    "mixed": ("pivga", "mixed", {"enforce_eager": True, "dtype": "bfloat16"}),
+    "mixed compiled": ("pivga", "mixed", {"dtype": "bfloat16"}),
     "int4 float32": ("pivga", "int4", {"enforce_eager": True}),
 }
 
 
 @pytest.fixture(scope="module")
-def served(folders, prompts, run_engines):
+def lora(folders, demo_model, prompts, tmp_path_factory):
+    """An adapter's folder, and the distributions of what the int8 checkpoint stands for with it merged, and without."""
+    dense, ours = load_model(demo_model), load_model(folders["pivga", "int8"])
+    for name, layer in ours.named_modules():
+        if isinstance(layer, modules.CompressedLinear):
+            linear_layer(dense, name).weight.data = layer(torch.eye(layer.in_features)).detach().T
+    plain = of_model(dense, prompts)
+    folder = save_adapter(dense, tmp_path_factory.mktemp("lora") / "adapter", alpha=0.1)
+    return folder, of_model(dense, prompts), plain
+
+
+OTHERS = ("int8 lora", "int8 dummy", "int4 dummy", "int4 float32")  # whose distributions are not the folder's
+
+
+@pytest.fixture(scope="module")
+def served(folders, prompts, run_engines, lora, demo_model):
     tasks = []
     for form, weights, options in ENGINES.values():
         engine = {"model": str(folders[form, weights]), "max_logprobs": -1, **options}
         tasks.append({"engine": engine, "prompts": prompts, "max_tokens": 2, "distributions": True})
-    reload = str(folders["pivga", "int8"])
-    tasks[0]["reload"] = reload
-    return dict(zip(ENGINES, run_engines(tasks), strict=True))
+    tasks[0]["reload"] = str(folders["pivga", "int8"])
+    tasks[list(ENGINES).index("int8 lora")]["lora"] = str(lora[0])
+    parent = {"model": str(demo_model), "enforce_eager": True, "disable_log_stats": False}
+    draft = {"method": "draft_model", "model": str(folders["pivga", "int8"]), "num_speculative_tokens": 3}
+    tasks.append({"engine": parent | {"speculative_config": draft}, "prompts": prompts, "max_tokens": 24})
+    tasks[-1]["metrics"] = True
+    return dict(zip([*ENGINES, "draft"], run_engines(tasks), strict=True))
 
 
 @pytest.fixture(scope="module")
 def served_by_two(folders, prompts, run_engines):
     """Tensor parallel."""
     tasks = []
-    for key in (("pivga", "int8"), ("svd", "int8")):
+    for key in FOLDERS:
         engine = {"model": str(folders[key]), "max_logprobs": -1, "tensor_parallel_size": 2, "enforce_eager": True}
+        if key[1] in BFLOAT16:
+            engine["dtype"] = "bfloat16"
         tasks.append({"engine": engine, "prompts": prompts, "max_tokens": 2, "distributions": True})
-    return dict(zip(("pivga", "svd"), run_engines(tasks, VLLM_CPU_OMP_THREADS_BIND="0|1"), strict=True))
+    stages = {"model": str(folders["pivga", "int8"]), "pipeline_parallel_size": 2, "enforce_eager": True}
+    tasks.append({"engine": stages | {"max_logprobs": -1}, "prompts": prompts, "max_tokens": 2, "distributions": True})
+    return dict(zip([*FOLDERS, "stages"], run_engines(tasks, VLLM_CPU_OMP_THREADS_BIND="0|1"), strict=True))
 
 
 def divergence(result: dict, expected: list[torch.Tensor]) -> float:
@@ -133,7 +170,7 @@ def divergence(result: dict, expected: list[torch.Tensor]) -> float:
     return kl_div(ours, torch.cat(expected), log_target=True, reduction="batchmean").item()
 
 
-@pytest.mark.parametrize("name", [name for name in ENGINES if name != "int4 float32"])
+@pytest.mark.parametrize("name", [name for name in ENGINES if name not in OTHERS])
 def test_distributions_are_hugging_faces(served, expected, name):
     form, weights, _ = ENGINES[name]
     assert divergence(served[name], expected[form, weights]) < ROUNDED[weights]
@@ -154,10 +191,35 @@ def test_reload(served, expected):
     check_rounded(served["int8"]["reloaded"], expected, "pivga", "int8")
 
 
-@pytest.mark.parametrize("form", ["pivga", "svd"])
-def test_two_processes(served_by_two, expected, form):
+@pytest.mark.parametrize("key", FOLDERS, ids="-".join)
+def test_two_processes(served_by_two, expected, key):
     """Each rounds its own inputs of a row-parallel layer by a scale of its own, so the rounding is another one."""
-    assert divergence(served_by_two[form], expected[form, "int8"]) < ROUNDED["int8"]
+    assert divergence(served_by_two[key], expected[key]) < ROUNDED[key[1]]
+
+
+def test_two_stages(served_by_two, expected):
+    check_rounded(served_by_two["stages"], expected, "pivga", "int8")
+
+
+def test_lora(served, lora):
+    """An adapter that changes the model much more than the rounding does."""
+    _, merged, plain = lora
+    assert divergence(served["int8 lora"], merged) < ROUNDED["int8"]
+    assert divergence(served["int8 lora"], plain) > 5 * ROUNDED["int8"]
+
+
+@pytest.mark.parametrize("name", ["int8 dummy", "int4 dummy"])
+def test_dummy_weights(served, name):
+    assert "error" not in served[name], served[name]["error"]
+    assert all(len(tokens) == 2 for tokens in served[name]["tokens"])
+
+
+def test_draft(served, demo_model, prompts):
+    """A draft in int8 of its dense parent, whose own greedy tokens are served."""
+    parent = load_model(demo_model)
+    assert_agrees(served["draft"], [greedy(parent, ids, 24) for ids in prompts])
+    drafts, accepted = (served["draft"]["metrics"][f"vllm:spec_decode_num_{x}"] for x in ("drafts", "accepted_tokens"))
+    assert accepted > 2 * drafts, "a draft with 10 % removed is right more often than twice in three tokens"
 
 
 def test_no_kernel_says_what_to_do(served):
@@ -177,4 +239,6 @@ def test_folders(folders):
             info.bytes for info in stored if info.dtype in ("I8", "F8_E4M3", "I32") and "perm" not in info.name
         )
         scales = sum(info.bytes for info in stored if info.name.endswith("_scale"))
-        assert scales < (0.2 if weights == "int4" else 0.06) * numbers
+        assert scales < (0.2 if weights in BFLOAT16 else 0.06) * numbers
+        kinds = {scheme.partition("_")[0] for group in config.groups for scheme in (group.schemes or {}).values()}
+        assert kinds == ({"int4", "int8"} if weights == "mixed" else {weights})

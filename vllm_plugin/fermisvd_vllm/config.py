@@ -113,7 +113,7 @@ class FermiSVDConfig(QuantizationConfig):
         """
         if self.model_checked:
             return
-        claimed = {part.group.name for method in self.layers.values() for part in method.parts if part.group}
+        claimed = {name for method in self.layers.values() for name in method.member_names}
         unclaimed = [group.name for group in self.checkpoint.groups if group.name not in claimed]
         stages = self.vllm_config.parallel_config.pipeline_parallel_size
         if unclaimed and (stages == 1 or not claimed):  # a pipeline stage has some of the layers

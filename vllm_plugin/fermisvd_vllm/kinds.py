@@ -46,4 +46,21 @@ def parts_of(member_names: Sequence[str], groups: Mapping[str, Group], layer: st
             raise FormatError(f"group {group.name}: {strangers[0]} is no part of {layer}, the layer vLLM fuses it into")
         if group.name not in parts:
             parts[group.name] = part_of([position[member] for member in group.members], group)
-    return list(parts.values()) if any(part.group for part in parts.values()) else None
+    return one_product(list(parts.values())) if any(part.group for part in parts.values()) else None
+
+
+def one_product(parts: Sequence[Part]) -> list[Part]:
+    """The parts, dense matrices on one grid being one part: one product, of an input that is rounded once."""
+    found: dict[object, list[Part]] = {}
+    for part in parts:
+        grid = tuple((part.group.schemes or {}).items()) if part.group and part.group.form == "dense" else None
+        found.setdefault(grid or part, []).append(part)
+    return [alike[0] if len(alike) == 1 else _joined(alike) for alike in found.values()]
+
+
+def _joined(parts: Sequence[Part]) -> Part:
+    """One part for the members of several dense groups on one grid."""
+    group = parts[0].group
+    assert group is not None
+    members = sorted(member for part in parts for member in part.members)
+    return part_of(members, group)
