@@ -81,6 +81,11 @@ class Group(BaseModel):
             return {factor: (rows, columns)}
         return SCHEMES[self.schemes[factor]].shapes(factor, rows, columns)
 
+    def names(self) -> set[str]:
+        """Last parts of the names of tensors that a member may have, biases included."""
+        of_factors = {name for factor in FACTORS[self.form] for name in self.tensors(factor, 1, 1)}
+        return of_factors | {"bias", WEIGHT} | ({PERMUTATION} if self.form == "pivga" else set())
+
     def types(self, tensor: str) -> set[str]:
         """What a tensor of the group may be, by the last part of its name, in safetensors' words."""
         dtype = self.type_of(tensor)
@@ -122,6 +127,8 @@ class CheckpointConfig(BaseModel):
         used = {scheme for group in self.groups for scheme in (group.schemes or {}).values()}
         if self.format_version == FORMAT_VERSION and (used or self.schemes is not None):
             raise ValueError(f"schemes belong to format_version {GRID_VERSION}")
+        if self.format_version == GRID_VERSION and not used:
+            raise ValueError(f"format_version {GRID_VERSION} has schemes, and no group has any")
         if (found := set(self.schemes or {})) != used:
             raise ValueError(f"schemes describe {sorted(found)}, the groups have {sorted(used)}")
         for name, described in (self.schemes or {}).items():
@@ -306,6 +313,11 @@ def check_headers(config: CheckpointConfig, headers: Mapping[str, TensorInfo], f
     """Raises FormatError if a tensor of a group, or one that provenance lists as dense, is not there as described."""
     for group in config.groups:
         check_group_headers(group, headers, folder)
+    group_of = config.group_of()
+    for name in headers:
+        member, _, last = name.rpartition(".")
+        if (group := group_of.get(member)) and last not in group.names():
+            raise FormatError(f"{headers[name].file}: {name}: group {group.name} has no such tensor; {MEND}")
     for name in config.provenance.get("dense_tensors", []):
         if name not in headers:
             raise FormatError(f"{folder}: {name}: missing from the checkpoint; {MEND}")
@@ -366,8 +378,7 @@ def shape_in(headers: Mapping[str, TensorInfo], tensor: str, dimensions: int, fo
 def check_group_headers(group: Group, headers: Mapping[str, TensorInfo], folder: Path) -> None:
     """Raises FormatError if a tensor of the group is missing or its shape or type is not what the config says."""
     rows, columns = stacked_shape(group, headers, folder)
-    expected = expected_tensors(group, rows, columns)
-    for name, shape in expected.items():
+    for name, shape in expected_tensors(group, rows, columns).items():
         if shape_in(headers, name, len(shape), folder) != shape:
             raise FormatError(
                 f"{headers[name].file}: {name}: shape {headers[name].shape}, "

@@ -146,6 +146,18 @@ FAULTS = {  # weights, what is broken, words of the message
         lambda f: edit_config(f, lambda c: c["quantization_config"].update(format_version=1)),
         ("format_version 2",),
     ),
+    "version 2 without schemes": (
+        "int8",
+        lambda f: edit_config(f, lambda c: c["quantization_config"].update(groups=[], schemes={})),
+        ("no group has any",),
+    ),
+    "numbers twice": (
+        "int8",
+        lambda f: edit_tensors(
+            f, lambda t: t.update({f"{_first(t, 'interpolation')}_packed": torch.zeros(2, 2, dtype=torch.int32)})
+        ),
+        ("interpolation_packed", "no such tensor"),
+    ),
     "no description": (
         "int8",
         lambda f: edit_config(f, lambda c: c["quantization_config"].pop("schemes")),

@@ -5,6 +5,7 @@ import torch
 
 pytest.importorskip("vllm")
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.linear import RowParallelLinear
 
 from fermisvd.budget import RankedGroup
 from fermisvd.errors import FormatError
@@ -21,6 +22,7 @@ from tests.vllm_plugin.test_linear import (
     make_layer,
     vllm_config,  # noqa: F401
 )
+from tests.vllm_plugin.test_tensor_parallel import method_in_process
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -179,6 +181,43 @@ def test_dense_matrices_on_one_grid_are_one_product(alike):
     assert sorted(part.second.rows for part in layer.quant_method.parts) == sorted(
         [sum(ROWS[name] for name in alike), *(ROWS[name] for name in QKV if name not in alike)]
     )
+
+
+def process_of_two(tp_rank, columns, form, weights, dtype):
+    """A row-parallel layer's method in one of two processes, the layer, its inputs there, and the dense matrix."""
+    group = LinearGroup(("m.o_proj",), (ROWS["o_proj"],), columns, "rows", "m.o_proj")
+    torch.manual_seed(0)
+    x, rank = torch.randn(300, columns, dtype=torch.float64), 21
+    parts = [torch.randn(ROWS["o_proj"], rank), torch.randn(rank, columns)]
+    product = parts[0] @ parts[1]
+    ranked = RankedGroup(group, rank, form, weights)
+    if form == "dense":
+        ranked, parts = RankedGroup(group, group.full_rank, "pivga", weights), [product]
+    tensors = compressed_tensors(ranked, parts, dtype, x.T @ x)
+    local = columns // 2
+    made = config_group(ranked)
+    method, layer = method_in_process(
+        RowParallelLinear, tp_rank, 2, ["m.o_proj"], made, tensors, local, [ROWS["o_proj"]], None, columns, dtype
+    )
+    return method, layer, x[:7].to(dtype)[:, tp_rank * local :][:, :local], x[:7], product
+
+
+@pytest.mark.parametrize(("weights", "dtype"), CASES)
+@pytest.mark.parametrize("form", ["svd", "pivga", "dense"])
+def test_shares_of_two_processes_add_up(form, weights, dtype):
+    """Reference: the product before rounding, which int4 leaves by a tenth."""
+    shares = []
+    for tp_rank in range(2):
+        method, layer, own, x, product = process_of_two(tp_rank, 256, form, weights, dtype)
+        shares.append(method.apply(layer, own).double())
+    expected = x @ product.double().T
+    assert (sum(shares) - expected).norm() < (0.2 if weights == "int4" else 0.1) * expected.norm()
+
+
+def test_inputs_of_a_group_are_of_one_process():
+    """192 inputs share scales by 64; the half of them is no whole number of groups."""
+    with pytest.raises(FormatError, match=r"lowrank_b_scale: 96 inputs of a process.*--weights int8"):
+        process_of_two(0, 192, "svd", "int4", torch.bfloat16)
 
 
 def test_dense_member_beside_grids():

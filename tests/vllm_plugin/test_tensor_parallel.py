@@ -42,8 +42,22 @@ def make_group(members, rows, form, side, columns=COLUMNS):
     return group, tensors, dense_product(gauge)
 
 
-def method_in_process(kind, tp_rank, tp_size, members, group, tensors, columns, rows, shard_ids, **attributes):
-    """The linear method of one process with its weights loaded, and the layer that holds them."""
+def method_in_process(
+    kind,
+    tp_rank,
+    tp_size,
+    members,
+    group,
+    tensors,
+    columns,
+    rows,
+    shard_ids,
+    inputs=COLUMNS,
+    dtype=torch.float32,
+    **attributes,
+):
+    """The linear method of one process with its weights loaded, and the layer that holds them. inputs: of the whole
+    layer."""
     layer = kind.__new__(kind)
     nn.Module.__init__(layer)
     attributes = {"output_sizes": [tp_size * m for m in rows], **attributes}
@@ -52,12 +66,12 @@ def method_in_process(kind, tp_rank, tp_size, members, group, tensors, columns, 
     parts = parts_of(members, {member: group for member in group.members}, "layer")  # noqa: C420  its type
     assert parts is not None
     method = FermiSVDLinearMethod(parts, members, "layer")
-    method.create_weights(layer, columns, rows, COLUMNS, sum(rows) * tp_size, torch.float32)
+    method.create_weights(layer, columns, rows, inputs, sum(rows) * tp_size, dtype)
     for name, tensor in tensors.items():
         member, _, tensor_name = name.rpartition(".")
         parameter = getattr(layer, tensor_name)
         shard = () if shard_ids is None else (shard_ids[members.index(member)],)
-        parameter.weight_loader(parameter, tensor if tensor_name == "permutation" else tensor.float(), *shard)
+        parameter.weight_loader(parameter, tensor, *shard)
     method.process_weights_after_loading(layer)
     return method, layer
 
