@@ -64,9 +64,10 @@ families: $(VENV)/installed
 	$(BIN)/python -m pytest tests/vllm_plugin/test_families.py -m "slow or not slow"
 
 # What an engine does with a checkpoint; `make versions` runs it in every vLLM release whose CPU wheel installs.
+SERVING = layout.py linear.py tensor_parallel.py grids.py grids_served.py families.py engine_modes.py
 serving: $(VENV)/installed
-	$(BIN)/python -m pytest $(addprefix tests/vllm_plugin/test_,layout.py linear.py tensor_parallel.py families.py engine_modes.py) \
-	    -k "not tensor_parallel_2 and not pipeline"
+	$(BIN)/python -m pytest $(addprefix tests/vllm_plugin/test_,$(SERVING)) \
+	    -k "not tensor_parallel_2 and not pipeline and not two_processes and not two_stages"
 
 versions:
 	mkdir -p .versions
