@@ -7,13 +7,14 @@ output, as rounding is, with the sums that calibration has taken. Groups' losses
 gains most, until nothing more fits (docs/method.md, Bits and ranks).
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, combinations
+from itertools import combinations
 
 import torch
 
-from fermisvd.budget import RankedGroup
+from fermisvd.budget import Budget, RankedGroup
 from fermisvd.byte_budget import ByteBudget
 from fermisvd.decomposition import Decomposition, OutputGram
 from fermisvd.errors import OptionError
@@ -23,6 +24,11 @@ from fermisvd.losses import Pair
 from fermisvd.modules import CompressedLinear, in_type, module_class
 from fermisvd.schemes import COARSE, FINE
 from fermisvd.storage import compressed_tensors, config_group, parts_of, stored_bytes
+
+logger = logging.getLogger("fermisvd")
+
+SPREAD = 1.06  # of bytes that FermiGrad's ranks may take less than ranks that are alike, at as many parameters
+STEP_DOWN = 0.998  # of the parameters, at least, where ranks must come down
 
 
 @dataclass(frozen=True)
@@ -52,8 +58,8 @@ def ways_of(
     exact = parts[0] if len(parts) == 1 else parts[0] @ parts[1]
     outputs = decomposition.outputs(ranked.group, gram.device)
     assert outputs is not None  # by kfac whitening
-    factors, found = list(inputs_of(ranked)), []
-    for fine in chain.from_iterable(combinations(factors, count) for count in range(len(factors) + 1)):
+    found = []
+    for fine in choices_of(ranked):
         trial = Way(fine, 0, 0).of(ranked)
         error = product_of(trial, compressed_tensors(trial, parts, dtype, gram)).double() - exact
         loss = loss_of(error, gram, outputs, ranked.group) / tokens**2
@@ -61,8 +67,21 @@ def ways_of(
     return found
 
 
+def choices_of(ranked: RankedGroup) -> list[tuple[str, ...]]:
+    """Which factors may be in FINE: none of them, each, both."""
+    factors = list(inputs_of(ranked))
+    return [fine for count in range(len(factors) + 1) for fine in combinations(factors, count)]
+
+
 def product_of(ranked: RankedGroup, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
     """The matrix (m x n) that a group's stored tensors stand for, float32, as the reference modules multiply."""
+    inputs = torch.eye(ranked.group.columns, device=next(iter(tensors.values())).device)
+    with torch.no_grad():
+        return torch.cat([layer(inputs).T for layer in layers_of(ranked, tensors)])
+
+
+def layers_of(ranked: RankedGroup, tensors: dict[str, torch.Tensor]) -> list[CompressedLinear]:
+    """The reference modules of a group's members, float32, without biases. tensors: as stored, by name."""
     group, device = config_group(ranked), next(iter(tensors.values())).device
     layers: list[CompressedLinear] = []
     for name, rows in zip(group.members, ranked.group.member_rows, strict=True):
@@ -71,9 +90,7 @@ def product_of(ranked: RankedGroup, tensors: dict[str, torch.Tensor]) -> torch.T
         own = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
         in_type(layer, torch.float32).load_state_dict(own)
         layers.append(layer)
-    inputs = torch.eye(ranked.group.columns, device=device)
-    with torch.no_grad():
-        return torch.cat([layer(inputs).T for layer in layers])
+    return layers
 
 
 def loss_of(error: torch.Tensor, gram: torch.Tensor, outputs: Sequence[OutputGram], group: LinearGroup) -> float:
@@ -101,14 +118,33 @@ def spend(ways: Sequence[Sequence[Way]], room: int) -> list[Way]:
         chosen[group] = way
 
 
-def check_room_for_bits(ranked: Sequence[RankedGroup], budget: ByteBudget) -> None:
-    """Raises OptionError if the groups, all in COARSE, do not fit the budget."""
-    allowed = budget.numbers([each.group for each in ranked])
-    needed = sum(budget.cost(each.group, each.rank) for each in ranked)
-    if needed > allowed:
+def coarse_bytes(ranked: Sequence[RankedGroup], bits: ByteBudget) -> int:
+    """Of the groups, all in COARSE."""
+    return sum(bits.cost(each.group, each.rank) for each in ranked)
+
+
+def check_room_for_bits(budget: Budget, bits: ByteBudget, groups: Sequence[LinearGroup]) -> None:
+    """Raises OptionError if ranks that are alike need much more than `bits` in COARSE."""
+    allowed = bits.numbers(groups)
+    needed = coarse_bytes(budget.ranked(groups, budget.uniform_ranks(groups)), bits)
+    if needed > SPREAD * allowed:
         raise OptionError(
-            f"--bytes leaves {allowed} bytes, but these ranks need {needed} in {COARSE}; allow more, or remove more"
+            f"--bytes leaves {allowed} bytes, but ranks that are alike need {needed} in {COARSE}; "
+            "allow more, or remove more"
         )
+
+
+def ranked_within(
+    budget: Budget, bits: ByteBudget | None, groups: Sequence[LinearGroup], ideal: Sequence[float]
+) -> list[RankedGroup]:
+    """The groups at whole ranks near `ideal` on the budget, lower ones where they would not fit `bits` in COARSE: how
+    many bytes a parameter takes depends on the ranks a little. Raises OptionError if the lowest ranks do not fit."""
+    ranked = budget.ranked(groups, ideal)
+    while bits and (needed := coarse_bytes(ranked, bits)) > (allowed := bits.numbers(groups)):
+        logger.warning("--bytes takes a little more than asked: these ranks need %d bytes in %s", needed, COARSE)
+        budget = replace(budget, kept=budget.kept * min(allowed / needed, STEP_DOWN))
+        ranked = budget.ranked(groups, ideal)
+    return ranked
 
 
 def choose_bits(
@@ -121,9 +157,7 @@ def choose_bits(
     """The groups, all of COARSE weights, with the factors in FINE that the budget has room for.
 
     factors_of: gives A and B of a group that does not stay dense, at its rank; tokens: that calibration has seen.
-    Raises OptionError if the groups do not fit the budget as they are.
     """
-    check_room_for_bits(ranked, budget)
     ways = [ways_of(each, factors_of, decomposition, budget.storage, tokens) for each in ranked]
     chosen = spend(ways, budget.numbers([each.group for each in ranked]))
     return [way.of(each) for way, each in zip(chosen, ranked, strict=True)]

@@ -15,7 +15,7 @@ from pydantic import BeforeValidator, model_validator
 from torch import nn
 from transformers import PreTrainedModel
 
-from fermisvd.bits import check_room_for_bits, choose_bits
+from fermisvd.bits import check_room_for_bits, choose_bits, ranked_within
 from fermisvd.budget import Budget, Form, RankedGroup, compressed, stored_in_groups
 from fermisvd.byte_budget import ByteBudget, in_type
 from fermisvd.calibration import Grams, OutputGrams, calibration_grams
@@ -96,7 +96,7 @@ class CompressOptions(Batched, Seeded):
             raise ValueError("give one of --remove and --bytes")
         if self.remove is not None and self.bytes is not None and self.weights != "mixed":
             raise ValueError("give one of --remove and --bytes; both go with --weights mixed alone")
-        if self.bytes is not None and self.fermigrad.count not in (None, self.form):
+        if self.remove is None and self.fermigrad.count not in (None, self.form):
             raise ValueError("--count is of parameters: it does not go with --bytes")
         return self
 
@@ -118,7 +118,9 @@ class CompressOptions(Batched, Seeded):
     @property
     def bits(self) -> ByteBudget | None:
         """What `mixed` spends on bits, once ranks are chosen."""
-        return ByteBudget.keeping(self.bytes, *self._stored) if self.bytes and self.weights == "mixed" else None
+        if self.bytes is None or self.weights != "mixed":
+            return None
+        return ByteBudget.keeping(self.bytes, *self._stored)
 
     @property
     def _stored(self) -> tuple[Form, int | None, int, Weights]:
@@ -158,14 +160,14 @@ def compress(
     groups = find_groups(work.teacher, work.options.partition)
     work.budget.check(groups)
     if work.bits:
-        check_room_for_bits(work.budget.ranked(groups, work.budget.uniform_ranks(groups)), work.bits)
+        check_room_for_bits(work.budget, work.bits, groups)
     decomposition = calibrate(work, groups)
-    ranked = work.budget.ranked(groups, ideal_ranks(work, groups, decomposition))
+    ranked = ranked_within(work.budget, work.bits, groups, ideal_ranks(work, groups, decomposition))
     if work.options.groups == "auto":
         ranked = join(work, ranked, decomposition)
     whole, ranked = ranked, compressed(ranked)
     factors = decomposition.truncated(ranked)
-    if work.options.refits:
+    if work.options.refits and ranked:
         factors |= refitted(work, ranked, factors, decomposition)
     if work.options.rescales and ranked:
         factors = rescaled(work, ranked, factors, decomposition)
@@ -280,7 +282,7 @@ def join(work: Compression, ranked: Sequence[RankedGroup], decomposition: InMemo
     loss = StudentLoss(student, work.aside, work.options.batch_size)
     layers = layers_with_hopes(ranked, work.budget, decomposition)
     found, _ = join_groups(student, layers, decomposition, loss)
-    return work.budget.ranked([each.group for each in found], [each.rank for each in found])
+    return ranked_within(work.budget, work.bits, [each.group for each in found], [each.rank for each in found])
 
 
 def refitted(

@@ -113,7 +113,7 @@ def read_headers(folder: Path) -> dict[str, TensorInfo]:
     for file in model_files(folder):
         if not file.is_file():
             raise FormatError(f"{file}: missing shard, named by {INDEX_NAME}; {COPY}")
-        for info in _tensors_of(file):
+        for info in tensors_of(file):
             if info.name in headers:
                 raise FormatError(f"{file}: tensor {info.name} is also in {headers[info.name].file.name}; {SAVE}")
             headers[info.name] = info
@@ -123,7 +123,8 @@ def read_headers(folder: Path) -> dict[str, TensorInfo]:
     return headers
 
 
-def _tensors_of(file: Path) -> Iterator[TensorInfo]:
+def tensors_of(file: Path) -> Iterator[TensorInfo]:
+    """Of one file. Raises FormatError if it is unreadable."""
     try:
         if is_lfs_pointer(file):
             raise FormatError(f"{file}: a git-lfs pointer, not the file itself; run git lfs pull in its folder")

@@ -81,11 +81,6 @@ class Group(BaseModel):
             return {factor: (rows, columns)}
         return SCHEMES[self.schemes[factor]].shapes(factor, rows, columns)
 
-    def names(self) -> set[str]:
-        """Last parts of the names of tensors that a member may have, biases included."""
-        of_factors = {name for factor in FACTORS[self.form] for name in self.tensors(factor, 1, 1)}
-        return of_factors | {"bias", WEIGHT} | ({PERMUTATION} if self.form == "pivga" else set())
-
     def types(self, tensor: str) -> set[str]:
         """What a tensor of the group may be, by the last part of its name, in safetensors' words."""
         dtype = self.type_of(tensor)
@@ -313,11 +308,14 @@ def check_headers(config: CheckpointConfig, headers: Mapping[str, TensorInfo], f
     """Raises FormatError if a tensor of a group, or one that provenance lists as dense, is not there as described."""
     for group in config.groups:
         check_group_headers(group, headers, folder)
-    group_of = config.group_of()
+    under: dict[str, list[str]] = {}
     for name in headers:
-        member, _, last = name.rpartition(".")
-        if (group := group_of.get(member)) and last not in group.names():
-            raise FormatError(f"{headers[name].file}: {name}: group {group.name} has no such tensor; {MEND}")
+        under.setdefault(name.rpartition(".")[0], []).append(name)
+    for group in config.groups:
+        expected = expected_tensors(group, *stacked_shape(group, headers, folder))
+        for name in (name for member in group.members for name in under.get(member, ())):
+            if name not in expected and not name.endswith(".bias"):
+                raise FormatError(f"{headers[name].file}: {name}: group {group.name} has no such tensor; {MEND}")
     for name in config.provenance.get("dense_tensors", []):
         if name not in headers:
             raise FormatError(f"{folder}: {name}: missing from the checkpoint; {MEND}")

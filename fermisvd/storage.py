@@ -50,22 +50,28 @@ def compressed_tensors(
 
 
 def parts_of(
-    ranked: RankedGroup, factors_of: Callable[[LinearGroup], Pair], decomposition: Decomposition
+    ranked: RankedGroup, factors_of: Callable[[LinearGroup], Pair], decomposition: Decomposition | None
 ) -> tuple[torch.Tensor, ...]:
     """What a group is stored from: A (m x r) and B (r x n), or W (m x n) alone where it stays dense."""
-    return (decomposition.weights(ranked.group),) if ranked.stays_dense else factors_of(ranked.group)
+    if not ranked.stays_dense:
+        return factors_of(ranked.group)
+    assert decomposition is not None
+    return (decomposition.weights(ranked.group),)
 
 
 def group_tensors(
     ranked: RankedGroup,
     factors_of: Callable[[LinearGroup], Pair],
-    decomposition: Decomposition,
+    decomposition: Decomposition | None,
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> dict[str, torch.Tensor]:
     """`compressed_tensors` of a group, made on a device. factors_of: gives A and B of one that does not stay dense, at
-    its rank."""
-    gram = None if ranked.weights == "auto" else decomposition.gram(ranked.group.source).to(device)
+    its rank; decomposition: None will do for factors on no grid."""
+    gram = None
+    if ranked.weights != "auto":
+        assert decomposition is not None
+        gram = decomposition.gram(ranked.group.source).to(device)
     parts = [part.to(device) for part in parts_of(ranked, factors_of, decomposition)]
     return compressed_tensors(ranked, parts, dtype, gram)
 

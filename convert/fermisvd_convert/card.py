@@ -68,8 +68,8 @@ def body_lines(record: Record, figure: list[str]) -> list[str]:
     perplexity, size = record.perplexity, record.bytes
     link = f"[{name}](https://huggingface.co/{name})" if "/" in name else name
     revision = record.revision
-    weights = settings.get("weights", "auto")
-    numbers = {"auto": "", "mixed": " in int4 and int8"}.get(weights, f" in {weights}")
+    grids = {name.partition("_")[0] for group in record.groups for name in (group.schemes or {}).values()}
+    numbers = f" in {' and '.join(sorted(grids))}" if grids else ""
     ranks = {"fermigrad": "FermiGrad"}.get(settings["ranks"], settings["ranks"])
     how = (
         f"data-aware SVD of its linear layers with {ranks} ranks ({PAPER}), {settings['form']} form{numbers}, "

@@ -18,8 +18,9 @@ from fermisvd_convert.convert import convert as run_conversion
 from fermisvd_convert.evaluate import evaluate_files
 from fermisvd_convert.figures import draw_figures
 from fermisvd_convert.heal import heal_checkpoint
+from fermisvd_convert.importing import import_checkpoint
 from fermisvd_convert.inspect import inspect_checkpoint
-from fermisvd_convert.options import ConvertOptions, EvaluateOptions, HealOptions
+from fermisvd_convert.options import ConvertOptions, EvaluateOptions, HealOptions, ImportOptions
 from fermisvd_convert.tables import print_groups, print_record
 
 app = typer.Typer()
@@ -142,6 +143,22 @@ def evaluate(
     print(f"perplexity {result.perplexity:.4f} over {result.tokens:,} tokens")
     if result.kl is not None:
         print(f"KL(reference || model) {result.kl:.6f} nats, top-1 agreement {result.top1_agreement:.4%}")
+
+
+@app.command("import")
+@takes(ImportOptions)
+def import_(
+    source: Annotated[str, typer.Argument(parser=given, help="Folder, hub id, or file of a low-rank checkpoint.")],
+    out: Annotated[Path, typer.Argument(parser=place, help="New folder for the checkpoint.")],
+    *,
+    options: dict[str, Any],
+) -> None:
+    """Write a low-rank checkpoint of another method as one of ours, the same function."""
+    with _clear_errors():
+        found = import_checkpoint(source, out, **options)
+    size = found["bytes"]
+    print(f"{found['layers']} layers of {', '.join(found['layouts'])}, products within {found['difference']:.1e}")
+    print(f"weights: {size['before'] / 1e6:,.2f} MB before, {size['after'] / 1e6:,.2f} MB after")
 
 
 @app.command()

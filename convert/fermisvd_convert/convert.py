@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fermisvd.bits import ranked_within
 from fermisvd.budget import RankedGroup, compressed, stored_in_groups
 from fermisvd.decomposition import Decomposition
 from fermisvd.files import read_headers
@@ -55,7 +56,7 @@ def convert(model: str | Path, out: str | Path, remove: float | None = None, **o
         decomposition = decompose(conversion, statistics, structure.groups)
         taught = ask_teacher(conversion)
         ideal = choose_ranks(conversion, structure.groups, decomposition, taught)
-        ranked = conversion.budget.ranked(ideal.groups, ideal.ranks)
+        ranked = ranked_within(conversion.budget, conversion.bits, ideal.groups, ideal.ranks)
         ranked = join(conversion, ranked, decomposition, taught)
         factors_of = refit_groups(conversion, compressed(ranked), decomposition, taught)
         factors_of = rescale_groups(conversion, compressed(ranked), decomposition, factors_of, taught)

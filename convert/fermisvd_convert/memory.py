@@ -226,10 +226,10 @@ def divided(size: Sizes, passes: Passes, total: int, weights: int) -> int:
     return total if passes.parts == 1 else total // passes.parts + 2 * weights // size.depth
 
 
-def gated_bytes(size: Sizes, passes: Passes) -> int:
-    """What FermiGrad holds on each device."""
+def gated_bytes(size: Sizes, passes: Passes, step_tokens: int = STEP_TOKENS) -> int:
+    """What FermiGrad holds on each device, or a rescaling."""
     gated = size.item * (size.factors + size.blocks - size.dense)
-    tokens = step_windows(STEP_TOKENS, passes.length, passes.windows) * passes.length
+    tokens = step_windows(step_tokens, passes.length, passes.windows) * passes.length
     return divided(size, passes, gated, gated) + size.item * size.outside + training_bytes(size, tokens, size.gated)
 
 
@@ -264,7 +264,7 @@ def needs(size: Sizes, options: ConvertOptions, passes: Passes, limit: Limits, p
     }
     if options.ranks == "fermigrad":
         instead = "--ranks uniform or a file of ranks, or more processes"
-        found["FermiGrad"] = Need(gated_bytes(size, passes), 0, instead)
+        found["FermiGrad"] = Need(gated_bytes(size, passes, options.fermigrad.step_tokens), 0, instead)
         if options.form == "svd":
             blocks = size.item * (size.factors + size.blocks - size.dense)
             taken = divided(size, passes, blocks, blocks) + size.item * size.outside + forward

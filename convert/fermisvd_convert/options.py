@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, ByteSize, Field, TypeAdapter, ValidationError, field_validator
 
+from fermisvd.budget import Form
 from fermisvd.compress import ASIDE_WINDOWS, RANK_RULES, CompressOptions
 from fermisvd.healing import HealingSettings
 from fermisvd.settings import LARGEST, Batched, Count, Seeded, Settings, nested, option
@@ -114,6 +115,19 @@ class ConvertOptions(RunOptions, CalibrationOptions, CompressOptions):
     def joins(self) -> bool:
         """Whether layers may be joined after ranks are chosen; ranks of a file have their groups."""
         return self.groups == "auto" and self.ranks in RANK_RULES
+
+
+class ImportOptions(Settings):
+    """Options of `fermisvd import`."""
+
+    form: Annotated[Form, option("Stored form; pivga takes r^2 numbers a layer less.")] = "pivga"
+    dtype: Annotated[Dtype, option("Storage type; auto keeps the checkpoint's.")] = "auto"
+    base: Annotated[
+        str | None, option("The dense model, for config and tokenizer.", shown="those beside the weights")
+    ] = None
+    allow_pickle: Annotated[
+        bool, option("Read a pickled state dict, by torch's loader of nothing but tensors, in a process of its own.")
+    ] = False
 
 
 class HealSettings(HealingSettings):

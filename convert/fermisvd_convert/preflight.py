@@ -44,7 +44,7 @@ def prepare(model: str, out: Path, options: ConvertOptions) -> Conversion:
     workspace = Workspace(folder)
     for name in (*options.calibration, options.ranks):
         check_name(Path(name))
-    _ = options.budget  # which says where its fraction is none
+    _ = options.budget, options.bits  # which say where their fraction is none
     check_out(out, model, folder, options.overwrite)
     device = resolve_device(options.device)
     source = open_source(model, options.revision, options.trust_remote_code)
@@ -112,13 +112,16 @@ def check_room(conversion: Conversion, groups: Sequence[LinearGroup]) -> Convers
     if options.ranks not in RANK_RULES:
         fitted = ranks_from_file(Path(options.ranks), list(groups), options.groups)[0]
     conversion.budget.check(fitted)
-    if conversion.bits:  # ranks that are alike say what FermiGrad's will take
-        check_room_for_bits(conversion.budget.ranked(fitted, conversion.budget.uniform_ranks(fitted)), conversion.bits)
+    if conversion.bits:
+        check_room_for_bits(conversion.budget, conversion.bits, fitted)
     text, item = conversion.windows.numel(), conversion.compute.itemsize
     size = model_sizes(source.headers, list(groups), source.vocabulary, text, item, conversion.device)
     processes = distributed.process_count()
+    needed = options
+    if options.ranks in RANK_RULES and conversion.budget.holds_all(fitted):  # then no such step runs
+        needed = options.model_copy(update={"ranks": "uniform", "groups": "separate", "refit": False, "rescale": False})
     passes, limits = distributed.from_first(
-        passes_that_fit(size, options, conversion.length, conversion.device, processes)
+        passes_that_fit(size, needed, conversion.length, conversion.device, processes)
     )
     windows = min(passes.windows, passes.calibrated)
     if windows < options.batch_size:

@@ -30,7 +30,7 @@ from fermisvd_convert.progress import bar
 TORCH_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Of a hub model never downloaded: other forms of the same weights, and pickles. A .bin file may be a vocabulary.
 OTHER_WEIGHTS = ["pytorch_model*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.onnx*"]
-WRAPPERS = ("module.", "_orig_mod.", "base_model.model.")  # DDP's, torch.compile's, peft's
+WRAPPERS = ("module.", "_orig_mod.", "base_model.model.", "wrapped_model.")  # DDP's, torch.compile's, peft's, LEMS'
 SLICE = 2**24  # numbers looked at together
 
 

@@ -72,7 +72,7 @@ def write_checkpoint(
     folder: Path,
     compressed: Sequence[RankedGroup],
     factors_of: Callable[[LinearGroup], Pair],
-    decomposition: Decomposition,
+    decomposition: Decomposition | None,
     dtype: torch.dtype,
     cast_dense: bool,
     device: str = "cpu",
@@ -82,9 +82,9 @@ def write_checkpoint(
     each process writes its part of the weights' files, the first also the files that are no weights.
 
     compressed: groups that are not stored as they were; factors_of: gives A and B of one that does not stay dense, at
-    its rank; decomposition: has weights and Gram matrices, which rounding to a grid asks for; dtype: of the factors, or
-    of their scales; cast_dense: whether the other tensors take it too, or stay as they are; workers: groups that are
-    worked on at once.
+    its rank; decomposition: has weights and Gram matrices, which only rounding to a grid asks for; dtype: of the
+    factors, or of their scales; cast_dense: whether the other tensors take it too, or stay as they are; workers: groups
+    that are worked on at once.
     """
     pieces = planned(source, compressed, dtype, cast_dense)
     block = weight_bytes(source.headers) // source.blocks()

@@ -658,6 +658,7 @@ CASES["--remove of more than --minimum-rank allows"] = partial(Case.set, remove=
 CASES["--bytes 1"] = partial(Case.set, remove=None, bytes=1)
 CASES["--bytes beside --remove"] = partial(Case.set, bytes=0.5)
 CASES["--weights mixed without --bytes"] = partial(Case.set, weights="mixed")
+CASES["--bytes 0 beside --remove"] = partial(Case.set, weights="mixed", bytes=0)
 CASES["--weights mixed of too few --bytes for what --remove leaves"] = partial(Case.set, weights="mixed", bytes=0.1)
 CASES["neither --remove nor --bytes"] = partial(Case.set, remove=None)
 CASES["--bytes with --count of another form"] = partial(Case.set, remove=None, bytes=0.5, count="svd")

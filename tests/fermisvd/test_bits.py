@@ -1,5 +1,6 @@
 """Bits and ranks together. References: the KL that is measured, all subsets tried, the tensors that are stored."""
 
+import copy
 from dataclasses import replace
 from itertools import product
 
@@ -8,8 +9,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fermisvd.bits import Way, choose_bits, loss_of, product_of, spend, ways_of
-from fermisvd.budget import RankedGroup
+from fermisvd.bits import (
+    Way,
+    check_room_for_bits,
+    coarse_bytes,
+    loss_of,
+    product_of,
+    ranked_within,
+    spend,
+    ways_of,
+)
+from fermisvd.budget import Budget, RankedGroup
 from fermisvd.byte_budget import ByteBudget
 from fermisvd.compress import Compression, CompressOptions, calibrate, compress
 from fermisvd.decomposition import OutputGram
@@ -163,26 +173,23 @@ def stored(model) -> tuple[int, set[str]]:
 
 @pytest.mark.parametrize("form", ["pivga", "svd"])
 def test_never_worse_than_one_type(model, windows, held_back, form):
-    """At 0.3 and 0.4 of bfloat16's bytes: against all in int4, which fits, and against int8 at fewer ranks."""
+    """At 0.3 and 0.4 of bfloat16's bytes, against all in int4, which fits, and against int8 at as many bytes."""
     options = {"form": form, "heal_steps": 0, "refit": False, "groups": "separate", "ranks": "uniform"}
-    dense = model.to(torch.bfloat16)
-    taught = teach(model, held_back, 8)
+    dense, taught = copy.deepcopy(model).to(torch.bfloat16), teach(model, held_back, 8)
 
     def kl(compressed):
         return StudentLoss(compressed.float(), taught, 8)()
 
     whole = 2 * sum(group.dense_parameters for group in find_groups(model, "separate"))
-    int4 = kl(compress(dense, windows, bytes=0.3, weights="int4", **options))
-    losses = []
+    int4, losses = kl(compress(dense, windows, bytes=0.3, weights="int4", **options)), []
     for kept in (0.3, 0.4):
         mixed = compress(dense, windows, bytes=kept, weights="mixed", **options)
         size, schemes = stored(mixed)
         assert kept - 0.02 < size / whole <= kept
         assert "int8" in schemes and any(name.startswith("int4") for name in schemes)
         losses.append(kl(mixed))
-    int8 = kl(compress(dense, windows, bytes=0.4, weights="int8", **options))
-    assert losses[1] < losses[0] < int4 and losses[1] < int8
-    model.float()
+        assert losses[-1] < kl(compress(dense, windows, bytes=kept, weights="int8", **options))
+    assert losses[1] < losses[0] < int4
 
 
 def test_ranks_by_one_budget_and_bits_by_another(model, windows):
@@ -196,20 +203,35 @@ def test_ranks_by_one_budget_and_bits_by_another(model, windows):
     assert stored(int4)[0] / whole < 0.12 and 0.13 < stored(mixed)[0] / whole <= 0.14
 
 
-def test_bytes_too_few(calibrated):
-    _, groups, decomposition = calibrated
-    ranked = [RankedGroup(group, group.full_rank, "pivga", "int4") for group in groups]
-    budget = replace(ByteBudget.keeping(0.2, "pivga", None, 1, "int4"), dtype="bfloat16")
+def test_bytes_too_few(model):
+    groups = find_groups(model, "separate")
+    budget = Budget.removing(0.2, "pivga", None, 1, "int4")
+    bits = replace(ByteBudget.keeping(0.15, "pivga", None, 1, "int4"), dtype="bfloat16")
     with pytest.raises(OptionError, match=r"--bytes leaves .* need .* in int4; allow more, or remove more"):
-        choose_bits(ranked, no_factors, decomposition, budget, 1)
+        check_room_for_bits(budget, bits, groups)
+
+
+def test_ranks_come_down_to_the_bytes(model):
+    """Where ranks take a little more than is allowed: as few steps as that takes."""
+    groups = find_groups(model, "separate")
+    budget = Budget.removing(0.2, "pivga", 1, 1, "int4")
+    ideal = budget.uniform_ranks(groups)
+    bits = replace(ByteBudget.keeping(0.3, "pivga", 1, 1, "int4"), dtype="bfloat16")
+    free = ranked_within(budget, bits, groups, ideal)
+    assert free == budget.ranked(groups, ideal)
+    needed = coarse_bytes(free, bits) / bits.total(groups)
+    bits = replace(bits, kept=0.99 * needed)
+    held = ranked_within(budget, bits, groups, ideal)
+    assert 0.97 * needed < coarse_bytes(held, bits) / bits.total(groups) <= 0.99 * needed
 
 
 def test_heals(model, windows, held_back):
     """Straight through both grids at once."""
-    options = {"bytes": 0.25, "weights": "mixed", "groups": "separate", "ranks": "uniform", "form": "svd"}
-    taught = teach(model, held_back, 8)
-    losses = [
-        StudentLoss(compress(model, windows, remove=0.2, heal_steps=steps, refit=False, **options), taught, 8)()
-        for steps in (0, 24)
-    ]
+    options = {"bytes": 0.15, "weights": "mixed", "groups": "separate", "ranks": "uniform", "form": "svd"}
+    taught, losses = teach(model, held_back, 8), []
+    for steps in (0, 24):
+        mixed = compress(model, windows, remove=0.2, heal_steps=steps, refit=False, **options)
+        kinds = {name.partition("_")[0] for name in stored(mixed)[1]}
+        assert kinds == {"int4", "int8"}
+        losses.append(StudentLoss(mixed, taught, 8)())
     assert losses[1] < 0.95 * losses[0]

@@ -1,11 +1,13 @@
 """--weights mixed: which factors get more bits, once ranks and factors are settled."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
-from functools import partial
 
-from fermisvd.bits import Way, check_room_for_bits, spend, ways_of
+import torch
+
+from fermisvd.bits import Way, choices_of, spend, ways_of
 from fermisvd.budget import RankedGroup
+from fermisvd.running import distributed
 from fermisvd.schemes import COARSE, FINE
 from fermisvd_convert.ahead import in_order
 from fermisvd_convert.conversion import Conversion, timed
@@ -18,41 +20,45 @@ from fermisvd_convert.stages.decomposition import FactorsOf, KeptDecomposition
 def choose_bits(
     conversion: Conversion, ranked: Sequence[RankedGroup], factors_of: FactorsOf, decomposition: KeptDecomposition
 ) -> list[RankedGroup]:
-    """The groups with the grids of their factors, where the options ask for it. Raises OptionError if they do not fit
-    --bytes in the coarser one."""
+    """The groups with the grids of their factors, where the options ask for it; each process weighs its part."""
     budget = conversion.bits
     if budget is None:
         return list(ranked)
-    check_room_for_bits(ranked, budget)
     chosen = [[each.group.members, each.rank, each.form] for each in ranked]
     fitted = [conversion.choices.get(name) for name in ("refit", "rescale")]  # with the losses of what was kept
     stage = conversion.workspace.stage("bits", decomposition.stage.name, chosen, fitted, budget.dtype, COARSE, FINE)
 
-    def make() -> list:
-        work = partial(
-            ways_of,
-            factors_of=factors_of,
-            decomposition=decomposition,
-            dtype=budget.storage,
-            tokens=conversion.windows.numel(),
-        )
-        workers = conversion.workers(writing_bytes(conversion.size, conversion.options.weights))
-        found = []
-        with (
-            bar("weigh bits", len(ranked), "group") as shown,
-            closing(in_order(work, ranked, conversion.device, workers)) as ways,
-        ):
-            for each in ways:
-                found.append([vars(way) for way in each])
-                give_back()
-                shown.advance()
-        return found
+    def weigh(each: RankedGroup) -> None:
+        if not stage.has(each.group.name):
+            ways = ways_of(each, factors_of, decomposition, budget.storage, conversion.windows.numel())
+            stage.save(each.group.name, as_tensors(ways))
 
     conversion.workspace.wait_for_all()  # factors of joined groups are the first's
-    ways = [[Way(tuple(way["fine"]), way["bytes"], way["loss"]) for way in each] for each in stage.json(make)]
+    own = distributed.own_part(ranked)
+    workers = conversion.workers(writing_bytes(conversion.size, conversion.options.weights))
+    with (
+        bar("weigh bits", len(own), "group") as shown,
+        closing(in_order(weigh, own, conversion.device, workers)) as weighed,
+    ):
+        for _ in weighed:
+            give_back()
+            shown.advance()
+    conversion.workspace.wait_for_all()
+    ways = [as_ways(each, stage.load(each.group.name)) for each in ranked]
     best = spend(ways, budget.numbers([each.group for each in ranked]))
     conversion.choices["bits"] = [
         {"group": each.group.name, "fine": list(way.fine), "kl": way.loss, "kl_coarse": all_ways[0].loss}
         for each, way, all_ways in zip(ranked, best, ways, strict=True)
     ]
     return [way.of(each) for way, each in zip(best, ranked, strict=True)]
+
+
+def as_tensors(ways: Sequence[Way]) -> dict[str, torch.Tensor]:
+    """Of all choices, in their order: bytes and losses."""
+    bytes_, losses = torch.tensor([way.bytes for way in ways]), torch.tensor([way.loss for way in ways]).double()
+    return {"bytes": bytes_, "losses": losses}
+
+
+def as_ways(ranked: RankedGroup, kept: Mapping[str, torch.Tensor]) -> list[Way]:
+    pairs = zip(kept["bytes"].tolist(), kept["losses"].tolist(), strict=True)
+    return [Way(fine, *pair) for fine, pair in zip(choices_of(ranked), pairs, strict=True)]

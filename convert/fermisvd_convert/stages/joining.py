@@ -5,6 +5,7 @@ from dataclasses import asdict
 
 from transformers import PreTrainedModel
 
+from fermisvd.bits import ranked_within
 from fermisvd.budget import RankedGroup, compressed
 from fermisvd.compress import set_aside
 from fermisvd.joining import FEWEST_TOKENS, HOPE, TIE, TRIALS, FusedLayer, fused_layers, join_groups, layers_with_hopes
@@ -55,7 +56,7 @@ def join(
     groups = [group_of(entry) for entry in found["groups"]]
     conversion.choices["groups"], conversion.choices["joining"] = found["records"], found["whole"]
     # joined groups may leave a step unspent
-    return budget.ranked(groups, [entry["rank"] for entry in found["groups"]])
+    return ranked_within(budget, conversion.bits, groups, [entry["rank"] for entry in found["groups"]])
 
 
 def load_products(conversion: Conversion, ranked: Sequence[RankedGroup], factors_of: FactorsOf) -> PreTrainedModel:

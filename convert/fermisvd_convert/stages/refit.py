@@ -22,7 +22,7 @@ def refit_groups(
     options = conversion.options
     aside, training = set_aside(taught[: options.samples])
     chosen, unchanged = [[each.group.members, each.rank] for each in ranked], decomposition.kept(ranked)
-    if not options.refits:
+    if not options.refits or not ranked:
         return unchanged
     settings = (conversion.passes.windows, options.compute, MIXTURES, REFIT_DAMPING, TRIAL_WINDOWS)
     stage = conversion.workspace.stage(

@@ -1,0 +1,285 @@
+"""`fermisvd import`: a low-rank checkpoint of another method becomes one of ours, the same function in either form.
+
+Nothing is calibrated or decomposed: what stands for a layer there, A and B, is written as the svd form has it, or by
+PivGa, which takes r^2 numbers less. Code that a checkpoint brings is never run.
+"""
+
+import json
+import logging
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from fermisvd.bits import layers_of
+from fermisvd.budget import RankedGroup, compressed
+from fermisvd.errors import explained, reason
+from fermisvd.files import TensorInfo, is_pickle, read_headers, tensors_of
+from fermisvd.format import validate_checkpoint
+from fermisvd.groups import LinearGroup, find_groups
+from fermisvd.hf import empty_model, vocabulary_of
+from fermisvd.losses import Pair
+from fermisvd.tensors import model_tensors
+from fermisvd_convert.checks import check_place
+from fermisvd_convert.layouts import Found, find_layers
+from fermisvd_convert.loading import SourceError
+from fermisvd_convert.options import ImportOptions
+from fermisvd_convert.output import check_free, claimed, complete, move_into_place, unfinished
+from fermisvd_convert.pickles import to_safetensors
+from fermisvd_convert.places import make_own, real_path, remove_own
+from fermisvd_convert.progress import bar
+from fermisvd_convert.record import versions
+from fermisvd_convert.source import WRAPPERS, Source, check_tensors, find_folder
+from fermisvd_convert.writer import copied_files, storage_type, weight_bytes, write_checkpoint, write_config
+
+logger = logging.getLogger("fermisvd")
+
+PROBES = 4  # random inputs that both are compared on
+COMPUTED = ".rotary_emb.inv_freq"  # ends tensors that models make themselves
+Headers = dict[str, TensorInfo]
+
+
+@dataclass(frozen=True)
+class Imported(Source):
+    """A source some of whose weights are products of factors. layers: those, by the layer's name; stored: the files'
+    own headers."""
+
+    layers: Mapping[str, Found]
+    stored: Mapping[str, TensorInfo]
+
+    def factors(self, layer: str) -> Pair:
+        """A (m x r) and B (r x n), float64."""
+        found = self.layers[layer]
+        return found.factors({name: read(self.stored[name]) for name in found.names})
+
+    def factors_of(self, group: LinearGroup) -> Pair:
+        return self.factors(group.name)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        layer = name.removesuffix(".weight")
+        if layer not in self.layers:
+            return super().tensor(name)
+        a, b = self.factors(layer)
+        return (a @ b).to(self.weight_type())
+
+
+def read(info: TensorInfo) -> torch.Tensor:
+    with safe_open(info.file, framework="pt") as shard:
+        return shard.get_tensor(info.name)
+
+
+def import_checkpoint(source: str | Path, out: str | Path, **given: Any) -> dict[str, Any]:
+    """Write `source`, a checkpoint of another method, as the new folder `out`; returns what was found and how near the
+    products are.
+
+    source: a folder, a hub id, or a file of a state dict; given: options of ImportOptions by name. `out` appears whole
+    or not at all. Raises FermiSVDError for what cannot be imported, naming it.
+    """
+    options, out = ImportOptions.named(**given), real_path(out)
+    check_place(out, "choose another OUT")
+    check_free(out, "choose another OUT")
+    with claimed(out) as place:
+        check_free(out, "choose another OUT")
+        with scratch(place.work) as folder:
+            model = open_imported(str(source), options, folder)
+            ranked = ranked_layers(model, options)
+            dtype = storage_type(options.dtype, model)
+            with unfinished(place) as partial:
+                kept = compressed(ranked)
+                write_checkpoint(model, partial, kept, model.factors_of, None, dtype, options.dtype != "auto")
+                found = sorted({layer.method for layer in model.layers.values()})
+                provenance = {"model": model.title, "imported": found, "versions": versions()}
+                write_config(model, partial, kept, dtype, provenance)
+                write_card(model, partial, found)
+                with complete(place):
+                    validate_checkpoint(partial)
+                    off = largest_difference(partial, kept, model.factors_of)
+                    move_into_place(place, overwrite=False)
+            before = weight_bytes(model.stored)
+    after = weight_bytes(read_headers(out))
+    return {"layouts": found, "layers": len(kept), "bytes": {"before": before, "after": after}, "difference": off}
+
+
+@contextmanager
+def scratch(folder: Path) -> Iterator[Path]:
+    make_own(folder)
+    try:
+        yield folder
+    finally:
+        remove_own(folder)
+
+
+def open_imported(name: str, options: ImportOptions, folder: Path) -> Imported:
+    """The checkpoint, its files but for weights and code copied to `folder`. Raises SourceError or FormatError."""
+    given = Path(name)
+    commit = None
+    if given.is_file():
+        origin, headers = given.parent, pickled([given], options, folder)
+    else:
+        origin, commit = find_folder(name)
+        pickles = [path for path in sorted(origin.iterdir()) if is_pickle(path)]
+        if any(origin.glob("*.safetensors")) or not pickles:
+            headers = read_headers(origin)
+        else:
+            headers = pickled(pickles, options, folder)
+    base = find_folder(options.base)[0] if options.base else origin
+    model = folder / "model"
+    model.mkdir()
+    config = plain_config(base)
+    (model / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    for path in copied_files(base)[0]:
+        if path.suffix != ".py":  # code of its own
+            (model / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(base / path, model / path)
+    with explained(SourceError, f"{base / 'config.json'}: transformers makes no causal language model of it"):
+        empty = empty_model(model)
+    config["architectures"] = [type(empty).__name__]
+    headers = unwrapped(headers)
+    shapes = {parameter: tuple(tensor.shape) for parameter, tensor in empty.state_dict().items()}
+    layers = find_layers({name: info.shape for name, info in headers.items()}, shapes)
+    if not layers:
+        raise SourceError(f"{name}: no layer has factors as docs/importing.md knows them")
+    tensors = model_tensors(empty, whole := multiplied(layers, headers, shapes))
+    check_tensors(origin, empty, tensors)
+    if strangers := [each for each in tensors.left_out if not each.endswith(COMPUTED)]:
+        raise SourceError(
+            f"{whole[strangers[0]].file}: {strangers[0]}: neither {type(empty).__name__} nor a known layout has it"
+        )
+    vocabulary = vocabulary_of(empty)
+    return Imported(name, model, commit, False, config, empty.config, tensors.written, (), vocabulary, layers, headers)
+
+
+def unwrapped(headers: Headers) -> Headers:
+    """The tensors by their names without a wrapper's in front; without the placeholders of one number for weights."""
+    prefix = next((w for w in WRAPPERS if all(name.startswith(w) for name in headers)), "")
+    return {
+        name.removeprefix(prefix): info
+        for name, info in headers.items()
+        if not (name.endswith(".weight") and info.shape == (1,))
+    }
+
+
+def multiplied(layers: Mapping[str, Found], headers: Headers, parameters: Mapping[str, tuple[int, ...]]) -> Headers:
+    """The tensors, a weight of the dense model's shape in the place of each layer's factors; a bias of zeros that the
+    model does not have is left out. Raises SourceError for another."""
+    whole = dict(headers)
+    for layer, found in layers.items():
+        for name in found.names:
+            whole.pop(name)
+        whole[f"{layer}.weight"] = replace(headers[found.b], shape=parameters[f"{layer}.weight"])
+        if found.bias and f"{layer}.bias" in parameters:
+            whole[f"{layer}.bias"] = whole.pop(found.bias)
+        elif found.bias and not read(headers[found.bias]).any():
+            whole.pop(found.bias)
+    return whole
+
+
+def pickled(files: list[Path], options: ImportOptions, folder: Path) -> Headers:
+    """Headers of the tensors in pickled state dicts, which are written anew into `folder`."""
+    if not options.allow_pickle:
+        raise SourceError(
+            f"{files[0]}: pickled weights; --allow-pickle has torch read tensors from it, and nothing else, in a "
+            "process of its own"
+        )
+    headers: Headers = {}
+    for number, file in enumerate(files):
+        to_safetensors(file, out := folder / f"weights-{number}.safetensors")
+        headers |= {info.name: info for info in tensors_of(out)}
+    return headers
+
+
+def plain_config(folder: Path) -> dict[str, Any]:
+    """config.json without code of its own, and in a model_type of transformers': that of a model inside (LEMS), or the
+    last word of a name that was made of one (lowrank_llama). Whether it is the model's, its tensors will tell."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config = config.get("base_config") or config
+        kind = str(config.get("model_type"))
+    except (OSError, ValueError, RecursionError, AttributeError) as error:
+        raise SourceError(f"{path}: {reason(error)}; give the dense model by --base") from None
+    if kind not in CONFIG_MAPPING:
+        kind = re.split("[-_]", kind)[-1]
+    if kind not in CONFIG_MAPPING:
+        raise SourceError(
+            f"{path}: model_type {config.get('model_type')!r} is none of transformers'; give the dense model by --base"
+        )
+    if config.get("quantization_config"):
+        raise SourceError(f"{path}: the model is quantised; only floating-point factors are imported")
+    return {key: value for key, value in config.items() if key not in ("auto_map", "architectures")} | {
+        "model_type": kind
+    }
+
+
+def ranked_layers(model: Imported, options: ImportOptions) -> list[RankedGroup]:
+    """The layers that have factors, as groups. One that not every token passes, such as the head, is multiplied out."""
+    groups = {group.name: group for group in find_groups(with_zeros(empty_model(model.folder)), "separate")}
+    for layer in sorted(model.layers.keys() - groups.keys()):
+        logger.warning("%s: %s is no layer that is kept in factors; it is multiplied out", model.name, layer)
+    return [
+        RankedGroup(groups[layer], model.stored[found.b].shape[0], options.form)
+        for layer, found in model.layers.items()
+        if layer in groups
+    ]
+
+
+def with_zeros(model: PreTrainedModel) -> PreTrainedModel:
+    """A model without weights, of zeros that take no memory until they are written."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            zeros = torch.zeros(parameter.shape, dtype=parameter.dtype, device="cpu")
+            module.register_parameter(name, nn.Parameter(zeros, requires_grad=False))
+        for name, tensor in module.named_buffers(recurse=False):
+            setattr(module, name, torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu"))
+    return model
+
+
+def largest_difference(folder: Path, ranked: list[RankedGroup], factors_of: Callable[[LinearGroup], Pair]) -> float:
+    """Of what a stored layer and A B make of random inputs, over the size of the latter: the largest of all layers."""
+    headers, worst = read_headers(folder), 0.0
+    generator = torch.Generator().manual_seed(0)
+    with bar("compare", len(ranked), "layer") as shown:
+        for each in ranked:
+            name = each.group.name
+            own = {key: read(info) for key, info in headers.items() if key.rpartition(".")[0] == name}
+            own.pop(f"{name}.bias", None)
+            x = torch.randn(PROBES, each.group.columns, generator=generator)
+            a, b = factors_of(each.group)
+            expected = (x.double() @ b.T) @ a.T
+            [layer] = layers_of(each, own)
+            off = (layer(x).double() - expected).norm() / expected.norm().clamp(min=1e-30)
+            worst = max(worst, off.item())
+            shown.advance()
+    return worst
+
+
+def write_card(model: Imported, folder: Path, found: list[str]) -> None:
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags:",
+        "- fermisvd",
+        "- low-rank",
+        "---",
+        "",
+        f"# {model.title}, imported",
+        "",
+        f"A low-rank checkpoint ({', '.join(found)}), written anew for FermiSVD; the function is the same.",
+        "",
+        "```",
+        'pip install "fermisvd[vllm]"',
+        "vllm serve .",
+        "```",
+        "",
+    ]
+    (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
