@@ -24,7 +24,7 @@ from fermisvd.bits import layers_of
 from fermisvd.budget import RankedGroup, compressed
 from fermisvd.errors import explained, reason
 from fermisvd.files import TensorInfo, is_pickle, read_headers, tensors_of
-from fermisvd.format import validate_checkpoint
+from fermisvd.format import check_finite, validate_checkpoint
 from fermisvd.groups import LinearGroup, find_groups
 from fermisvd.hf import empty_model, vocabulary_of
 from fermisvd.losses import Pair
@@ -59,7 +59,10 @@ class Imported(Source):
     def factors(self, layer: str) -> Pair:
         """A (m x r) and B (r x n), float64."""
         found = self.layers[layer]
-        return found.factors({name: read(self.stored[name]) for name in found.names})
+        tensors = {name: read(self.stored[name]) for name in found.names}
+        for name, tensor in tensors.items():
+            check_finite(f"{self.stored[name].file}: {name}", tensor)
+        return found.factors(tensors)
 
     def factors_of(self, group: LinearGroup) -> Pair:
         return self.factors(group.name)
@@ -100,9 +103,9 @@ def import_checkpoint(source: str | Path, out: str | Path, **given: Any) -> dict
                 provenance = {"model": model.title, "imported": found, "versions": versions()}
                 write_config(model, partial, kept, dtype, provenance)
                 write_card(model, partial, found)
+                validate_checkpoint(partial)
+                off = largest_difference(partial, kept, model.factors_of)
                 with complete(place):
-                    validate_checkpoint(partial)
-                    off = largest_difference(partial, kept, model.factors_of)
                     move_into_place(place, overwrite=False)
             before = weight_bytes(model.stored)
     after = weight_bytes(read_headers(out))
