@@ -1,4 +1,6 @@
-"""The commands: `fermisvd convert`, `heal`, `evaluate`, `inspect`, `report`, `push`; cli.py says what each is for."""
+"""The commands: `fermisvd convert`, `heal`, `evaluate`, `import`, `inspect`, `report`, `push`.
+
+cli.py says what each is for."""
 
 import json
 import logging

@@ -19,10 +19,11 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.pytorch_utils import Conv1D
 
 from fermisvd.bits import layers_of
 from fermisvd.budget import RankedGroup, compressed
-from fermisvd.errors import explained, reason
+from fermisvd.errors import OutputError, explained, reason
 from fermisvd.files import TensorInfo, is_pickle, read_headers, tensors_of
 from fermisvd.format import check_finite, validate_checkpoint
 from fermisvd.groups import LinearGroup, find_groups
@@ -38,7 +39,7 @@ from fermisvd_convert.pickles import to_safetensors
 from fermisvd_convert.places import make_own, real_path, remove_own
 from fermisvd_convert.progress import bar
 from fermisvd_convert.record import versions
-from fermisvd_convert.source import WRAPPERS, Source, check_tensors, find_folder
+from fermisvd_convert.source import TORCH_TYPES, WRAPPERS, Source, check_tensors, find_folder, folder_name
 from fermisvd_convert.writer import copied_files, storage_type, weight_bytes, write_checkpoint, write_config
 
 logger = logging.getLogger("fermisvd")
@@ -74,6 +75,11 @@ class Imported(Source):
         a, b = self.factors(layer)
         return (a @ b).to(self.weight_type())
 
+    @property
+    def title(self) -> str:
+        """The last name of a file or folder, or a hub model's id."""
+        return folder_name(self.name) if Path(self.name).exists() else self.name
+
 
 def read(info: TensorInfo) -> torch.Tensor:
     with safe_open(info.file, framework="pt") as shard:
@@ -90,17 +96,31 @@ def import_checkpoint(source: str | Path, out: str | Path, **given: Any) -> dict
     options, out = ImportOptions.named(**given), real_path(out)
     check_place(out, "choose another OUT")
     check_free(out, "choose another OUT")
+    for given_folder in (str(source), options.base or ""):
+        if Path(given_folder).is_dir() and real_path(given_folder) in out.parents:
+            raise OutputError(f"{out}: lies inside {given_folder}; choose another OUT")
     with claimed(out) as place:
         check_free(out, "choose another OUT")
-        with scratch(place.work) as folder:
+        with scratch(place.ours / f"{out.name}.import") as folder:
             model = open_imported(str(source), options, folder)
             ranked = ranked_layers(model, options)
             dtype = storage_type(options.dtype, model)
+            if lost := sorted(
+                name
+                for found in model.layers.values()
+                for name in (found.a, found.b)
+                if torch.promote_types(TORCH_TYPES[model.stored[name].dtype], dtype) != dtype
+            ):
+                kind = model.stored[lost[0]].dtype
+                logger.warning("%s: factors of type %s are stored as %s; see --dtype", model.name, kind, dtype)
+            if not compressed(ranked):
+                raise SourceError(f"{model.name}: in {options.form} form no layer's factors are smaller")
             with unfinished(place) as partial:
                 kept = compressed(ranked)
                 write_checkpoint(model, partial, kept, model.factors_of, None, dtype, options.dtype != "auto")
                 found = sorted({layer.method for layer in model.layers.values()})
-                provenance = {"model": model.title, "imported": found, "versions": versions()}
+                base = folder_name(options.base) if options.base and Path(options.base).is_dir() else options.base
+                provenance = {"model": base or model.title, "imported": found, "versions": versions()}
                 write_config(model, partial, kept, dtype, provenance)
                 write_card(model, partial, found)
                 validate_checkpoint(partial)
@@ -123,13 +143,14 @@ def scratch(folder: Path) -> Iterator[Path]:
 
 def open_imported(name: str, options: ImportOptions, folder: Path) -> Imported:
     """The checkpoint, its files but for weights and code copied to `folder`. Raises SourceError or FormatError."""
-    given = Path(name)
-    commit = None
+    given, commit = Path(name), None
     if given.is_file():
         origin, headers = given.parent, pickled([given], options, folder)
     else:
-        origin, commit = find_folder(name)
-        pickles = [path for path in sorted(origin.iterdir()) if is_pickle(path)]
+        origin, commit = find_folder(name, pickles=options.allow_pickle)
+        pickles = sorted(origin.glob("pytorch_model*.bin")) or [
+            path for path in sorted(origin.iterdir()) if is_pickle(path)
+        ]
         if any(origin.glob("*.safetensors")) or not pickles:
             headers = read_headers(origin)
         else:
@@ -146,6 +167,8 @@ def open_imported(name: str, options: ImportOptions, folder: Path) -> Imported:
     with explained(SourceError, f"{base / 'config.json'}: transformers makes no causal language model of it"):
         empty = empty_model(model)
     config["architectures"] = [type(empty).__name__]
+    if any(isinstance(module, Conv1D) for module in empty.modules()):
+        raise SourceError(f"{base}: {type(empty).__name__} keeps its weights transposed, which is not imported yet")
     headers = unwrapped(headers)
     shapes = {parameter: tuple(tensor.shape) for parameter, tensor in empty.state_dict().items()}
     layers = find_layers({name: info.shape for name, info in headers.items()}, shapes)
@@ -178,6 +201,11 @@ def multiplied(layers: Mapping[str, Found], headers: Headers, parameters: Mappin
     for layer, found in layers.items():
         for name in found.names:
             whole.pop(name)
+            if name not in (found.pivots, found.others) and headers[name].dtype not in TORCH_TYPES:
+                raise SourceError(f"{headers[name].file}: {name}: of type {headers[name].dtype}, no floating-point one")
+        for end in ("weight", "bias"):
+            if f"{layer}.{end}" in whole and (end == "weight" or found.bias):
+                raise SourceError(f"{whole[f'{layer}.{end}'].file}: {layer}.{end} is there beside {found.a}")
         whole[f"{layer}.weight"] = replace(headers[found.b], shape=parameters[f"{layer}.weight"])
         if found.bias and f"{layer}.bias" in parameters:
             whole[f"{layer}.bias"] = whole.pop(found.bias)
@@ -196,7 +224,10 @@ def pickled(files: list[Path], options: ImportOptions, folder: Path) -> Headers:
     headers: Headers = {}
     for number, file in enumerate(files):
         to_safetensors(file, out := folder / f"weights-{number}.safetensors")
-        headers |= {info.name: info for info in tensors_of(out)}
+        for info in tensors_of(out):
+            if info.name in headers:
+                raise SourceError(f"{file}: {info.name} is in another of the folder's pickles, too; give one file")
+            headers[info.name] = info
     return headers
 
 
@@ -236,14 +267,17 @@ def ranked_layers(model: Imported, options: ImportOptions) -> list[RankedGroup]:
 
 
 def with_zeros(model: PreTrainedModel) -> PreTrainedModel:
-    """A model without weights, of zeros that take no memory until they are written."""
+    """A model without weights, with one zero for each of its tensors, which takes no memory."""
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            zeros = torch.zeros(parameter.shape, dtype=parameter.dtype, device="cpu")
-            module.register_parameter(name, nn.Parameter(zeros, requires_grad=False))
+            module.register_parameter(name, nn.Parameter(zeros_like(parameter), requires_grad=False))
         for name, tensor in module.named_buffers(recurse=False):
-            setattr(module, name, torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu"))
+            setattr(module, name, zeros_like(tensor))
     return model
+
+
+def zeros_like(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.zeros((), dtype=tensor.dtype, device="cpu").expand(tensor.shape)
 
 
 def largest_difference(folder: Path, ranked: list[RankedGroup], factors_of: Callable[[LinearGroup], Pair]) -> float:

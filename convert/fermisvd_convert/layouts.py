@@ -58,9 +58,11 @@ class Found:
         """A (m x r) and B (r x n), float64."""
         a, b = tensors[self.a].double(), tensors[self.b].double()
         if self.pivots and self.others:
+            rows = torch.cat([tensors[self.pivots].flatten(), tensors[self.others].flatten()]).long()
+            if sorted(rows.tolist()) != list(range(len(a) + len(b))):
+                raise FormatError(f"{self.pivots} and {self.others}: not each row of the layer once; copy it again")
             whole = a.new_empty(len(a) + len(b), len(b))
-            whole[tensors[self.pivots].long()] = torch.eye(len(b), dtype=torch.float64)
-            whole[tensors[self.others].long()] = a
+            whole[rows] = torch.cat([torch.eye(len(b), dtype=torch.float64), a])
             a = whole
         return a, b
 
@@ -94,7 +96,15 @@ def find_layers(stored: Shapes, weights: Shapes) -> dict[str, Found]:
 
 def _oriented(layer: str, layout: Layout, stem: str, stored: Shapes, shape: tuple[int, ...]) -> Found:
     """Raises FormatError unless the two make a matrix of that shape, in one way."""
+    sizes = [stored[stem + end + WEIGHT] for end in (layout.a, layout.b)]
+    said = f"{layer}: factors of shapes {sizes[0]} and {sizes[1]}"
+    if any(len(size) != 2 for size in sizes):
+        raise FormatError(f"{said}, where matrices were expected")
     if layer + PIVOTS in stored and layer + OTHERS in stored:
+        (others, r), (rank, n) = sizes
+        indices = [stored[layer + end] for end in (PIVOTS, OTHERS)]
+        if r != rank or (others + rank, n) != tuple(shape) or indices != [(rank,), (others,)]:
+            raise FormatError(f"{said} and indices of shapes {indices[0]} and {indices[1]} make no {tuple(shape)}")
         return Found("PIFA", stem + layout.a + WEIGHT, stem + layout.b + WEIGHT, None, layer + PIVOTS, layer + OTHERS)
     ways = []
     for a, b in ((layout.a, layout.b), (layout.b, layout.a)):
@@ -104,6 +114,5 @@ def _oriented(layer: str, layout: Layout, stem: str, stored: Shapes, shape: tupl
             bias = stem + a + BIAS
             ways.append(Found(layout.name, stem + a + WEIGHT, stem + b + WEIGHT, bias if bias in stored else None))
     if len(ways) != 1:
-        sizes = " and ".join(str(stored[stem + end + WEIGHT]) for end in (layout.a, layout.b))
-        raise FormatError(f"{layer}: factors of shapes {sizes} make {tuple(shape)} in {len(ways)} ways")
+        raise FormatError(f"{said} make {tuple(shape)} in {len(ways)} ways")
     return ways[0]

@@ -126,7 +126,7 @@ class ImportOptions(Settings):
         str | None, option("The dense model, for config and tokenizer.", shown="those beside the weights")
     ] = None
     allow_pickle: Annotated[
-        bool, option("Read a pickled state dict, by torch's loader of nothing but tensors, in a process of its own.")
+        bool, option("Read a pickled model or state dict, by torch's loader of tensors, in a process of its own.")
     ] = False
 
 

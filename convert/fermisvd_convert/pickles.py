@@ -23,8 +23,10 @@ NESTED = ("model", "state_dict", "model_state_dict", "module")  # under which a 
 def to_safetensors(file: Path, out: Path) -> None:
     """Raises FormatError for a file without tensors by name."""
     run = subprocess.run(
-        [sys.executable, "-m", "fermisvd_convert.pickles", str(file), str(out)], capture_output=True, text=True
-    )
+        [sys.executable, "-P", "-m", "fermisvd_convert.pickles", str(file.resolve()), str(out.resolve())],
+        capture_output=True,
+        text=True,
+    )  # -P: nothing is imported from the working directory, which may be the checkpoint's
     if run.returncode:
         last = (run.stderr.strip().splitlines() or [f"the process ended with {run.returncode}"])[-1]
         raise FormatError(
@@ -46,23 +48,15 @@ class Kept:
         if isinstance(state, Mapping):
             vars(self).update(state)
 
-    def __setitem__(self, key: Any, value: Any) -> None:
-        pass
-
-    def append(self, value: Any) -> None:
-        pass
-
-    extend = add = append
-
 
 def named_tensors(value: Any, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
     """Parameters and buffers of a module that was kept, or of a mapping of tensors, by their names."""
     if isinstance(value, Kept):
         own = vars(value)
-        for kind in ("_parameters", "_buffers"):
-            for name, tensor in (own.get(kind) or {}).items():
-                if isinstance(tensor, torch.Tensor):
-                    yield prefix + name, tensor
+        unsaved = own.get("_non_persistent_buffers_set") or ()
+        for name, tensor in ((own.get("_parameters") or {}) | (own.get("_buffers") or {})).items():
+            if isinstance(tensor, torch.Tensor) and name not in unsaved:
+                yield prefix + name, tensor
         for name, module in (own.get("_modules") or {}).items():
             yield from named_tensors(module, f"{prefix}{name}.")
     elif isinstance(value, Mapping):
@@ -75,12 +69,16 @@ def main(file: str, out: str) -> None:
     unknown = torch.serialization.get_unsafe_globals_in_checkpoint(file)
     stand_ins: list[Any] = [(type("Kept", (Kept,), {}), name) for name in unknown]
     torch.serialization.add_safe_globals(stand_ins)
-    found = torch.load(file, map_location="cpu", weights_only=True)
+    found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     for name in NESTED:
         if isinstance(found, Mapping) and isinstance(found.get(name), Mapping | Kept):
             found = found[name]
-    # clones: a pickle may hold one tensor under two names, a safetensors file may not
-    tensors = {name: tensor.detach().contiguous().clone() for name, tensor in named_tensors(found)}
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in named_tensors(found):
+        if tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise ValueError(f"{name} is larger than what is stored of it")
+        # clones: a pickle may hold one tensor under two names, a safetensors file may not
+        tensors[name] = tensor.detach().contiguous().clone()
     if not tensors:
         raise ValueError("no tensors by name in it")
     save_file(tensors, out)

@@ -190,8 +190,9 @@ def load_checked(
     return load_dense_or_compressed(folder, device, dtype, trust_remote_code), folder
 
 
-def find_folder(model: str, revision: str | None = None) -> tuple[Path, str | None]:
-    """The folder of a model, downloaded first if `model` is a hub id, and its commit there.
+def find_folder(model: str, revision: str | None = None, pickles: bool = False) -> tuple[Path, str | None]:
+    """The folder of a model, downloaded first if `model` is a hub id, and its commit there. pickles: whether those are
+    fetched as well.
 
     Raises SourceError if it is neither.
     """
@@ -203,7 +204,7 @@ def find_folder(model: str, revision: str | None = None) -> tuple[Path, str | No
         return folder, None
     if folder.exists():
         raise SourceError(f"{model}: a file; MODEL is a Hugging Face model folder or a hub id")
-    folder = _download(model, revision)
+    folder = _download(model, revision, [] if pickles else OTHER_WEIGHTS)
     return folder, folder.name  # snapshots/COMMIT
 
 
@@ -305,11 +306,11 @@ def _empty_model(folder: Path, config: dict, trust_remote_code: bool) -> tuple[P
     return model, vocabulary
 
 
-def _download(model: str, revision: str | None) -> Path:
+def _download(model: str, revision: str | None, left: list[str]) -> Path:
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise SourceError(f"{model}: no such folder")
     try:
-        return Path(snapshot_download(model, revision=revision, ignore_patterns=OTHER_WEIGHTS))
+        return Path(snapshot_download(model, revision=revision, ignore_patterns=left or None))
     except Exception as error:  # of the hub's client, of what it talks through, of the disk
         remedy = f"; {offline(model)}" if constants.HF_HUB_OFFLINE else ""
         raise SourceError(

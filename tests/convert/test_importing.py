@@ -1,6 +1,7 @@
 """`fermisvd import`: tiny checkpoints as other methods lay them out, made here. Reference: the dense model whose
 weights are the factors' products, in float32."""
 
+import functools
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from scipy.linalg import qr
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
 
 from fermisvd import load_model, validate_checkpoint
@@ -130,6 +131,11 @@ def test_pifa(tiny_llama, factorised, tmp_path):
     source = write(tmp_path / "in", tiny_llama, tensors)
     assert import_checkpoint(source, tmp_path / "out")["layouts"] == ["PIFA"]
     check(tmp_path / "out", factorised)
+    name = "model.layers.0.self_attn.q_proj"
+    for index, wrong in (("false_idx", tensors[f"{name}.false_idx"] * 0), ("true_idx", torch.arange(3))):
+        source = write(tmp_path / index, tiny_llama, tensors | {f"{name}.{index}": wrong})
+        with pytest.raises(FermiSVDError, match="q_proj"):
+            import_checkpoint(source, tmp_path / "none")
 
 
 def test_some_layers_dense_and_the_head_factorised(tiny_llama, factorised, tmp_path, caplog):
@@ -168,6 +174,7 @@ def whole_model(factorised, tiny_llama, folder, monkeypatch):
                 module.add_module(part, SVD_Attention())
             module = getattr(module, part)
         module.register_parameter(last, nn.Parameter(tensor, requires_grad=False))
+    model.model.register_buffer("cos_cached", torch.ones(7), persistent=False)
     model.model.layers.__dict__["config"] = Path("a") / "b"  # something that is no tensor
     torch.save({"model": model, "tokenizer": SVD_Attention()}, folder / "model.pt")
     (folder / "component_svd.py").unlink()
@@ -195,24 +202,79 @@ def test_a_pickled_state_dict(tiny_llama, factorised, tmp_path):
 
 
 class Evil:
-    def __init__(self, path):
-        self.path = path
+    """Unpickled in the ordinary way it calls a function."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
 
     def __reduce__(self):
-        return os.mkdir, (self.path,)
+        return self.call
 
 
-def test_nothing_of_a_pickle_is_run(tiny_llama, factorised, tmp_path):
-    """A call that unpickling would make is none: beside tensors, and alone."""
-    torch.save({"model": svd_llm(factorised), "more": Evil(str(tmp_path / "run"))}, tmp_path / "a.pt")
-    torch.save(Evil(str(tmp_path / "run")), tmp_path / "b.pt")
+CALLS = {  # what would make a file or folder
+    "exec": lambda path: (exec, f"open({str(path)!r}, 'w')"),
+    "partial": lambda path: (functools.partial, os.mkdir, str(path)),
+    "torch.save": lambda path: (torch.save, {}, str(path)),
+    "pathlib": lambda path: (Path.touch, path),
+}
+
+
+STAND_INS = ("exec", "torch.save")  # what torch itself does not refuse by name
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_nothing_of_a_pickle_is_run(tiny_llama, factorised, tmp_path, call):
+    """Beside tensors, which are imported unless torch refuses the whole, and alone, which is refused."""
+    evil = Evil(*CALLS[call](tmp_path / "run"))
+    torch.save({"model": svd_llm(factorised), "more": evil}, tmp_path / "a.pt")
+    torch.save(evil, tmp_path / "b.pt")
+    if call in STAND_INS:
+        import_checkpoint(tmp_path / "a.pt", tmp_path / "a", base=str(tiny_llama), allow_pickle=True)
+        check(tmp_path / "a", factorised)
+    else:
+        with pytest.raises(FermiSVDError, match=r"a\.pt: no model"):
+            import_checkpoint(tmp_path / "a.pt", tmp_path / "a", base=str(tiny_llama), allow_pickle=True)
+    with pytest.raises(FermiSVDError, match=r"b\.pt: no model"):
+        import_checkpoint(tmp_path / "b.pt", tmp_path / "b", base=str(tiny_llama), allow_pickle=True)
+    assert not (tmp_path / "run").exists() and not (tmp_path / "b").exists()
+
+
+def test_no_code_of_the_working_directory_is_run(tiny_llama, factorised, tmp_path, monkeypatch):
+    source = write(tmp_path / "in", tiny_llama, svd_llm(factorised))
+    torch.save(load_file(source / "model.safetensors"), source / "pytorch_model.bin")
+    (source / "model.safetensors").unlink()
+    for name in ("numpy", "safetensors", "sympy"):
+        (source / f"{name}.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')\n")
+    monkeypatch.chdir(source)
+    import_checkpoint(".", tmp_path / "out", allow_pickle=True)
+    check(tmp_path / "out", factorised)
+    assert not (tmp_path / "run").exists()
+
+
+def test_refused_places_and_files(tiny_llama, factorised, tmp_path):
+    source = write(tmp_path / "in", tiny_llama, svd_llm(factorised))
+    with pytest.raises(FermiSVDError, match="lies inside"):
+        import_checkpoint(source, source / "out")
+    tensors = load_file(source / "model.safetensors")
+    (source / "model.safetensors").unlink()
     for name in ("a.pt", "b.pt"):
-        try:
-            import_checkpoint(tmp_path / name, tmp_path / name[0], base=str(tiny_llama), allow_pickle=True)
-        except FermiSVDError as error:
-            assert name in str(error)
-        assert not (tmp_path / "run").exists()
-    assert not (tmp_path / "b").exists()
+        torch.save(tensors, source / name)
+    with pytest.raises(FermiSVDError, match=r"b\.pt: .* in another of the folder's pickles"):
+        import_checkpoint(source, tmp_path / "out", allow_pickle=True)
+
+
+def test_weights_that_are_kept_transposed_are_refused(tmp_path):
+    GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64)).save_pretrained(tmp_path / "in")
+    with pytest.raises(FermiSVDError, match="GPT2LMHeadModel keeps its weights transposed"):
+        import_checkpoint(tmp_path / "in", tmp_path / "out")
+
+
+def test_narrower_factors_are_said(tiny_llama, factorised, tmp_path, caplog):
+    """In bfloat16 the products are off by its rounding, which is printed."""
+    source = write(tmp_path / "in", tiny_llama, svd_llm(factorised))
+    found = import_checkpoint(source, tmp_path / "out", dtype="bfloat16")
+    assert "factors of type F32 are stored as torch.bfloat16" in caplog.text
+    assert 1e-4 < found["difference"] < 1e-2
 
 
 def without(tensors, *names):
@@ -238,6 +300,12 @@ FAULTS = {  # what is wrong with the tensors, words of the message
         ["up_u_proj.bias", "neither"],
     ),
     "a norm missing": (lambda t: without(t, "model.norm.weight"), ["model.norm.weight"]),
+    "a bias twice": (lambda t: t | {f"{LAYER}.q_proj.bias": torch.ones(96)}, ["q_proj.bias", "beside"]),
+    "a vector for a factor": (lambda t: t | {f"{LAYER}.q_u_proj.weight": torch.ones(96)}, ["q_proj", "matrices"]),
+    "integers": (
+        lambda t: t | {f"{LAYER}.q_u_proj.weight": torch.ones(96, 40, dtype=torch.int8)},
+        ["q_u_proj", "I8"],
+    ),
     "NaN": (lambda t: t | {f"{LAYER}.q_u_proj.weight": torch.full((96, 40), float("nan"))}, ["NaN"]),
 }
 
