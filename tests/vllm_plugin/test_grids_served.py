@@ -135,7 +135,7 @@ def lora(folders, demo_model, prompts, tmp_path_factory):
         if isinstance(layer, modules.CompressedLinear):
             linear_layer(dense, name).weight.data = layer(torch.eye(layer.in_features)).detach().T
     plain = last_of_model(dense, prompts)
-    folder = save_adapter(dense, tmp_path_factory.mktemp("lora") / "adapter", alpha=0.4)
+    folder = save_adapter(dense, tmp_path_factory.mktemp("lora") / "adapter", alpha=1.6)
     return folder, last_of_model(dense, prompts), plain
 
 
@@ -215,7 +215,7 @@ def test_lora(served, lora):
     tokens, ours = ([each[0] for each in served["int8 lora"][name]] for name in ("tokens", "logprobs"))
     merged, plain = (torch.stack(each)[range(len(tokens)), tokens] for each in lora[1:])
     off, without = ((torch.tensor(ours) - each).abs().mean().item() for each in (merged, plain))
-    assert off < 0.1 and off < 0.2 * without
+    assert off < 0.15 and off < 0.2 * without
 
 
 @pytest.mark.parametrize("name", ["int8 dummy", "int4 dummy"])
