@@ -55,8 +55,8 @@ def choose_bits(
 
 def as_tensors(ways: Sequence[Way]) -> dict[str, torch.Tensor]:
     """Of all choices, in their order: bytes and losses."""
-    bytes_, losses = torch.tensor([way.bytes for way in ways]), torch.tensor([way.loss for way in ways]).double()
-    return {"bytes": bytes_, "losses": losses}
+    losses = torch.tensor([way.loss for way in ways], dtype=torch.float64)
+    return {"bytes": torch.tensor([way.bytes for way in ways]), "losses": losses}
 
 
 def as_ways(ranked: RankedGroup, kept: Mapping[str, torch.Tensor]) -> list[Way]:
