@@ -42,15 +42,18 @@ def print_groups(rows: Sequence[GroupRow], console: Console) -> None:
     total = totals(rows)
     counts = (f"{total.parameters_before:,}", f"{total.parameters_after:,}")
     table.add_section()
-    table.add_row("total", "", f"-{total.removed:.2%}", *([""] if on_grids else []), "", "", *counts)
+    table.add_row(
+        "total", "", f"{-total.removed:.2%}" if total.removed else "", *([""] if on_grids else []), "", "", *counts
+    )
     console.print(table)
 
 
 def numbers_of(schemes: Mapping[str, str] | None) -> str:
-    """int8; or the grid of each factor, where they differ."""
-    if not schemes or len(set(schemes.values())) == 1:
-        return next(iter(schemes.values())) if schemes else ""
-    return ", ".join(f"{factor} {scheme}" for factor, scheme in schemes.items())
+    """int8, int4; or those of each factor, where they differ. How many inputs share a scale is left out."""
+    kinds = {factor: scheme.partition("_")[0] for factor, scheme in (schemes or {}).items()}
+    if len(set(kinds.values())) <= 1:
+        return next(iter(kinds.values()), "")
+    return ", ".join(f"{factor} {kind}" for factor, kind in kinds.items())
 
 
 def left_dense_lines(left_dense: dict[str, int]) -> list[str]:
