@@ -306,15 +306,13 @@ def validate_before_serving(folder: Path) -> None:
 
 def check_headers(config: CheckpointConfig, headers: Mapping[str, TensorInfo], folder: Path) -> None:
     """Raises FormatError if a tensor of a group, or one that provenance lists as dense, is not there as described."""
-    for group in config.groups:
-        check_group_headers(group, headers, folder)
     under: dict[str, list[str]] = {}
     for name in headers:
         under.setdefault(name.rpartition(".")[0], []).append(name)
     for group in config.groups:
-        expected = expected_tensors(group, *stacked_shape(group, headers, folder))
+        known = check_group_headers(group, headers, folder)
         for name in (name for member in group.members for name in under.get(member, ())):
-            if name not in expected and not name.endswith(".bias"):
+            if name not in known and not name.endswith(".bias"):
                 raise FormatError(f"{headers[name].file}: {name}: group {group.name} has no such tensor; {MEND}")
     for name in config.provenance.get("dense_tensors", []):
         if name not in headers:
@@ -373,10 +371,11 @@ def shape_in(headers: Mapping[str, TensorInfo], tensor: str, dimensions: int, fo
     return headers[tensor].shape
 
 
-def check_group_headers(group: Group, headers: Mapping[str, TensorInfo], folder: Path) -> None:
-    """Raises FormatError if a tensor of the group is missing or its shape or type is not what the config says."""
-    rows, columns = stacked_shape(group, headers, folder)
-    for name, shape in expected_tensors(group, rows, columns).items():
+def check_group_headers(group: Group, headers: Mapping[str, TensorInfo], folder: Path) -> set[str]:
+    """The names of the group's tensors. Raises FormatError if one is missing or its shape or type is not what the
+    config says."""
+    expected = expected_tensors(group, *stacked_shape(group, headers, folder))
+    for name, shape in expected.items():
         if shape_in(headers, name, len(shape), folder) != shape:
             raise FormatError(
                 f"{headers[name].file}: {name}: shape {headers[name].shape}, "
@@ -394,6 +393,7 @@ def check_group_headers(group: Group, headers: Mapping[str, TensorInfo], folder:
                 f"{headers[f'{member}.weight'].file}: {member}.weight is there, "
                 f"but group {group.name} replaces it; {MEND}"
             )
+    return set(expected)
 
 
 def check_values(headers: Mapping[str, TensorInfo]) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -16,6 +17,12 @@ from fermisvd_convert.text import weighted_source
 logger = logging.getLogger("fermisvd")
 
 FIGURE = "ranks.png"  # the hub shows a png everywhere, an svg not
+COMMON = {  # metadata of every card
+    "library_name": "transformers",
+    "pipeline_tag": "text-generation",
+    "tags": ["fermisvd", "low-rank", "compression"],
+}
+SERVE = ["## Serve", "", "```", 'pip install "fermisvd[vllm]"', "vllm serve .", "```", ""]
 PAPER = "[arXiv 2512.03062](https://arxiv.org/abs/2512.03062)"
 
 
@@ -36,14 +43,20 @@ def write_card(record: Record, folder: Path, base: Path) -> None:
     (folder / "README.md").write_text(f"---\n{front}\n---\n\n{body}", encoding="utf-8")
 
 
+def write_imported_card(title: str, methods: Sequence[str], folder: Path, base: Path) -> None:
+    """README.md of a checkpoint in `folder` that was written from one of other methods. base: as of `write_card`."""
+    front = ModelCardData(**COMMON, **carried_over(base / "README.md")).to_yaml()
+    origin = f"A low-rank checkpoint ({', '.join(methods)}), written anew for FermiSVD; the function is the same."
+    body = "\n".join([f"# {title}, imported", "", origin, "", *SERVE])
+    (folder / "README.md").write_text(f"---\n{front}\n---\n\n{body}", encoding="utf-8")
+
+
 def metadata(record: Record, base: Path) -> ModelCardData:
     """What the hub reads of a card. What a slash is in was of the hub: folders and files are named without theirs."""
     sources = [weighted_source(name)[0].partition(":")[0] for name in record.settings["calibration"]]
     return ModelCardData(
         base_model=record.model if "/" in record.model else None,
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["fermisvd", "low-rank", "compression"],
+        **COMMON,
         datasets=[name for name in sources if "/" in name] or None,
         **carried_over(base / "README.md"),
     )
@@ -92,13 +105,7 @@ def body_lines(record: Record, figure: list[str]) -> list[str]:
         f"| {perplexity.before:.4f} | {perplexity.after:.4f} |",
         "",
         *figure,
-        "## Serve",
-        "",
-        "```",
-        'pip install "fermisvd[vllm]"',
-        "vllm serve .",
-        "```",
-        "",
+        *SERVE,
         "## Load",
         "",
         "```python",

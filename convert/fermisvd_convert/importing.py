@@ -30,6 +30,7 @@ from fermisvd.groups import LinearGroup, find_groups
 from fermisvd.hf import empty_model, vocabulary_of
 from fermisvd.losses import Pair
 from fermisvd.tensors import model_tensors
+from fermisvd_convert.card import write_imported_card
 from fermisvd_convert.checks import check_place
 from fermisvd_convert.layouts import Found, find_layers
 from fermisvd_convert.loading import SourceError
@@ -105,24 +106,16 @@ def import_checkpoint(source: str | Path, out: str | Path, **given: Any) -> dict
             model = open_imported(str(source), options, folder)
             ranked = ranked_layers(model, options)
             dtype = storage_type(options.dtype, model)
-            if lost := sorted(
-                name
-                for found in model.layers.values()
-                for name in (found.a, found.b)
-                if torch.promote_types(TORCH_TYPES[model.stored[name].dtype], dtype) != dtype
-            ):
-                kind = model.stored[lost[0]].dtype
-                logger.warning("%s: factors of type %s are stored as %s; see --dtype", model.name, kind, dtype)
-            if not compressed(ranked):
+            say_what_is_narrowed(model, dtype)
+            if not (kept := compressed(ranked)):
                 raise SourceError(f"{model.name}: in {options.form} form no layer's factors are smaller")
             with unfinished(place) as partial:
-                kept = compressed(ranked)
                 write_checkpoint(model, partial, kept, model.factors_of, None, dtype, options.dtype != "auto")
                 found = sorted({layer.method for layer in model.layers.values()})
                 base = folder_name(options.base) if options.base and Path(options.base).is_dir() else options.base
                 provenance = {"model": base or model.title, "imported": found, "versions": versions()}
                 write_config(model, partial, kept, dtype, provenance)
-                write_card(model, partial, found)
+                write_imported_card(model.title, found, partial, model.folder)
                 validate_checkpoint(partial)
                 off = largest_difference(partial, kept, model.factors_of)
                 with complete(place):
@@ -164,6 +157,8 @@ def open_imported(name: str, options: ImportOptions, folder: Path) -> Imported:
         if path.suffix != ".py":  # code of its own
             (model / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(base / path, model / path)
+    if (base / "README.md").is_file():
+        shutil.copyfile(base / "README.md", model / "README.md")  # for its license
     with explained(SourceError, f"{base / 'config.json'}: transformers makes no causal language model of it"):
         empty = empty_model(model)
     config["architectures"] = [type(empty).__name__]
@@ -266,6 +261,14 @@ def ranked_layers(model: Imported, options: ImportOptions) -> list[RankedGroup]:
     ]
 
 
+def say_what_is_narrowed(model: Imported, dtype: torch.dtype) -> None:
+    """A line where factors of a wider type are stored in this one."""
+    kinds = {model.stored[name].dtype for found in model.layers.values() for name in (found.a, found.b)}
+    for kind in sorted(kinds):
+        if torch.promote_types(TORCH_TYPES[kind], dtype) != dtype:
+            logger.warning("%s: factors of type %s are stored as %s; see --dtype", model.name, kind, dtype)
+
+
 def with_zeros(model: PreTrainedModel) -> PreTrainedModel:
     """A model without weights, with one zero for each of its tensors, which takes no memory."""
     for module in model.modules():
@@ -297,26 +300,3 @@ def largest_difference(folder: Path, ranked: list[RankedGroup], factors_of: Call
             worst = max(worst, off.item())
             shown.advance()
     return worst
-
-
-def write_card(model: Imported, folder: Path, found: list[str]) -> None:
-    lines = [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        "tags:",
-        "- fermisvd",
-        "- low-rank",
-        "---",
-        "",
-        f"# {model.title}, imported",
-        "",
-        f"A low-rank checkpoint ({', '.join(found)}), written anew for FermiSVD; the function is the same.",
-        "",
-        "```",
-        'pip install "fermisvd[vllm]"',
-        "vllm serve .",
-        "```",
-        "",
-    ]
-    (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")

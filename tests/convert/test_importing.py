@@ -107,12 +107,15 @@ def test_ends(tiny_llama, factorised, tmp_path, layout):
     if layout == "ASVD":
         config = {"model_type": "asvd_llama", "architectures": ["ASVDLlamaForCausalLM"], "auto_map": {"AutoModel": "x"}}
     source = write(tmp_path / "in", tiny_llama, tensors, **config)
+    (source / "README.md").write_text("---\nlicense: apache-2.0\n---\nIts own.\n")
     (source / "modeling_x.py").write_text("raise SystemExit('code of a checkpoint was run')")
     found = import_checkpoint(source, tmp_path / "out")
     assert found["layouts"] == [SAID.get(layout, layout)]
     check(tmp_path / "out", factorised)
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written["architectures"] == ["LlamaForCausalLM"] and "auto_map" not in written
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "license: apache-2.0" in card and "# in, imported" in card and "Its own." not in card
     assert not list((tmp_path / "out").glob("*.py")) and (tmp_path / "out" / "tokenizer.json").is_file()
 
 
