@@ -115,7 +115,7 @@ def test_an_error_of_one_at_work_is_the_conversions(smallest_llama, tmp_path, sm
         raise NumericalError(f"{ranked.group.name}: the factors overflow")
 
     monkeypatch.setattr("fermisvd_convert.conversion.workers_beside", lambda *_: 3)
-    monkeypatch.setattr("fermisvd_convert.writer.compressed_tensors", overflow)
+    monkeypatch.setattr("fermisvd_convert.writer.group_tensors", overflow)
     with pytest.raises(NumericalError, match=r"layers\.0.*: the factors overflow"):
         convert(str(smallest_llama), tmp_path / "three", 0.3, **smallest)
     assert not (tmp_path / "three").exists() and not place_of(tmp_path / "three").new.exists()
