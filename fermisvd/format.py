@@ -4,7 +4,7 @@ docs/format.md describes the folder. Every check raises FormatError, which names
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -75,6 +75,10 @@ class Group(BaseModel):
     def name(self) -> str:
         return self.members[0]
 
+    def renamed(self, name_of: Callable[[str], str]) -> "Group":
+        """The group with other names for its members."""
+        return self.model_copy(update={"members": tuple(name_of(member) for member in self.members)})
+
     def tensors(self, factor: str, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
         """Name -> shape of the tensors that a factor (rows x columns) is stored as."""
         if self.schemes is None:
@@ -109,6 +113,10 @@ class CheckpointConfig(BaseModel):
     groups: tuple[Group, ...]
     schemes: dict[str, dict[str, Any]] | None = None
     provenance: dict[str, Any] = {}
+
+    def renamed(self, name_of: Callable[[str], str]) -> "CheckpointConfig":
+        """The config with other names for the groups' members."""
+        return self.model_copy(update={"groups": tuple(group.renamed(name_of) for group in self.groups)})
 
     @model_validator(mode="after")
     def _dense_tensors_are_names(self) -> "CheckpointConfig":

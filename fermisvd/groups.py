@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from fermisvd.errors import FermiSVDError, NumericalError
 from fermisvd.linear import Conv1D, Linear, linear_layer, weight_of
@@ -59,13 +60,16 @@ class StructureError(FermiSVDError):
 
 
 def decoder_blocks(model: nn.Module) -> str:
-    """Name of the ModuleList that holds the decoder blocks: the outermost one with most parameters in matrices.
+    """Name of the ModuleList that holds the decoder blocks: the outermost one with most parameters in matrices, of the
+    language model where there are towers for images or sounds beside it.
 
     Raises StructureError if the model has no ModuleList with matrices.
     """
     best, most = None, 0
+    decoder = model.get_decoder() if isinstance(model, PreTrainedModel) else model
+    inside = {id(module) for module in decoder.modules()}
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList):
+        if isinstance(module, nn.ModuleList) and id(module) in inside:
             size = sum(p.numel() for p in module.parameters() if p.dim() == 2)
             if size > most:
                 best, most = name, size

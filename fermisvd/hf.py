@@ -1,4 +1,4 @@
-"""transformers: after `import fermisvd`, AutoModelForCausalLM.from_pretrained loads a FermiSVD checkpoint.
+"""transformers: after `import fermisvd`, from_pretrained loads a FermiSVD checkpoint.
 
 The reference modules take the place of the compressed layers; a broken checkpoint is refused; save_pretrained
 writes the model at its small size again.
@@ -11,7 +11,14 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -29,7 +36,7 @@ from fermisvd.format import (
 )
 from fermisvd.linear import Linear, weight_of
 from fermisvd.modules import CompressedLinear, replace_group
-from fermisvd.tensors import ModelTensors, model_tensors
+from fermisvd.tensors import ModelTensors, model_tensors, module_names, saved_names
 
 logger = logging.getLogger("fermisvd")
 
@@ -71,15 +78,13 @@ class FermiSVDQuantizer(HfQuantizer):
             validate_checkpoint(folder)
             replace_groups(model, config, read_headers(folder), folder)
         else:
-            for group in config.groups:
+            for group in in_modules(model, config).groups:
                 replace_group(model, group)
         nothing = torch.empty(0)
         nothing._is_hf_initialized = True  # pyright: ignore[reportAttributeAccessIssue]: the flag that transformers reads
-        for group in config.groups:
-            for member in group.members:  # while it loads: GPT-2's _init_weights reaches for its children's weights
-                layer = model.get_submodule(member)
-                if not hasattr(layer, "weight"):
-                    layer.weight = nothing
+        for layer in model.modules():  # while it loads: GPT-2's _init_weights reaches for its children's weights
+            if isinstance(layer, CompressedLinear) and not hasattr(layer, "weight"):
+                layer.weight = nothing  # pyright: ignore[reportAttributeAccessIssue]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs) -> None:
         for layer in model.modules():
@@ -96,6 +101,8 @@ class FermiSVDQuantizer(HfQuantizer):
 
 def mark_compressed(model: PreTrainedModel, config: CheckpointConfig) -> None:
     """A model whose layers are in place already: save_pretrained writes its config's groups from now on."""
+    names = saved_names(model, config.group_of())
+    config = config.renamed(names.__getitem__)
     entry = FermiSVDQuantizationConfig(**config.model_dump(mode="json", exclude_none=True, exclude={"quant_method"}))
     model.config.quantization_config = entry
     vars(model)["hf_quantizer"] = FermiSVDQuantizer(entry)  # as from_pretrained does
@@ -117,7 +124,7 @@ def check_architecture(folder: Path) -> None:
         raise FormatError(f"{path}: transformers cannot read it: {reason(error)}; {MEND}") from None
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(hf_config, attn_implementation="eager", trust_remote_code=False)
+            model = auto_class(hf_config).from_config(hf_config, attn_implementation="eager", trust_remote_code=False)
     except Exception as error:  # not a causal language model of transformers' own
         logger.warning("%s: structure is checked layer by layer only: %s", path, reason(error))
         return
@@ -131,6 +138,7 @@ def replace_groups(
 
     Raises FormatError if groups, tensors and model do not fit each other, in both directions.
     """
+    stored, config = config, in_modules(model, config)
     linear = {name: m for name, m in model.named_modules() if isinstance(m, Linear)}
     own = {name for name, _ in model.named_parameters()}
     for group in config.groups:
@@ -162,13 +170,30 @@ def replace_groups(
             )
     # a checkpoint of an earlier version lists among its dense tensors some that transformers never took
     strangers = set(found.left_out) - set(config.provenance.get("dense_tensors", []))
-    if strangers:
+    if strangers and type(model).__name__ in (model.config.architectures or [type(model).__name__]):
         name = min(strangers)
         raise FormatError(
             f"{headers[name].file}: {name}: {type(model).__name__} has no such parameter; config.json and weights are "
             "not of one model, convert again"
         )
     return found
+
+
+def in_modules(model: PreTrainedModel, config: CheckpointConfig) -> CheckpointConfig:
+    """The config with the modules of a model, which is still dense, for members."""
+    names = module_names(model, config.group_of())
+    return config.renamed(names.__getitem__)
+
+
+def auto_class(config: PretrainedConfig) -> Any:
+    """The class of transformers that makes the model that `architectures` names: a causal language model, or a wrapper
+    of one that takes images or sounds as well."""
+    for auto in (AutoModelForMultimodalLM, AutoModelForCausalLM):
+        if type(config) in auto._model_mapping:
+            made: Any = auto._model_mapping[type(config)]
+            if made.__name__ in (config.architectures or [made.__name__]):
+                return auto
+    return AutoModelForCausalLM
 
 
 def load_model(path: str | Path, dtype: torch.dtype = torch.float32, **kwargs) -> PreTrainedModel:
@@ -183,14 +208,15 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32, **kwargs) -
         if compressed_config(empty) is None:  # else the quantizer looks
             model_tensors(empty, headers)
     kwargs = {"return_dict": True} | kwargs  # whatever config.json says: the stages ask for .logits
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **kwargs).eval()
+    config = AutoConfig.from_pretrained(path, trust_remote_code=kwargs.get("trust_remote_code", False))
+    return auto_class(config).from_pretrained(path, dtype=dtype, use_safetensors=True, **kwargs).eval()
 
 
 def empty_model(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The causal language model that a folder's config.json describes, dense, without weights."""
+    """The language model that a folder's config.json describes, or a wrapper of one, dense, without weights."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        return auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
 
 
 def vocabulary_of(model: PreTrainedModel) -> int:

@@ -1,7 +1,8 @@
 """Which tensors of a model's files are the parameters of the model that transformers makes of its config.
 
 Names are mapped as from_pretrained maps them, in both directions: a parameter without a tensor and a tensor without a
-parameter are both found. Tied parameters are looked at from every end.
+parameter are both found. Tied parameters are looked at from every end. A checkpoint keeps the names of its files, which
+vLLM maps by tables of its own.
 """
 
 from collections.abc import Iterable, Mapping
@@ -12,7 +13,12 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+    revert_weight_conversion,
+)
 
 from fermisvd.errors import FormatError
 from fermisvd.files import TensorInfo
@@ -26,13 +32,15 @@ class ModelTensors:
 
     whole: parameter or buffer -> the tensor that it is, as it is; tied ones share theirs.
     made: parameters that transformers makes of several tensors, or of one in another shape (stacked experts).
-    written: name -> tensor, of all that belong to the model, once each, under the names that both transformers and
-    vLLM look for. missing: parameters without a tensor. left_out: tensors without a parameter.
+    own: the tensors of all that belong to the model, once each, by parameter, or by their names where a parameter is
+    made of several. stored_names: of those that a file calls otherwise than the model (a wrapper's), how; both
+    transformers and vLLM look for that. missing: parameters without a tensor. left_out: tensors without a parameter.
     """
 
     whole: dict[str, TensorInfo] = field(default_factory=dict)
     made: set[str] = field(default_factory=set)
-    written: dict[str, TensorInfo] = field(default_factory=dict)
+    own: dict[str, TensorInfo] = field(default_factory=dict)
+    stored_names: dict[str, str] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
 
@@ -77,12 +85,17 @@ def model_tensors(model: PreTrainedModel, headers: Mapping[str, TensorInfo]) -> 
             rename[names[stored[0]]] = source
         found.whole |= dict.fromkeys((source, *members), first)
     prefix = f"{model.base_model_prefix}."
+    as_they_are = [(name, parameter) for name, parameter in parameter_of.items() if parameter in found.whole]
+    # saved without the prefix of the model below the head, as GPT-2 is: a checkpoint of ours has it
+    bare = all(parameter in (name, prefix + name) for name, parameter in as_they_are)
     for name, parameter in parameter_of.items():
-        # saved without the prefix of the model below the head: groups name their members with it
-        own = parameter if parameter == prefix + name else name
-        written = rename.get(name, own)
-        if written is not None:
-            found.written[written] = headers[name]
+        stored = rename.get(name, name)
+        if stored is None:
+            continue
+        own = name if parameter in found.made else rename.get(name) or parameter
+        found.own[own] = headers[name]
+        if own != stored and not bare:
+            found.stored_names[own] = stored
     parameters = (name for name, tensor in state.items() if isinstance(tensor, nn.Parameter))
     found.missing = [name for name in parameters if name not in found.whole and name not in found.made]
     return found
@@ -115,6 +128,20 @@ def parameters_of(model: PreTrainedModel, names: Iterable[str]) -> dict[str, tup
         parameter, converter = rename_source_key(name, renamings, converters, prefix, meta)
         found[name] = parameter, converter is None
     return found
+
+
+def module_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
+    """Linear layer as a checkpoint names it -> the dense model's module; itself where it is none."""
+    found = parameters_of(model, weights := [f"{name}.weight" for name in names])
+    return {name.removesuffix(".weight"): found[name][0].removesuffix(".weight") for name in weights}
+
+
+def saved_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
+    """Module -> its name in a checkpoint that save_pretrained writes."""
+    modules = list(names)
+    weights = {f"{name}.weight": torch.tensor(number) for number, name in enumerate(modules)}
+    saved = revert_weight_conversion(model, weights)
+    return {modules[int(number)]: name.removesuffix(".weight") for name, number in saved.items()}
 
 
 def check_equal(one: TensorInfo, other: TensorInfo, why: str, remedy: str) -> None:

@@ -17,6 +17,8 @@ from fermisvd_convert.text import weighted_source
 logger = logging.getLogger("fermisvd")
 
 FIGURE = "ranks.png"  # the hub shows a png everywhere, an svg not
+CAUSAL = "AutoModelForCausalLM"
+CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 COMMON = {  # metadata of every card
     "library_name": "transformers",
     "pipeline_tag": "text-generation",
@@ -26,10 +28,10 @@ SERVE = ["## Serve", "", "```", 'pip install "fermisvd[vllm]"', "vllm serve .", 
 PAPER = "[arXiv 2512.03062](https://arxiv.org/abs/2512.03062)"
 
 
-def write_card(record: Record, folder: Path, base: Path) -> None:
+def write_card(record: Record, folder: Path, base: Path, loader: str = CAUSAL) -> None:
     """Write README.md of the checkpoint in `folder`, and its ranks figure where matplotlib is installed.
 
-    base: the dense model's folder, whose card says under which license it is.
+    base: the dense model's folder, whose card says under which license it is; loader: transformers' class for it.
     """
     try:
         with style():
@@ -39,13 +41,13 @@ def write_card(record: Record, folder: Path, base: Path) -> None:
         logger.warning("the model card has no ranks figure: %s", reason(error))
         figure = []
     front = metadata(record, base).to_yaml()
-    body = "\n".join(body_lines(record, figure))
+    body = "\n".join(body_lines(record, figure, loader))
     (folder / "README.md").write_text(f"---\n{front}\n---\n\n{body}", encoding="utf-8")
 
 
 def write_imported_card(title: str, methods: Sequence[str], folder: Path, base: Path) -> None:
     """README.md of a checkpoint in `folder` that was written from one of other methods. base: as of `write_card`."""
-    front = ModelCardData(**COMMON, **carried_over(base / "README.md")).to_yaml()
+    front = ModelCardData(**COMMON | carried_over(base / "README.md")).to_yaml()
     origin = f"A low-rank checkpoint ({', '.join(methods)}), written anew for FermiSVD; the function is the same."
     body = "\n".join([f"# {title}, imported", "", origin, "", *SERVE])
     (folder / "README.md").write_text(f"---\n{front}\n---\n\n{body}", encoding="utf-8")
@@ -56,14 +58,13 @@ def metadata(record: Record, base: Path) -> ModelCardData:
     sources = [weighted_source(name)[0].partition(":")[0] for name in record.settings["calibration"]]
     return ModelCardData(
         base_model=record.model if "/" in record.model else None,
-        **COMMON,
         datasets=[name for name in sources if "/" in name] or None,
-        **carried_over(base / "README.md"),
+        **COMMON | carried_over(base / "README.md"),
     )
 
 
 def carried_over(card: Path) -> dict:
-    """License and language of the base model's card, which hold for a compressed one as well."""
+    """What holds for a compressed model as well, of the base model's card: license, language, what it is for."""
     if not card.is_file():
         return {}
     try:
@@ -72,10 +73,10 @@ def carried_over(card: Path) -> dict:
         reason = " ".join(str(error).split())
         logger.warning("%s: metadata not readable, so the new card names no license: %s", card, reason)
         return {}
-    return {key: data[key] for key in ("license", "license_name", "license_link", "language") if key in data}
+    return {key: data[key] for key in CARRIED if data.get(key)}
 
 
-def body_lines(record: Record, figure: list[str]) -> list[str]:
+def body_lines(record: Record, figure: list[str], loader: str) -> list[str]:
     """The card below its metadata."""
     name, settings, total = record.model, record.settings, record.totals
     perplexity, size = record.perplexity, record.bytes
@@ -91,6 +92,7 @@ def body_lines(record: Record, figure: list[str]) -> list[str]:
     title = f"{total.removed:.1%} of its linear parameters removed"
     if all(group.form == "dense" for group in record.groups):
         how, title = f"its linear layers rounded{numbers} with error feedback", f"its linear layers{numbers}"
+    reader = "AutoTokenizer" if loader == CAUSAL else "AutoProcessor"
     return [
         f"# {Path(name).name}, {title}",
         "",
@@ -110,10 +112,10 @@ def body_lines(record: Record, figure: list[str]) -> list[str]:
         "",
         "```python",
         "import fermisvd  # pip install fermisvd; without it transformers fills the layers with random numbers",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"from transformers import {loader}, {reader}",
         "",
-        'model = AutoModelForCausalLM.from_pretrained(".")',
-        'tokenizer = AutoTokenizer.from_pretrained(".")',
+        f'model = {loader}.from_pretrained(".")',
+        f'{"tokenizer" if loader == CAUSAL else "processor"} = {reader}.from_pretrained(".")',
         "```",
         "",
         "Every group's rank and all settings are in `fermisvd.json`.",

@@ -12,6 +12,7 @@ from fermisvd.bits import ranked_within
 from fermisvd.budget import RankedGroup, compressed, stored_in_groups
 from fermisvd.decomposition import Decomposition
 from fermisvd.files import read_headers
+from fermisvd.hf import auto_class
 from fermisvd.running import distributed
 from fermisvd_convert.card import write_card
 from fermisvd_convert.checks import check_out
@@ -157,7 +158,7 @@ def write(
 
 def publish(conversion: Conversion, place: Place, folder: Path, record: Record) -> None:
     """Add card and record to a finished checkpoint, and move it to OUT."""
-    write_card(record, folder, conversion.source.folder)
+    write_card(record, folder, conversion.source.folder, auto_class(conversion.source.parsed).__name__)
     # apart, so that the same settings give the same files, however long it took
     (folder / "timing.json").write_text(json.dumps(conversion.seconds, indent=1) + "\n", encoding="utf-8")
     record.files = list_files(folder)

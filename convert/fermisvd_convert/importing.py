@@ -176,7 +176,10 @@ def open_imported(name: str, options: ImportOptions, folder: Path) -> Imported:
             f"{whole[strangers[0]].file}: {strangers[0]}: neither {type(empty).__name__} nor a known layout has it"
         )
     vocabulary = vocabulary_of(empty)
-    return Imported(name, model, commit, False, config, empty.config, tensors.written, (), vocabulary, layers, headers)
+    names = tensors.stored_names
+    return Imported(
+        name, model, commit, False, config, empty.config, tensors.own, (), vocabulary, names, layers, headers
+    )
 
 
 def unwrapped(headers: Headers) -> Headers:

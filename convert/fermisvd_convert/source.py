@@ -39,8 +39,9 @@ class Source:
     """A dense model's folder.
 
     name: what the user called it; revision: the commit of a hub model; config: config.json as it stands; parsed: as
-    transformers reads it; headers: the model's tensors under the names that its checkpoints store them by, in their
-    files; left_out: tensors of the files that are no parameters of the model; vocabulary: how many tokens it can read.
+    transformers reads it; headers: the model's tensors, by parameter, or by their own names where several are one
+    parameter; left_out: tensors of the files that are no parameters of the model; vocabulary: how many tokens it can
+    read; stored_names: of parameters that a checkpoint's files call otherwise, how.
     """
 
     name: str
@@ -52,6 +53,17 @@ class Source:
     headers: dict[str, TensorInfo]
     left_out: tuple[str, ...]
     vocabulary: int
+    stored_names: Mapping[str, str]
+
+    def stored_name(self, name: str) -> str:
+        """What files call a layer or a parameter, or a factor that lies beside a layer's weight."""
+        if name in self.stored_names:
+            return self.stored_names[name]
+        layer, _, leaf = name.rpartition(".")
+        for weight, rest in ((f"{name}.weight", ""), (f"{layer}.weight", f".{leaf}")):
+            if weight in self.stored_names:
+                return self.stored_names[weight].removesuffix(".weight") + rest
+        return name
 
     @property
     def title(self) -> str:
@@ -241,9 +253,10 @@ def open_source(model: str, revision: str | None = None, trust_remote_code: bool
         trust_remote_code,
         config,
         empty.config,
-        found.written,
+        found.own,
         tuple(found.left_out),
         vocabulary,
+        found.stored_names,
     )
 
 

@@ -100,10 +100,11 @@ def write_checkpoint(
     def made(piece: str) -> dict[str, torch.Tensor]:
         if piece not in ranked_of:
             tensor = source.tensor(piece)
-            return {piece: tensor.to(dtype) if cast_dense and tensor.is_floating_point() else tensor}
+            cast = cast_dense and tensor.is_floating_point()
+            return {source.stored_name(piece): tensor.to(dtype) if cast else tensor}
         ranked = ranked_of[piece]
         tensors = group_tensors(ranked, factors_of, decomposition, dtype, device)
-        return {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+        return {source.stored_name(name): tensor.contiguous().cpu() for name, tensor in tensors.items()}
 
     own = distributed.own_run(list(shards.items()))
     _write_shards(folder, own, lambda pieces: in_order(made, pieces, device, workers))
@@ -113,14 +114,16 @@ def planned(
     source: Source, compressed: Sequence[RankedGroup], dtype: torch.dtype, cast_dense: bool
 ) -> dict[str, dict[str, int]]:
     """What will be written, in order: a piece for each dense tensor and each group, named by the source's tensor (of a
-    group's, its first), with the bytes of each of its tensors. All processes plan the same, before there are values."""
+    group's, its first), with the bytes of each of its tensors by name in the files. All processes plan the same, before
+    there are values."""
     ranked_of, found = {f"{name}.weight": each for each in compressed for name in each.group.members}, {}
     for name, info in source.headers.items():
         if name not in ranked_of:
             cast = cast_dense and info.dtype in TORCH_TYPES
-            found[name] = {name: info.numel * dtype.itemsize if cast else info.bytes}
+            found[name] = {source.stored_name(name): info.numel * dtype.itemsize if cast else info.bytes}
         elif name == f"{ranked_of[name].group.name}.weight":
-            found[name] = stored_bytes(ranked_of[name], dtype)
+            sizes = stored_bytes(ranked_of[name], dtype)
+            found[name] = {source.stored_name(tensor): size for tensor, size in sizes.items()}
     return found
 
 
@@ -170,17 +173,18 @@ def _write_index(folder: Path, shards: Mapping[str, Mapping[str, str]], total: i
 def write_config(
     source: Source, folder: Path, compressed: Sequence[RankedGroup], dtype: torch.dtype, provenance: dict
 ) -> None:
-    """config.json: the source's, and the quantization_config that describes the groups."""
+    """config.json: the source's, and the quantization_config that describes the groups, by the names of the files."""
     replaced = {f"{name}.weight" for ranked in compressed for name in ranked.group.members}
-    provenance = provenance | {"dense_tensors": [name for name in source.headers if name not in replaced]}
-    groups = tuple(config_group(ranked) for ranked in compressed)
+    dense = [source.stored_name(name) for name in source.headers if name not in replaced]
+    provenance = provenance | {"dense_tensors": dense}
+    groups = tuple(config_group(ranked).renamed(source.stored_name) for ranked in compressed)
     entry = checkpoint_config(groups, provenance).model_dump(mode="json", exclude_none=True)
     config = {key: value for key, value in source.config.items() if key != "torch_dtype"}
     config |= {"dtype": str(dtype).removeprefix("torch."), "quantization_config": entry}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def replace_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+def replace_tensors(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Rewrite the files of `folder` that hold tensors of these names, with the new values."""
     for file in sorted({info.file for info in read_headers(folder).values()}):
         stored = load_file(file)

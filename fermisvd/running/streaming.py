@@ -14,12 +14,12 @@ from safetensors import safe_open
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.hooks import RemovableHandle
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from fermisvd.errors import FermiSVDError
 from fermisvd.files import TensorInfo, read_headers
 from fermisvd.groups import decoder_blocks
-from fermisvd.hf import compressed_config, replace_groups
+from fermisvd.hf import auto_class, compressed_config, replace_groups
 from fermisvd.tensors import model_tensors
 
 
@@ -61,7 +61,7 @@ def stream_model(
     """
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, return_dict=True)
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code).eval()
+        model = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=trust_remote_code).eval()
     files, groups = read_headers(folder), compressed_config(model)
     found = model_tensors(model, files) if groups is None else replace_groups(model, groups, files, folder)
     model.requires_grad_(False)

@@ -1,7 +1,8 @@
 """Real vLLM engines, one after the other in one process: tasks as JSON in, a result or an error each as JSON out.
 
 Sharing the process saves the import and most of the start. Of each task: `engine` (arguments of vllm.LLM), `prompts`
-(token ids), `max_tokens`, and optionally `sampling`, `lora` (folder of an adapter), `reload` (folder of new weights),
+(token ids), `max_tokens`, and optionally `images` (prompts more: a text, and the size of an image of noise),
+`sampling`, `lora` (folder of an adapter), `reload` (folder of new weights),
 `metrics`, `distributions`. Of each result: `tokens`, `logprobs` of those tokens and of the prompt's, or `error`; where
 asked for, `distributions` of the next token behind each of the prompt's but the last, over the whole vocabulary.
 """
@@ -18,6 +19,7 @@ def generate(engine, task: dict) -> dict:
 
     options = {"temperature": 0, "max_tokens": task["max_tokens"], "ignore_eos": True, "logprobs": 0}
     prompts = [{"prompt_token_ids": ids} for ids in task["prompts"]]
+    prompts += [_with_image(**prompt) for prompt in task.get("images", [])]
     lora = LoRARequest("adapter", 1, task["lora"]) if "lora" in task else None
     if task.get("distributions"):
         options["prompt_logprobs"] = -1
@@ -31,6 +33,14 @@ def generate(engine, task: dict) -> dict:
     if task.get("distributions"):
         result["distributions"] = [[_whole(step) for step in o.prompt_logprobs[1:]] for o in outputs]
     return result
+
+
+def _with_image(text: str, size: list[int]) -> dict:
+    import numpy as np
+    from PIL import Image
+
+    noise = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    return {"prompt": text, "multi_modal_data": {"image": Image.fromarray(noise)}}
 
 
 def _whole(step: dict) -> list[float]:

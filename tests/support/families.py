@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from fermisvd.format import validate_checkpoint
+from fermisvd.format import Group, validate_checkpoint
 from fermisvd.linear import linear_layer
 from fermisvd.pivga import PivGa, dense_product
 from fermisvd_convert.convert import convert
@@ -73,11 +73,20 @@ UNSERVED: dict[str, tuple[str, dict]] = {
 
 
 def save(family: str, folder: Path, seed: int = 0) -> Path:
-    """A random float32 model of the family. Weights are large and biases non-zero, so that every mistake shows."""
+    """A random float32 model of the family."""
     class_name, settings = (FAMILIES | UNSERVED)[family]
     torch.manual_seed(seed)
     config: PretrainedConfig = getattr(transformers, class_name)(**settings)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    randomise(model)
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(DEMO_MODEL).save_pretrained(folder)
+    return folder
+
+
+def randomise(model: nn.Module) -> None:
+    """Large weights and biases that are not zero, so that every mistake shows."""
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             nn.init.normal_(parameter, std=0.5)
@@ -85,10 +94,6 @@ def save(family: str, folder: Path, seed: int = 0) -> Path:
             nn.init.normal_(parameter, std=2 / parameter.shape[-1] ** 0.5 if "embed" not in name else 1.0)
         else:
             nn.init.normal_(parameter, mean=parameter.mean().item(), std=0.2)
-    model.generation_config.eos_token_id = None
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(DEMO_MODEL).save_pretrained(folder)
-    return folder
 
 
 def compress(source: Path, form: str, text: Path, work: Path) -> Path:
@@ -113,6 +118,20 @@ def compress(source: Path, form: str, text: Path, work: Path) -> Path:
     return out
 
 
+def product_of(group: Group, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    """W of a group (members by rows), float64, of a checkpoint's tensors."""
+    first = group.name
+    if group.form == "svd":
+        a = torch.cat([tensors[f"{m}.lowrank_a"] for m in group.members]).double()
+        return a @ tensors[f"{first}.lowrank_b"].double()
+    names = [first] if group.side == "rows" else group.members
+    skeleton = torch.cat([tensors[f"{m}.skeleton"] for m in names])
+    assert group.side is not None
+    return dense_product(
+        PivGa(skeleton, tensors[f"{first}.interpolation"], tensors[f"{first}.permutation"], group.side)
+    )
+
+
 @torch.no_grad()
 def dense_twin(source: Path, compressed: Path) -> nn.Module:
     """The reference: the dense source with each compressed weight replaced by the float64 product of its factors.
@@ -122,16 +141,7 @@ def dense_twin(source: Path, compressed: Path) -> nn.Module:
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation="eager").eval()
     tensors = load_file(compressed / "model.safetensors")
     for group in validate_checkpoint(compressed).groups:
-        first = group.name
-        if group.form == "svd":
-            a = torch.cat([tensors[f"{m}.lowrank_a"] for m in group.members]).double()
-            weight = a @ tensors[f"{first}.lowrank_b"].double()
-        else:
-            names = [first] if group.side == "rows" else group.members
-            skeleton = torch.cat([tensors[f"{m}.skeleton"] for m in names])
-            assert group.side is not None
-            gauge = PivGa(skeleton, tensors[f"{first}.interpolation"], tensors[f"{first}.permutation"], group.side)
-            weight = dense_product(gauge)
+        weight = product_of(group, tensors)
         layers = [linear_layer(model, m) for m in group.members]
         rows = [layer.nf if isinstance(layer, Conv1D) else layer.out_features for layer in layers]
         for layer, part in zip(layers, weight.split(rows), strict=True):

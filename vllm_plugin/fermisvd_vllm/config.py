@@ -18,7 +18,12 @@ from fermisvd_vllm.kinds import parts_of
 from fermisvd_vllm.layout import numbers_held
 from fermisvd_vllm.linear import FermiSVDLinearMethod
 from fermisvd_vllm.tuning import OwnOps
-from fermisvd_vllm.versions import DRAFT_PREFIX, check_loading_order, check_online_quantization
+from fermisvd_vllm.versions import (
+    DRAFT_PREFIX,
+    check_loading_order,
+    check_online_quantization,
+    heads_in_halves,
+)
 
 logger = init_logger("vllm.fermisvd")
 
@@ -78,11 +83,7 @@ class FermiSVDConfig(QuantizationConfig):
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper) -> None:
         """Renames members as vLLM renames the model's modules."""
-        renamed = []
-        for group in self.checkpoint.groups:
-            members = tuple((hf_to_vllm_mapper.apply_list([name]) or [name])[0] for name in group.members)
-            renamed.append(group.model_copy(update={"members": members}))
-        self.checkpoint = self.checkpoint.model_copy(update={"groups": tuple(renamed)})
+        self.checkpoint = self.checkpoint.renamed(lambda name: (hf_to_vllm_mapper.apply_list([name]) or [name])[0])
         self.groups = self.checkpoint.group_of()
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
@@ -95,7 +96,10 @@ class FermiSVDConfig(QuantizationConfig):
             return DenseLinearMethod(self.check_model)
         check_loading_order(self.vllm_config.model_config, prefix)
         self.unprocessed.add(prefix)
-        method = FermiSVDLinearMethod(parts, members, prefix, self.own_ops, self.check_model, self._layer_is_ready)
+        heads = heads_in_halves(self.vllm_config.model_config, prefix)
+        method = FermiSVDLinearMethod(
+            parts, members, prefix, self.own_ops, self.check_model, self._layer_is_ready, heads
+        )
         self.layers[prefix] = method
         return method
 

@@ -179,6 +179,11 @@ def shard_of(whole: torch.Tensor, slot: Slot, tp_rank: int, tp_size: int, name: 
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=slot.shard)
 
 
+def in_halves(rows: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rows (heads x pairs x 2, ...) with the first of all pairs of a head before the second of all."""
+    return rows.view(heads, -1, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+
+
 def numbers_held(slots: Slots) -> tuple[int, int]:
     """Numbers in this process that tensor parallelism splits, and those that every process holds in full; no
     permutations, nor what lies beside the numbers of a grid."""

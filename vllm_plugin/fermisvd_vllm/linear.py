@@ -5,7 +5,7 @@ in shape. After loading the parts cut their factors out of it, as views (fermisv
 dispatch runs each of them; or, on a CPU, as copies that its packed kernel takes (fermisvd_vllm.packed).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -19,10 +19,10 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.utils import set_weight_attrs
 
 from fermisvd.errors import FormatError
-from fermisvd.format import PERMUTATION, check_finite, check_permutation, check_scales
+from fermisvd.format import PERMUTATION, WEIGHT, check_finite, check_permutation, check_scales
 from fermisvd.schemes import SCALE
 from fermisvd_vllm.factors import Factor, Gemm, Products
-from fermisvd_vllm.layout import LayerSizes, Loaded, Parallel, Sections, Slot, Slots, shard_of, slots_of
+from fermisvd_vllm.layout import LayerSizes, Loaded, Parallel, Sections, Slot, Slots, in_halves, shard_of, slots_of
 from fermisvd_vllm.on_cpu import numbered
 from fermisvd_vllm.packed import OUTPUTS_TILE, TILE, PackedMethod, packs
 from fermisvd_vllm.parts import Part
@@ -34,7 +34,7 @@ class FermiSVDLinearMethod(LinearMethodBase):
     """One instance a layer: it carries the layer's parts. Names of members and layer are for error messages.
 
     own_ops: our ops on a GPU; check_model: called before a tensor is taken and before a layer is finished; on_ready:
-    when this one is finished.
+    when this one is finished; heads: of members whose rows vLLM would have reordered (versions.heads_in_halves).
     """
 
     def __init__(
@@ -45,7 +45,9 @@ class FermiSVDLinearMethod(LinearMethodBase):
         own_ops: OwnOps | None = None,
         check_model: Callable[[], None] = lambda: None,
         on_ready: Callable[["FermiSVDLinearMethod"], None] = lambda _: None,
+        heads: Mapping[int, int] | None = None,
     ):
+        self.heads = heads or {}
         self.own_ops = own_ops or OwnOps()
         self.check_model, self.on_ready = check_model, on_ready
         self.parts = parts
@@ -136,6 +138,8 @@ class FermiSVDLinearMethod(LinearMethodBase):
             check_finite(where, loaded_weight)
             if name == PERMUTATION:
                 check_permutation(where, loaded_weight)
+            if member in self.heads and slot.shard == 0 and name != WEIGHT:  # which vLLM has reordered itself
+                loaded_weight = in_halves(loaded_weight, self.heads[member])
             piece = shard_of(loaded_weight, slot, self.tp_rank, self.tp_size, where).to(param.dtype)
             check_finite(f"{where} as {param.dtype}", piece)  # --dtype float16 may be too narrow for it
             if name.endswith(SCALE):

@@ -23,6 +23,10 @@ LORA_DEVICE_NAME = "qweight"
 REORDERED_LAYER = "query_key_value"
 REORDERING_MODELS = {"bloom": "try --model-impl transformers", "gpt_neox": "serve it with vLLM 0.32 or later"}
 
+# vLLM's own Llama 4 (models/llama4.py, `permute_qk_weight_for_rotary`) keeps the rotary dimensions of a head in halves,
+# files have them in pairs: while loading it reorders the rows of q and k, of tensors named `weight` or as a grid's.
+ROTARY_IN_HALVES = {"llama4", "llama4_text"}
+
 SHARD_NAMES = {"q": 0, "k": 1, "v": 2}
 
 
@@ -80,6 +84,16 @@ def check_loading_order(model_config, layer: str) -> None:
             f"{layer}: vLLM's own {model_type} reorders the rows of all its tensors, which mixes up shared factors; "
             f"{REORDERING_MODELS[model_type]}"
         )
+
+
+def heads_in_halves(model_config, layer: str) -> dict[int, int]:
+    """Member -> heads, of the members of a layer whose rows are to be reordered as they are loaded: the rotary
+    dimensions of each head from pairs to halves."""
+    config = model_config.hf_text_config
+    own = model_config.hf_config.model_type in ROTARY_IN_HALVES and model_config.model_impl != "transformers"
+    if not own or not layer.endswith("self_attn.qkv_proj"):
+        return {}
+    return {SHARD_NAMES["q"]: config.num_attention_heads, SHARD_NAMES["k"]: config.num_key_value_heads}
 
 
 def check_online_quantization(config) -> None:
