@@ -165,14 +165,21 @@ def test_a_broken_checkpoint_is_refused(fault, llama):
     assert refusal and all(word in refusal for word in words), refusal
 
 
-def test_a_grid_without_a_kernel_is_refused(family_checkpoints, tmp_path):
-    """vLLM's CPU kernel for int4 takes no float32."""
-    from vllm.platforms import current_platform
+def test_a_grid_without_a_kernel_is_refused(llama, monkeypatch):
+    def none(config):
+        raise ValueError("none of them")
 
-    if not current_platform.is_cpu():
-        pytest.skip("of a CPU")
-    folder = shutil.copytree(family_checkpoints("llama", "svd")[1], tmp_path / "int4")
-    schemes = dict.fromkeys(("lowrank_a", "lowrank_b"), "int4_group32")
-    bare(folder, Group(members=("model.layers.0.mlp.down_proj",), form="svd", rank=8, schemes=schemes))
+    monkeypatch.setattr("fermisvd_vllm.grid_gemm.choose_mp_linear_kernel", none)
+    schemes = {"lowrank_a": "int4_group32", "lowrank_b": "int4_group32"}
+    name = "model.layers.0.mlp.down_proj"
+    folder = bare(llama("svd"), Group(members=(name,), form="svd", rank=8, schemes=schemes))
     refusal = answer(folder, 1, False).refusal
-    assert refusal and "vLLM has no kernel for int4_group32 with float32 on cpu" in refusal
+    assert refusal and refusal.startswith("vLLM has no kernel for int4_group32 with bfloat16 on ")
+
+
+@pytest.mark.parametrize("scheme", ["int8", "fp8", "int4_group32"])
+def test_grids_with_kernels_are_served(scheme, llama):
+    schemes = {"lowrank_a": scheme, "lowrank_b": scheme}
+    name = "model.layers.0.mlp.down_proj"
+    folder = bare(llama("svd"), Group(members=(name,), form="svd", rank=8, schemes=schemes))
+    assert answer(folder, 1, False).refusal is None

@@ -149,6 +149,7 @@ class FermiSVDConfig(QuantizationConfig):
 
     def serve_dense(self) -> None:
         """Forgets all groups."""
+        self.checkpoint = self.checkpoint.model_copy(update={"groups": ()})
         self.groups, self.layers = {}, {}
 
     def _layer_is_ready(self, method: FermiSVDLinearMethod) -> None:
