@@ -109,10 +109,14 @@ def measure(model: Path, scratch: Path) -> dict:
     settings = {"samples": 16, "sequence_length": 64, "batch_size": 1, "steps": 4, "heal_steps": 0, "refit": False}
     resident = ResidentPeak()
     resident.start()
-    convert(str(model), scratch / "a", 0.2, calibration=[str(text)], work=scratch / "work-a", **settings)
+    convert(
+        str(model), scratch / "a", 0.2, calibration=[str(text)], work=scratch / "work-a", ask_vllm=False, **settings
+    )
     resident.stopped.set()
     with LiveBytes() as live:
-        convert(str(model), scratch / "b", 0.2, calibration=[str(text)], work=scratch / "work-b", **settings)
+        convert(
+            str(model), scratch / "b", 0.2, calibration=[str(text)], work=scratch / "work-b", ask_vllm=False, **settings
+        )
     bound = 3 * size + largest
     return {
         "model": str(model.name),
