@@ -32,6 +32,7 @@ def convert(processes: int, model: Path, text: Path, options: list[str], scratch
         text,
         "--work",
         work,
+        "--no-ask-vllm",
         *options,
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -107,6 +107,7 @@ def measure(model: Path, scratch: Path) -> dict:
     text = scratch / "text.txt"
     text.write_text("".join(f"def f{i}(x):\n    return x + {i}\n\n" for i in range(2000)))
     settings = {"samples": 16, "sequence_length": 64, "batch_size": 1, "steps": 4, "heal_steps": 0, "refit": False}
+    settings["ask_vllm"] = False
     resident = ResidentPeak()
     resident.start()
     convert(str(model), scratch / "a", 0.2, calibration=[str(text)], work=scratch / "work-a", **settings)

@@ -32,7 +32,7 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         options = {"work": folder / "work"} | arguments.options
         begin = time.perf_counter()
-        record = program.convert(arguments.model, folder / "out", arguments.remove, **options)
+        record = program.convert(arguments.model, folder / "out", arguments.remove, ask_vllm=False, **options)
         whole = time.perf_counter() - begin
     assert record.perplexity
     print("| stage | seconds | peak of the anonymous resident set, GB |\n|---|---|---|")

@@ -17,6 +17,7 @@ COMMANDS = {
     "evaluate": "Perplexity of MODEL over non-overlapping windows of the text, in float32.",
     "import": "Write a low-rank checkpoint of another method as one of ours, the same function.",
     "inspect": "Groups, ranks and sizes of a compressed checkpoint, after checking all of it.",
+    "check": "Whether vLLM can serve OUT; without vLLM, what can be said of that.",
     "report": "Draw ranks, kept energy, FermiGrad's trace and spectra; with several OUTs, also quality against size.",
     "push": "Upload OUT to the hub, also where the upload of --push-to failed.",
 }
