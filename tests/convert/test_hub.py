@@ -9,14 +9,17 @@ from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
+import torch
 from huggingface_hub import ModelCard, constants
 from typer.testing import CliRunner
 
 from fermisvd.errors import FormatError
 from fermisvd.format import validate_checkpoint
+from fermisvd.hf import load_model
 from fermisvd_convert.cli import app
 from fermisvd_convert.convert import convert
 from fermisvd_convert.hub import HubError, check_repository, push
+from tests.support import multimodal
 
 TOKEN = "hf_test"
 REPOSITORY = "ann/small-model"
@@ -202,6 +205,25 @@ def test_convert_pushes_and_a_failed_upload_is_mended_without_converting_again(h
     assert result.exit_code == 0, result.output
     assert f"pushed to {hub.url}/{REPOSITORY}\n" in result.output
     assert hub.files == contents(out) | {".gitattributes": b"*"}
+
+
+def test_a_wrapper_is_pushed_and_loaded_back(hub, text, tmp_path):
+    """Its files call its layers otherwise than transformers."""
+    source, out, back = multimodal.save("gemma3_mm", tmp_path / "source"), tmp_path / "out", tmp_path / "back"
+    options = ["--ranks", "uniform", "--samples", 8, "--sequence-length", 32, "--heal-steps", 0, "--no-refit"]
+    budget = ["--remove", 0.3, "--calibration", text, "--dtype", "float32"]
+    result = run("convert", source, out, *budget, *options, "--push-to", REPOSITORY)
+    assert result.exit_code == 0, result.output
+    for name, data in hub.files.items():
+        (back / name).parent.mkdir(parents=True, exist_ok=True)
+        (back / name).write_bytes(data)
+    assert all(name.startswith("language_model.model.layers.") for name in validate_checkpoint(back).group_of())
+    model, twin = (load_model(folder) for folder in (back, multimodal.dense_twin(source, out, tmp_path / "twin")))
+    ids = torch.arange(5, 45)[None]
+    with torch.no_grad():
+        ours, dense = (each(input_ids=ids).logits for each in (model, twin))
+    torch.testing.assert_close(ours, dense, rtol=1e-3, atol=1e-3)
+    assert f'AutoModelForMultimodalLM.from_pretrained("{REPOSITORY}")' in (back / "README.md").read_text()
 
 
 def test_broken_checkpoint_is_not_pushed(hub, out):
