@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fermisvd.errors import FermiSVDError, NumericalError
+from fermisvd.kept_dense import why_dense
 from fermisvd.linear import Conv1D, Linear, linear_layer, weight_of
 
 Side = Literal["columns", "rows"]
@@ -82,8 +83,8 @@ def find_groups(model: nn.Module, partition: Partition = "joint") -> list[Linear
     each a group of its own that shares the Gram matrix (`separate`). A parent module's last group
     gives the parent's output, so it is row-parallel under tensor parallelism and takes its skeleton
     from rows; all others take columns (the side that tensor parallelism replicates).
-    Layers that not every token passes exactly once (experts, with all others of their list), and routers, are in no
-    group: see `left_dense`.
+    Layers that not every token passes exactly once (experts, with all others of their list), and those of
+    fermisvd.kept_dense, are in no group: see `left_dense`.
     Raises StructureError if no layer is left to compress, NumericalError naming the first layer whose input is not
     finite.
     """
@@ -91,7 +92,7 @@ def find_groups(model: nn.Module, partition: Partition = "joint") -> list[Linear
     layers = {
         name: module
         for name, module in model.named_modules()
-        if name.startswith(f"{blocks}.") and isinstance(module, Linear) and not is_router(model, name)
+        if name.startswith(f"{blocks}.") and isinstance(module, Linear)
     }
     calls = _calls_of(model, layers)
     seen = Counter()
@@ -116,6 +117,9 @@ def find_groups(model: nn.Module, partition: Partition = "joint") -> list[Linear
     for names in readers.values():
         inputs = inputs_of[parent_of(names[0])]
         is_output = len(names) == 1 and len(inputs) > 1 and names[0] == inputs[-1]
+        names = [name for name in names if why_dense(model, name) is None]
+        if not names:
+            continue
         for members in [names] if partition == "joint" else [[name] for name in names]:
             groups.append(
                 LinearGroup(
@@ -180,21 +184,6 @@ def list_of(model: nn.Module, blocks: str, name: str) -> str | None:
             return parent
         parent = parent_of(parent)
     return None
-
-
-def is_router(model: nn.Module, name: str) -> bool:
-    """Whether a linear layer chooses among experts: its output is as wide as there are experts beside it.
-
-    Experts are one module with 3-D weights (experts x out x in) or a list of modules. A router is small, and an error
-    in it sends tokens elsewhere.
-    """
-    for child in model.get_submodule(parent_of(name)).children():
-        counts = {p.shape[0] for p in child.parameters(recurse=False) if p.dim() == 3}
-        if isinstance(child, nn.ModuleList):
-            counts.add(len(child))
-        if len(weight_of(linear_layer(model, name))) in counts:
-            return True
-    return False
 
 
 def left_dense(model: nn.Module, groups: Iterable[LinearGroup]) -> dict[str, int]:
