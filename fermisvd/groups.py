@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fermisvd.errors import FermiSVDError, NumericalError
+from fermisvd.fused import by_fused_layer
 from fermisvd.kept_dense import why_dense
 from fermisvd.linear import Conv1D, Linear, linear_layer, weight_of
 
@@ -79,8 +80,8 @@ def decoder_blocks(model: nn.Module) -> str:
 def find_groups(model: nn.Module, partition: Partition = "joint") -> list[LinearGroup]:
     """Groups of all linear layers of the decoder blocks, in the order the forward pass calls them.
 
-    Found by running a few tokens: layers called with one and the same tensor are a group (`joint`), or
-    each a group of its own that shares the Gram matrix (`separate`). A parent module's last group
+    Found by running a few tokens: layers called with one and the same tensor, which vLLM fuses, are a group (`joint`),
+    or each a group of its own that shares the Gram matrix (`separate`). A parent module's last group
     gives the parent's output, so it is row-parallel under tensor parallelism and takes its skeleton
     from rows; all others take columns (the side that tensor parallelism replicates).
     Layers that not every token passes exactly once (experts, with all others of their list), and those of
@@ -118,9 +119,7 @@ def find_groups(model: nn.Module, partition: Partition = "joint") -> list[Linear
         inputs = inputs_of[parent_of(names[0])]
         is_output = len(names) == 1 and len(inputs) > 1 and names[0] == inputs[-1]
         names = [name for name in names if why_dense(model, name) is None]
-        if not names:
-            continue
-        for members in [names] if partition == "joint" else [[name] for name in names]:
+        for members in by_fused_layer(names) if partition == "joint" else [[name] for name in names]:
             groups.append(
                 LinearGroup(
                     members=tuple(members),

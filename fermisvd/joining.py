@@ -11,7 +11,8 @@ from torch import nn
 
 from fermisvd.budget import Budget, RankedGroup, group_parameters
 from fermisvd.decomposition import Decomposition
-from fermisvd.groups import LinearGroup, parent_of
+from fermisvd.fused import fused_with
+from fermisvd.groups import LinearGroup
 from fermisvd.linear import linear_layer, weight_of
 from fermisvd.losses import LossFromABlock, StudentLoss, set_weight
 from fermisvd.running.distributed import local
@@ -30,8 +31,8 @@ def joined(groups: Sequence[LinearGroup]) -> LinearGroup:
 
 
 def fused_layers(groups: Sequence[LinearGroup]) -> list[list[LinearGroup]]:
-    """Groups that read the same input, in a row: each list is one fused layer of vLLM."""
-    return [list(parts) for _, parts in groupby(groups, key=lambda g: (g.source, parent_of(g.name), g.side))]
+    """Groups that read the same input and that vLLM fuses, in a row: each list is one fused layer."""
+    return [list(parts) for _, parts in groupby(groups, key=lambda g: (g.source, fused_with(g.name), g.side))]
 
 
 def coarser_partitions(count: int) -> Iterator[list[slice]]:

@@ -23,6 +23,16 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from tests.support import DEMO_MODEL, SHARED
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_vllm_beside_the_converter():
+    """A conversion of the tests asks no vLLM, which takes seconds to import: tests of that put it back."""
+    from fermisvd_convert.stages import serving
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(serving, "installed", lambda: False)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

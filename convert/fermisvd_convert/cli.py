@@ -18,6 +18,7 @@ COMMANDS = {
     "import": "Write a low-rank checkpoint of another method as one of ours, the same function.",
     "dequantize": "Write a dense bfloat16 copy of a model in block fp8 or MXFP4, which `convert` reads.",
     "inspect": "Groups, ranks and sizes of a compressed checkpoint, after checking all of it.",
+    "check": "Whether vLLM can serve OUT; without vLLM, what can be said of that.",
     "report": "Draw ranks, kept energy, FermiGrad's trace and spectra; with several OUTs, also quality against size.",
     "push": "Upload OUT to the hub, also where the upload of --push-to failed.",
 }

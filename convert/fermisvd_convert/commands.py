@@ -1,5 +1,4 @@
-"""The commands: `fermisvd convert`, `heal`, `evaluate`, `import`, `dequantize`, `inspect`,
-`report`, `push`.
+"""The commands: `fermisvd convert`, `heal`, `evaluate`, `import`, `dequantize`, `inspect`, `check`, `report`, `push`.
 
 cli.py says what each is for."""
 
@@ -25,6 +24,7 @@ from fermisvd_convert.heal import heal_checkpoint
 from fermisvd_convert.importing import import_checkpoint
 from fermisvd_convert.inspect import inspect_checkpoint
 from fermisvd_convert.options import ConvertOptions, EvaluateOptions, HealOptions, ImportOptions
+from fermisvd_convert.serving import ask, lines, why_not
 from fermisvd_convert.tables import print_groups, print_record
 
 app = typer.Typer()
@@ -50,9 +50,13 @@ def _clear_errors() -> Iterator[None]:
     except BrokenPipeError:  # of `| head`: click ends quietly
         raise
     except (FermiSVDError, OSError) as error:
-        line = reason(error).encode("utf-8", "backslashreplace").decode()
-        console.print(f"fermisvd: {line}", style="red", markup=False, highlight=False, soft_wrap=True)
+        _print_error(reason(error))
         raise typer.Exit(2) from None
+
+
+def _print_error(message: str) -> None:
+    line = message.encode("utf-8", "backslashreplace").decode()
+    console.print(f"fermisvd: {line}", style="red", markup=False, highlight=False, soft_wrap=True)
 
 
 def _check_use(context: typer.Context) -> None:
@@ -188,6 +192,24 @@ def inspect(out: Compressed, as_json: AsJson = False) -> None:
         return
     print_groups(summary.groups, Console())
     print(f"{summary.tensors} tensors, {summary.bytes / 1e6:,.2f} MB")
+
+
+@app.command()
+def check(
+    out: Compressed,
+    tensor_parallel_size: Annotated[int, typer.Option(min=1, help="Processes that share each layer.")] = 1,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that the model brings.")
+    ] = False,
+) -> None:
+    """Whether vLLM can serve OUT; without vLLM, what can be said of that."""
+    with _clear_errors():
+        answer = ask(out, tensor_parallel_size, trust_remote_code)
+    if why := why_not(answer):
+        _print_error(why)
+        raise typer.Exit(1)
+    for line in lines(answer, tensor_parallel_size):
+        print(line)
 
 
 @app.command()

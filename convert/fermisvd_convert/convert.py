@@ -31,6 +31,7 @@ from fermisvd_convert.stages.joining import join
 from fermisvd_convert.stages.ranks import IdealRanks, choose_ranks
 from fermisvd_convert.stages.refit import refit_groups
 from fermisvd_convert.stages.rescaling import rescale_groups
+from fermisvd_convert.stages.serving import check_served
 from fermisvd_convert.stages.structure import Structure, find_structure
 from fermisvd_convert.stages.teacher import ask_teacher
 from fermisvd_convert.text import recorded_names
@@ -51,6 +52,7 @@ def convert(model: str | Path, out: str | Path, remove: float | None = None, **o
     with at_work(prepared) as (conversion, place):
         structure = find_structure(conversion)
         conversion = check_room(conversion, structure.groups)
+        check_served(conversion, structure.groups)
         statistics = calibrate(conversion, structure.groups)
         before = evaluate_dense(conversion)
         decomposition = decompose(conversion, statistics, structure.groups)

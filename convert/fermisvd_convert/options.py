@@ -88,6 +88,9 @@ class ConvertOptions(RunOptions, CalibrationOptions, CompressOptions):
         BeforeValidator(lambda value: parse_bytes(value) if isinstance(value, str) else value),
         option("Most memory a step may take, as 24GiB; what would take more is refused.", recorded=False),
     ] = None
+    ask_vllm: Annotated[
+        bool, option("Ask vLLM, where it is installed, whether it can serve OUT, before long work.", recorded=False)
+    ] = True
     revision: Annotated[str | None, option("Branch, tag or commit of a hub model.", recorded=False)] = None
     overwrite: Annotated[bool, option("Replace OUT if it exists.", recorded=False)] = False
 

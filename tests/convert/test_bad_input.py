@@ -657,6 +657,16 @@ def _(case):
     case.set(calibration=f"{case.text}@0")
 
 
+@refused("layers that vLLM, where it is installed, would not serve compressed")
+def _(case):
+    from fermisvd_convert.stages import serving
+
+    refusal = "model.layers.0.mlp.up_proj: vLLM's LlamaForCausalLM does not take it; convert again without it"
+    case.patch.setattr(serving, "installed", lambda: True)
+    case.patch.setattr(serving, "version", lambda _: "1.2.3")
+    case.patch.setattr(serving, "ask", lambda *_, **__: {"vllm": "1.2.3", "refusal": refusal})
+
+
 # options
 
 CASES["--remove 0"] = partial(Case.set, remove=0)
@@ -715,6 +725,10 @@ def ranks(case, content):
 
 CASES["a file of ranks that is none"] = partial(ranks, content="{")
 CASES["ranks of another model"] = partial(ranks, content='{"x": 3}')
+FIRST = [f"model.layers.0.self_attn.{name}_proj" for name in "qkvo"]
+CASES["a file of ranks with a group of two of vLLM's layers"] = partial(
+    ranks, content=json.dumps({"groups": [{"members": FIRST, "rank": 3}]})
+)
 CASES["a rank that is no number"] = partial(ranks, content='{"model.layers.0.self_attn.q_proj": NaN}')
 
 

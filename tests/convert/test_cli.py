@@ -90,7 +90,8 @@ BARS += ("compare spectra", "join groups", "refit", "rescale", "write", "heal", 
 @pytest.mark.long
 def test_settings_are_said_before_the_first_stage_and_every_bar_has_a_total(smallest_llama, texts, tmp_path):
     options = (
-        "--remove 0.3 --form svd --refit --rescale --samples 8 --sequence-length 24 --steps 2 --heal-steps 2 --align 1"
+        "--remove 0.3 --form svd --refit --rescale --samples 8 --sequence-length 24 --steps 2 --heal-steps 2 --align 1 "
+        "--no-ask-vllm"
     )
     command = ["convert", smallest_llama, tmp_path / "out", *options.split(), "--calibration", texts / "a.txt"]
     run = [sys.executable, "-m", "fermisvd_convert", *map(str, command)]

@@ -13,7 +13,7 @@ def convert(processes: int, model, out, text, work, form="pivga", program="fermi
     numbers = {"remove": 0.3, "samples": 12, "gradient-samples": 12, "sequence-length": 32, "steps": 6}
     numbers |= {"batch-size": 4, "align": 1, "heal-steps": 0 if more else 2}
     options = [part for name, value in numbers.items() for part in (f"--{name}", value)]
-    options += ["--calibration", text, "--work", work, "--compute", "float32", "--form", form, *more]
+    options += ["--calibration", text, "--work", work, "--compute", "float32", "--form", form, "--no-ask-vllm", *more]
     run = [*launch, "-m", program, "convert", model, out, *options]
     done = subprocess.run([str(part) for part in run], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

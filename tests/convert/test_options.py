@@ -82,7 +82,7 @@ def test_what_is_recorded_gives_the_same_options_again(values):
     assert ConvertOptions.named(**recorded) == options
     assert {name: recorded[name] for name in values} == values
     assert recorded.keys() == ConvertOptions.options().keys() - {
-        "work", "device", "max_memory", "revision", "overwrite", "trust_remote_code", "skip_bad_rows",
+        "work", "device", "max_memory", "ask_vllm", "revision", "overwrite", "trust_remote_code", "skip_bad_rows",
     }  # fmt: skip
 
 

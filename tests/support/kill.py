@@ -23,6 +23,7 @@ from tests.support.artefacts import kinds
 FORMS = ("pivga", "svd")
 SETTINGS = (
     "--remove 0.3 --samples 16 --gradient-samples 16 --sequence-length 48 --batch-size 4 --steps 16 --heal-steps 16"
+    " --no-ask-vllm"
 )
 
 

@@ -121,6 +121,12 @@ class FermiSVDConfig(QuantizationConfig):
         """
         if self.model_checked:
             return
+        self.check_claimed()
+        self._check_download()
+        self.model_checked = True
+
+    def check_claimed(self) -> None:
+        """Raises FormatError for a group that no layer of the built model has."""
         claimed = {name for method in self.layers.values() for name in method.member_names}
         unclaimed = [group.name for group in self.checkpoint.groups if group.name not in claimed]
         stages = self.vllm_config.parallel_config.pipeline_parallel_size
@@ -129,8 +135,6 @@ class FermiSVDConfig(QuantizationConfig):
                 f"config.json: group {unclaimed[0]}: the model that vLLM built has no layer for it; "
                 "config.json and the groups in it are not of one model, convert again"
             )
-        self._check_download()
-        self.model_checked = True
 
     def _check_download(self) -> None:
         model, load = self.vllm_config.model_config, self.vllm_config.load_config
@@ -144,14 +148,25 @@ class FermiSVDConfig(QuantizationConfig):
         else:
             logger.warning("%s: not in the hub's cache, so its dense tensors are not checked", model.model)
 
+    def numbers_held(self) -> tuple[int, int, int]:
+        """In this process' compressed layers: numbers that tensor parallelism splits, those that it does not, and what
+        the dense layers would have."""
+        held = [(*numbers_held(method.slots), method.dense_numbers) for method in self.layers.values()]
+        sharded, replicated, dense = map(sum, zip(*held, strict=True))
+        return sharded, replicated, dense
+
+    def serve_dense(self) -> None:
+        """Forgets all groups."""
+        self.checkpoint = self.checkpoint.model_copy(update={"groups": ()})
+        self.groups, self.layers = {}, {}
+
     def _layer_is_ready(self, method: FermiSVDLinearMethod) -> None:
         """When the last layer is: says what this process holds."""
         if method.layer_name not in self.unprocessed:
             return  # a reload
         self.unprocessed.remove(method.layer_name)
         if not self.unprocessed:
-            sharded, replicated = map(sum, zip(*(numbers_held(m.slots) for m in self.layers.values()), strict=True))
-            dense = sum(m.dense_numbers for m in self.layers.values())
+            sharded, replicated, dense = self.numbers_held()
             logger.info(
                 "FermiSVD: %d compressed layers; this process (tensor parallel %d of %d) holds %s numbers of which %s "
                 "replicated; dense %s",

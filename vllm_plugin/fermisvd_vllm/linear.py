@@ -145,7 +145,7 @@ class FermiSVDLinearMethod(LinearMethodBase):
         A reload comes here again with new flat parameters; the factors then keep their storage.
         """
         self.check_model()
-        self._check_filled()
+        self.check_filled()
         flat = {name: getattr(layer, name).data for name in dict.fromkeys(name for name, _ in self.slots)}
         for name in flat:
             delattr(layer, name)
@@ -176,7 +176,8 @@ class FermiSVDLinearMethod(LinearMethodBase):
             layer.register_buffer("number", self.number, persistent=False)
         self.on_ready(self)
 
-    def _check_filled(self) -> None:
+    def check_filled(self) -> None:
+        """Raises FormatError naming every tensor that was never filled."""
         missing = self.slots.keys() - self.filled
         if missing and self.loads_checkpoint:
             names = ", ".join(f"{self.member_names[member]}.{name}" for name, member in sorted(missing))

@@ -24,6 +24,8 @@ def ranks_from_file(path: Path, groups: list[LinearGroup], rule: GroupsRule) -> 
             values = {group["members"][0]: group["rank"] for group in values["groups"]}
         values = values.get("mu", values)
         ranks = {str(name): float(rank) for name, rank in values.items()}
+    except OptionError:  # a ValueError too, which has said what is wrong
+        raise
     except (OSError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
         raise OptionError(f"{path}: not a file of ranks ({error})") from None
     for name, rank in ranks.items():
