@@ -6,7 +6,8 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config
+from transformers.utils.quantization_config import Mxfp4Config
 from typer.testing import CliRunner
 
 from fermisvd.errors import FermiSVDError
