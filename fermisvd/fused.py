@@ -10,6 +10,7 @@ from collections.abc import Iterable
 FUSED = (  # last parts of names, in vLLM's order
     ("q_proj", "k_proj", "v_proj"),
     ("gate_proj", "up_proj"),
+    ("in_proj_qkv", "in_proj_z"),
     ("w1", "w3"),
     ("c_fc_0", "c_fc_1"),
 )

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from fermisvd.errors import FermiSVDError, NumericalError
 from fermisvd.fused import by_fused_layer
+from fermisvd.kept_dense import why_dense
 from fermisvd.linear import Conv1D, Linear, linear_layer, weight_of
 
 Side = Literal["columns", "rows"]
@@ -87,8 +88,8 @@ def find_groups(model: nn.Module, partition: Partition = "joint") -> list[Linear
     or each a group of its own that shares the Gram matrix (`separate`). A parent module's last group
     gives the parent's output, so it is row-parallel under tensor parallelism and takes its skeleton
     from rows; all others take columns (the side that tensor parallelism replicates).
-    Layers that not every token passes exactly once (experts, with all others of their list), and routers, are in no
-    group: see `left_dense`.
+    Layers that not every token passes exactly once (experts, with all others of their list), and those of
+    fermisvd.kept_dense, are in no group: see `left_dense`.
     Raises StructureError if no layer is left to compress, NumericalError naming the first layer whose input is not
     finite.
     """
@@ -96,7 +97,7 @@ def find_groups(model: nn.Module, partition: Partition = "joint") -> list[Linear
     layers = {
         name: module
         for name, module in model.named_modules()
-        if name.startswith(f"{blocks}.") and isinstance(module, Linear) and not is_router(model, name)
+        if name.startswith(f"{blocks}.") and isinstance(module, Linear)
     }
     calls = _calls_of(model, layers)
     seen = Counter()
@@ -121,6 +122,7 @@ def find_groups(model: nn.Module, partition: Partition = "joint") -> list[Linear
     for names in readers.values():
         inputs = inputs_of[parent_of(names[0])]
         is_output = len(names) == 1 and len(inputs) > 1 and names[0] == inputs[-1]
+        names = [name for name in names if why_dense(model, name) is None]
         for members in by_fused_layer(names) if partition == "joint" else [[name] for name in names]:
             groups.append(
                 LinearGroup(
@@ -185,21 +187,6 @@ def list_of(model: nn.Module, blocks: str, name: str) -> str | None:
             return parent
         parent = parent_of(parent)
     return None
-
-
-def is_router(model: nn.Module, name: str) -> bool:
-    """Whether a linear layer chooses among experts: its output is as wide as there are experts beside it.
-
-    Experts are one module with 3-D weights (experts x out x in) or a list of modules. A router is small, and an error
-    in it sends tokens elsewhere.
-    """
-    for child in model.get_submodule(parent_of(name)).children():
-        counts = {p.shape[0] for p in child.parameters(recurse=False) if p.dim() == 3}
-        if isinstance(child, nn.ModuleList):
-            counts.add(len(child))
-        if len(weight_of(linear_layer(model, name))) in counts:
-            return True
-    return False
 
 
 def left_dense(model: nn.Module, groups: Iterable[LinearGroup]) -> dict[str, int]:

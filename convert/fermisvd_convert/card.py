@@ -119,7 +119,7 @@ def body_lines(record: Record, figure: list[str], loader: str) -> list[str]:
         "```",
         "",
         "Every group's rank and all settings are in `fermisvd.json`.",
-        *[f"\n{line[0].upper()}{line[1:]}." for line in left_dense_lines(record.left_dense)],
+        *[f"\n{line[0].upper()}{line[1:]}." for line in left_dense_lines(record)],
         "",
     ]
 

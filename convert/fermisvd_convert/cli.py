@@ -16,6 +16,7 @@ COMMANDS = {
     "heal": "Train OUT's factors towards its dense model's predictions; ranks and structure stay.",
     "evaluate": "Perplexity of MODEL over non-overlapping windows of the text, in float32.",
     "import": "Write a low-rank checkpoint of another method as one of ours, the same function.",
+    "dequantize": "Write a dense bfloat16 copy of a model in block fp8 or MXFP4, which `convert` reads.",
     "inspect": "Groups, ranks and sizes of a compressed checkpoint, after checking all of it.",
     "check": "Whether vLLM can serve OUT; without vLLM, what can be said of that.",
     "report": "Draw ranks, kept energy, FermiGrad's trace and spectra; with several OUTs, also quality against size.",

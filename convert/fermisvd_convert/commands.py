@@ -1,4 +1,4 @@
-"""The commands: `fermisvd convert`, `heal`, `evaluate`, `import`, `inspect`, `check`, `report`, `push`.
+"""The commands: `fermisvd convert`, `heal`, `evaluate`, `import`, `dequantize`, `inspect`, `check`, `report`, `push`.
 
 cli.py says what each is for."""
 
@@ -17,6 +17,7 @@ from fermisvd.running.distributed import launched
 from fermisvd_convert import hub
 from fermisvd_convert.command import given, place, takes
 from fermisvd_convert.convert import convert as run_conversion
+from fermisvd_convert.dequantizing import dequantize_checkpoint
 from fermisvd_convert.evaluate import evaluate_files
 from fermisvd_convert.figures import draw_figures
 from fermisvd_convert.heal import heal_checkpoint
@@ -166,6 +167,19 @@ def import_(
     size = found["bytes"]
     print(f"{found['layers']} layers of {', '.join(found['layouts'])}, products within {found['difference']:.1e}")
     print(f"weights: {size['before'] / 1e6:,.2f} MB before, {size['after'] / 1e6:,.2f} MB after")
+
+
+@app.command()
+def dequantize(
+    model: Annotated[str, typer.Argument(parser=given, help="Folder or hub id of a model in block fp8 or MXFP4.")],
+    dense: Annotated[Path, typer.Argument(parser=place, help="New folder for the dense model.")],
+) -> None:
+    """Write a dense bfloat16 copy of a model in block fp8 or MXFP4, which `convert` reads."""
+    with _clear_errors():
+        found = dequantize_checkpoint(model, dense)
+    print(
+        f"{found['made']} tensors made dense: {found['before'] / 1e6:,.2f} MB before, {found['after'] / 1e6:,.2f} after"
+    )
 
 
 @app.command()

@@ -122,6 +122,7 @@ def record_of(
             "calibration_text": text.record(recorded_names(conversion.options.calibration)),
             "groups": rows,
             "left_dense": structure.left_dense,
+            "why_dense": structure.why,
             "left_out": {"tensors": source.left_out, "files": conversion.left_files},
             "trace": {"groups": [group.name for group in ideal.groups], "steps": ideal.trace},
             "choices": conversion.choices,

@@ -132,9 +132,9 @@ class LeftOut(BaseModel):
 class Record(BaseModel):
     """What a conversion did: fermisvd.json.
 
-    settings: the recorded options by name; left_dense: matrices in no group and their parameters; choices: records of
-    what was decided by measurement; files: of the checkpoint, this one included; seconds: not written, so that the same
-    settings give the same files however long it took.
+    settings: the recorded options by name; left_dense: matrices in no group and their parameters; why_dense: why, of
+    those that every token passes; choices: records of what was decided by measurement; files: of the checkpoint, this
+    one included; seconds: not written, so that the same settings give the same files however long it took.
     """
 
     model_config = ConfigDict(protected_namespaces=())
@@ -147,6 +147,7 @@ class Record(BaseModel):
     totals: Totals
     groups: list[RecordedGroup] = Field(min_length=1)
     left_dense: dict[str, int] = {}
+    why_dense: dict[str, str] = {}
     left_out: LeftOut = LeftOut()
     versions: dict[str, str] = {}
     trace: Trace = Trace()

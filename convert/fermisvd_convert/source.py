@@ -30,6 +30,8 @@ from fermisvd_convert.progress import bar
 TORCH_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Of a hub model never downloaded: other forms of the same weights, and pickles. A .bin file may be a vocabulary.
 OTHER_WEIGHTS = ["pytorch_model*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.onnx*"]
+MADE_DENSE = "convert a dense copy, made by: fermisvd dequantize MODEL DENSE"
+DENSE_COPY = {"fp8": MADE_DENSE, "mxfp4": MADE_DENSE}  # methods of which fermisvd_convert.dequantizing makes one
 WRAPPERS = ("module.", "_orig_mod.", "base_model.model.", "wrapped_model.")  # DDP's, torch.compile's, peft's, LEMS'
 SLICE = 2**24  # numbers looked at together
 
@@ -297,7 +299,9 @@ def _read_config(folder: Path, trust_remote_code: bool) -> dict:
     if not isinstance(config, dict):
         raise SourceError(f"{path}: not a JSON object")
     if method := quantization_method(folder):
-        raise SourceError(f"{path}: the model is already {method}; convert the dense original")
+        raise SourceError(
+            f"{path}: the model is already {method}; {DENSE_COPY.get(method, 'convert the dense original')}"
+        )
     if config.get("auto_map") and not trust_remote_code:
         raise SourceError(f"{path}: the model runs code of its own; read it, then pass --trust-remote-code")
     return config

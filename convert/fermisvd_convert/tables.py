@@ -56,12 +56,17 @@ def numbers_of(schemes: Mapping[str, str] | None) -> str:
     return ", ".join(f"{factor} {kind}" for factor, kind in kinds.items())
 
 
-def left_dense_lines(left_dense: dict[str, int]) -> list[str]:
-    """One line a kind of matrix that no group holds (experts, routers), layers counted."""
-    kinds: dict[str, list[int]] = {}
-    for name, count in left_dense.items():
-        kinds.setdefault(re.sub(r"\.\d+\.", ".*.", name), []).append(count)
-    return [f"left dense: {kind}, {len(c)} matrices, {sum(c):,} parameters" for kind, c in kinds.items()]
+def left_dense_lines(record: Record) -> list[str]:
+    """One line a kind of matrix that no group holds (experts, routers), layers counted, and the reason where there is
+    one besides that not every token passes it."""
+    kinds: dict[tuple[str, str | None], list[int]] = {}
+    for name, count in record.left_dense.items():
+        kind = re.sub(r"\.\d+\.", ".*.", name), record.why_dense.get(name)
+        kinds.setdefault(kind, []).append(count)
+    return [
+        f"left dense: {kind}, {len(c)} matrices, {sum(c):,} parameters{f' ({why})' if why else ''}"
+        for (kind, why), c in kinds.items()
+    ]
 
 
 def text_lines(text: TextRecord) -> list[str]:
@@ -83,8 +88,8 @@ def _shown(value: object) -> str:
 def print_record(record: Record, console: Console) -> None:
     """The groups, and what became of text, quality and size."""
     print_groups(record.groups, console)
-    for line in left_dense_lines(record.left_dense):
-        console.print(line)
+    for line in left_dense_lines(record):
+        console.print(line, soft_wrap=True)
     for line in text_lines(record.calibration_text):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     perplexity, size = record.perplexity, record.bytes

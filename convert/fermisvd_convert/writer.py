@@ -94,7 +94,7 @@ def write_checkpoint(
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source.folder / path, folder / path)
         if len(shards) > 1:
-            _write_index(folder, shards, sum(sum(sizes.values()) for sizes in pieces.values()))
+            write_index(folder, shards, sum(sum(sizes.values()) for sizes in pieces.values()))
     ranked_of = {f"{each.group.name}.weight": each for each in compressed}
 
     def made(piece: str) -> dict[str, torch.Tensor]:
@@ -163,7 +163,7 @@ def _write_shards(
             (folder / file).chmod(usual_mode())
 
 
-def _write_index(folder: Path, shards: Mapping[str, Mapping[str, str]], total: int) -> None:
+def write_index(folder: Path, shards: Mapping[str, Mapping[str, str]], total: int) -> None:
     """total: bytes of all tensors."""
     weight_map = {name: file for file, shard in shards.items() for name in shard}
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}

@@ -243,6 +243,16 @@ def _(case):
     case.config(quantization_config={"quant_method": "awq", "bits": 4})
 
 
+@refused("in block fp8")
+def _(case):
+    case.config(quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
+
+
+@refused("in MXFP4")
+def _(case):
+    case.config(quantization_config={"quant_method": "mxfp4"})
+
+
 @refused("quantised weights without a word in config.json")
 def _(case):
     case.tensors(lambda t: t.update({name: t[name].to(torch.float8_e4m3fn) for name in t if "proj.weight" in name}))

@@ -112,8 +112,11 @@ def test_card_without_matplotlib_has_no_figure_and_that_is_said(record, tmp_path
 
 def test_layers_left_dense_are_in_the_card(record, tmp_path):
     record.left_dense = {f"model.layers.{i}.mlp.experts.gate_up_proj": 1000 for i in range(3)}
-    expected = "Left dense: model.layers.*.mlp.experts.gate_up_proj, 3 matrices, 3,000 parameters."
-    assert expected in card_of(record, tmp_path, tmp_path / "base").text
+    record.left_dense |= {"model.layers.1.mixer.in_proj.weight": 70}
+    record.why_dense = {"model.layers.1.mixer.in_proj.weight": "beside a recurrence"}
+    text = card_of(record, tmp_path, tmp_path / "base").text
+    assert "Left dense: model.layers.*.mlp.experts.gate_up_proj, 3 matrices, 3,000 parameters." in text
+    assert "Left dense: model.layers.*.mixer.in_proj.weight, 1 matrices, 70 parameters (beside a recurrence)." in text
 
 
 def test_name_repository_changes_the_commands_alone(converted, tmp_path):

@@ -68,6 +68,13 @@ def test_router_that_is_a_linear_layer_stays_dense(model):
     assert find_groups(model)[2].members == tuple(f"model.layers.0.mlp.{x}_proj" for x in ("gate", "up"))
 
 
+def test_layer_as_wide_as_a_convolution_is_no_router(model):
+    """As Qwen3.5's in_proj_qkv beside a convolution of as many channels, whose weight has three dimensions too."""
+    attention = model.model.layers[0].self_attn
+    attention.conv1d = nn.Conv1d(96, 96, 4, groups=96)
+    assert find_groups(model)[0].members == tuple(f"model.layers.0.self_attn.{x}_proj" for x in "qkv")
+
+
 def test_experts_in_a_list_stay_dense(model):
     """One sees half of the tokens and one, by chance of routing, all of them."""
     mlp = model.model.layers[0].mlp

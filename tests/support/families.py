@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from fermisvd.format import Group, validate_checkpoint
 from fermisvd.linear import linear_layer
 from fermisvd.pivga import PivGa, dense_product
+from fermisvd.tensors import module_names
 from fermisvd_convert.convert import convert
 from tests.support import DEMO_MODEL
 
@@ -32,6 +33,29 @@ COMMON = dict(
 )
 GATED = COMMON | dict(intermediate_size=136, num_key_value_heads=2, head_dim=32)
 MOE = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, norm_topk_prob=True)
+LOCAL_MOE = dict(num_local_experts=4, num_experts_per_tok=2)
+YARN = dict(  # DeepSeek's own; without it vLLM's rotary op for CPUs is wrong for MLA's strides, dense too
+    rope_type="yarn",
+    rope_theta=1e4,
+    factor=4.0,
+    original_max_position_embeddings=64,
+    mscale=1.0,
+    mscale_all_dim=1.0,
+)
+MLA = COMMON | dict(  # latent k and v; an MLP, then experts and a shared one
+    intermediate_size=136,
+    kv_lora_rank=512,  # with the rope's 64 the only size that vLLM's MLA has for a CPU
+    qk_nope_head_dim=32,
+    qk_rope_head_dim=64,
+    v_head_dim=32,
+    num_key_value_heads=4,
+    rope_parameters=YARN,
+    first_k_dense_replace=1,
+    n_routed_experts=4,
+    n_shared_experts=1,
+    num_experts_per_tok=2,
+    moe_intermediate_size=64,
+)
 
 # family -> (config class, its settings); what is special about each stands beside it
 FAMILIES: dict[str, tuple[str, dict]] = {
@@ -56,6 +80,32 @@ FAMILIES: dict[str, tuple[str, dict]] = {
         COMMON | dict(hidden_size=128, n_inner=136, tie_word_embeddings=True),
     ),
     "qwen3_moe": ("Qwen3MoeConfig", GATED | MOE),
+    "mixtral": ("MixtralConfig", GATED | LOCAL_MOE),
+    "gpt_oss": ("GptOssConfig", GATED | LOCAL_MOE | dict(intermediate_size=64)),  # biases, sinks, experts transposed
+    "deepseek_v2": (  # q reads what k and v's latent reads, but vLLM does not fuse them
+        "DeepseekV2Config",
+        MLA | dict(q_lora_rank=None, n_group=1, topk_group=1),
+    ),
+    "deepseek_v3": (  # a latent q, fused with the other; the last two settings are for vLLM, transformers knows them
+        "DeepseekV3Config",
+        MLA
+        | dict(q_lora_rank=48, n_group=2, topk_group=1, num_mtp_layers=0)
+        | dict(scoring_func="sigmoid", topk_method="noaux_tc"),
+    ),
+    "granitemoehybrid": (  # Granite 4: Mamba 2, then attention; gate and up of the shared MLP are one on disk
+        "GraniteMoeHybridConfig",
+        COMMON
+        | dict(layer_types=["linear_attention", "full_attention"], num_key_value_heads=2, intermediate_size=64)
+        | dict(mamba_n_heads=4, mamba_d_head=64, mamba_d_state=16, mamba_n_groups=1, attention_multiplier=0.2)
+        | dict(hidden_size=128, shared_intermediate_size=136)
+        | LOCAL_MOE,
+    ),
+    "nemotron_h": (  # a block is Mamba 2, or attention, or an MLP without a gate
+        "NemotronHConfig",
+        GATED
+        | dict(layers_block_type=["linear_attention", "mlp", "full_attention", "mlp"], num_hidden_layers=4)
+        | dict(mamba_num_heads=4, mamba_head_dim=48, ssm_state_size=16, n_groups=1, rescale_prenorm_residual=False),
+    ),
 }
 
 # as above, of models that are tried in transformers alone
@@ -65,6 +115,12 @@ UNSERVED: dict[str, tuple[str, dict]] = {
     "gpt_bigcode": ("GPTBigCodeConfig", GPT | dict(multi_query=True)),
     "gptj": ("GPTJConfig", GPT | dict(rotary_dim=8, tie_word_embeddings=False)),  # attention and MLP side by side
     "codegen": ("CodeGenConfig", GPT | dict(rotary_dim=8, n_ctx=256, tie_word_embeddings=False)),  # q/k/v fused on disk
+    "qwen3_5": (  # gated delta rule, then attention with a gate in q_proj; vLLM for CPUs has the rule in bfloat16 only
+        "Qwen3_5TextConfig",
+        GATED
+        | dict(layer_types=["linear_attention", "full_attention"], linear_num_key_heads=2, linear_num_value_heads=4)
+        | dict(linear_key_head_dim=128, linear_value_head_dim=128),
+    ),
     "recurrent_gemma": (  # its _init_weights reaches for its children's weights, as GPT-2's
         "RecurrentGemmaConfig",
         GATED | dict(lru_width=96, attention_window_size=64, block_types=("recurrent", "attention")),
@@ -139,10 +195,11 @@ def dense_twin(source: Path, compressed: Path) -> nn.Module:
     Eager attention, the only one of transformers' that caps Gemma 2's logits.
     """
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation="eager").eval()
-    tensors = load_file(compressed / "model.safetensors")
-    for group in validate_checkpoint(compressed).groups:
+    tensors, config = load_file(compressed / "model.safetensors"), validate_checkpoint(compressed)
+    modules = module_names(model, config.group_of())
+    for group in config.groups:
         weight = product_of(group, tensors)
-        layers = [linear_layer(model, m) for m in group.members]
+        layers = [linear_layer(model, modules[m]) for m in group.members]
         rows = [layer.nf if isinstance(layer, Conv1D) else layer.out_features for layer in layers]
         for layer, part in zip(layers, weight.split(rows), strict=True):
             layer.weight.copy_(part.T if isinstance(layer, Conv1D) else part)

@@ -1,10 +1,12 @@
 """Compressed checkpoints of the demo model, and the environment of real vLLM processes."""
 
 import importlib
+import importlib.util
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -62,6 +64,18 @@ def run_engines(vllm_environment, tmp_path_factory):
         return results + [lost] * (len(tasks) - len(results))
 
     return run
+
+
+@pytest.fixture(scope="session")
+def torchvision() -> dict[str, str]:
+    """The environment of a process that has torchvision."""
+    images = Path(sys.prefix) / "images"
+    if importlib.util.find_spec("torchvision"):
+        return {}
+    if not (images / "torchvision").is_dir():
+        pytest.skip("no torchvision here, and `make` has not fetched it")
+    shim = ROOT / "tests" / "support" / "for_torchvision"
+    return {"PYTHONPATH": os.pathsep.join([str(shim), str(images), os.environ.get("PYTHONPATH", "")])}
 
 
 @pytest.fixture(scope="session")

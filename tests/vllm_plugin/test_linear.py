@@ -14,6 +14,7 @@ pytest.importorskip("vllm")
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
     MergedColumnParallelLinear,
     QKVParallelLinear,
     RowParallelLinear,
@@ -575,6 +576,41 @@ def test_models_that_reorder_shared_tensors_are_refused(model_type, impl, refuse
         return
     with pytest.raises(FormatError, match="--model-impl transformers"):
         check_loading_order(config, "h.0.self_attention.query_key_value")
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "message"),
+    [
+        ("self_attn.kv_b_proj", ColumnParallelLinear, "vLLM's MLA reads its dense weight"),
+        ("mixer.in_proj", ColumnParallelLinear, "vLLM repeats rows of its dense weight"),
+        ("mixer.in_proj", MergedColumnParallelLinear, None),  # where the groups divide: rows of five outputs
+        ("mixer.out_proj", RowParallelLinear, None),
+    ],
+)
+def test_factors_that_vllm_would_not_read_right_are_refused(name, layer, message):
+    """MLA and Mamba 2: a checkpoint that an earlier version made, or another program."""
+    group = Group(members=(f"model.layers.0.{name}",), form="svd", rank=7)
+    config = FermiSVDConfig(checkpoint_config([group], {}).model_dump(mode="json", exclude_none=True))
+    config.packed_modules_mapping = {}
+    outputs: Any = [40, 24] if layer is MergedColumnParallelLinear else 64
+
+    def make():
+        return layer(48, outputs, quant_config=config, prefix=f"model.layers.0.{name}", disable_tp=True)
+
+    if message is None:
+        assert isinstance(make().quant_method, FermiSVDLinearMethod)
+    else:
+        with pytest.raises(FormatError, match=f"model.layers.0.{name}: compressed, but {message}"):
+            make()
+
+
+def test_mixer_of_another_name_is_found():
+    """Granite 4's files say `mamba` where vLLM tells the layer that it is a `mixer`."""
+    group = Group(members=("model.layers.0.mamba.out_proj",), form="svd", rank=7)
+    config = FermiSVDConfig(checkpoint_config([group], {}).model_dump(mode="json", exclude_none=True))
+    config.packed_modules_mapping = {}
+    assert config.member_names("model.layers.0.mixer.out_proj") == ["model.layers.0.mamba.out_proj"]
+    assert config.member_names("model.layers.1.mixer.out_proj") == ["model.layers.1.mixer.out_proj"]
 
 
 ONLINE = {  # options of vLLM 0.32 that would quantise a layer's `weight`, and what is said

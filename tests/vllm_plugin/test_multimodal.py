@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -21,23 +20,11 @@ from tests.support.reference import assert_agrees, greedy
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
-IMAGES = Path(sys.prefix) / "images"
 PROMPTS = [list(range(start, start + length)) for start, length in ((5, 30), (1500, 57))]
 LENGTH = 10
 QUICK = {"gemma3_mm": "pivga", "qwen2_5_vl": "svd", "llama4": "pivga"}  # and all others in `make families`
 TEXT_ONLY = {"llama4"}  # vLLM's vision tower dies on a CPU, of the dense model as well
 TENSOR_PARALLEL = {"tensor_parallel_size": 2}
-
-
-@pytest.fixture(scope="module")
-def torchvision() -> dict[str, str]:
-    """The environment of a process that has torchvision."""
-    if find_spec("torchvision"):
-        return {}
-    if not (IMAGES / "torchvision").is_dir():
-        pytest.skip("no torchvision here, and `make` has not fetched it")
-    shim = ROOT / "tests" / "support" / "for_torchvision"
-    return {"PYTHONPATH": os.pathsep.join([str(shim), str(IMAGES), os.environ.get("PYTHONPATH", "")])}
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,12 @@ from torch import nn
 
 pytest.importorskip("vllm")
 from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    RowParallelLinear,
+)
 
 from fermisvd.errors import FormatError
 from fermisvd.format import Group, expected_tensors
@@ -54,6 +59,7 @@ def method_in_process(
     shard_ids,
     inputs=COLUMNS,
     dtype=torch.float32,
+    name="layer",
     **attributes,
 ):
     """The linear method of one process with its weights loaded, and the layer that holds them. inputs: of the whole
@@ -61,14 +67,14 @@ def method_in_process(
     layer = kind.__new__(kind)
     nn.Module.__init__(layer)
     attributes = {"output_sizes": [tp_size * m for m in rows], **attributes}
-    for name, value in {"tp_rank": tp_rank, "tp_size": tp_size, **attributes}.items():
-        setattr(layer, name, value)
-    parts = parts_of(members, {member: group for member in group.members}, "layer")  # noqa: C420  its type
+    for attribute, value in {"tp_rank": tp_rank, "tp_size": tp_size, **attributes}.items():
+        setattr(layer, attribute, value)
+    parts = parts_of(members, {member: group for member in group.members}, name)  # noqa: C420  its type
     assert parts is not None
-    method = FermiSVDLinearMethod(parts, members, "layer")
+    method = FermiSVDLinearMethod(parts, members, name)
     method.create_weights(layer, columns, rows, inputs, sum(rows) * tp_size, dtype)
-    for name, tensor in tensors.items():
-        member, _, tensor_name = name.rpartition(".")
+    for stored, tensor in tensors.items():
+        member, _, tensor_name = stored.rpartition(".")
         parameter = getattr(layer, tensor_name)
         shard = () if shard_ids is None else (shard_ids[members.index(member)],)
         parameter.weight_loader(parameter, tensor, *shard)
@@ -113,6 +119,43 @@ def test_column_parallel_shares_are_the_heads_of_a_process(form, tp_size, kv_hea
         )
         y = method.apply(layer, x)
         torch.testing.assert_close(y, torch.cat(expected, -1), rtol=1e-3, atol=1e-3 * dense.abs().max().item())
+
+
+QKVZ = ("linear_attn.in_proj_qkvz", ["qkv", "z"], [(0, 1, 2), 3])  # as Qwen3.5's mapper hands shards to the loader
+
+
+@pytest.mark.parametrize("groups", [["qkv", "z"], ["qkv"], ["z"]])
+@pytest.mark.parametrize("tp_size", SIZES)
+@pytest.mark.parametrize("form", ["svd", "pivga"])
+def test_a_member_may_give_several_outputs(form, tp_size, groups):
+    """Qwen3.5's gated delta rule: in_proj_qkv on disk is q, k and v, each split by heads. A member in no group is
+    loaded dense."""
+    name, members, shard_ids = QKVZ
+    full = {"qkv": [16, 16, 32], "z": [32]}
+    group, tensors, dense = make_group(groups, [sum(full[member]) for member in groups], form, "columns")
+    weights = dict(zip(groups, dense.split([sum(full[member]) for member in groups]), strict=True))
+    for member in full.keys() - weights.keys():
+        weights[member] = tensors[f"{member}.weight"] = torch.randn(sum(full[member]), COLUMNS).double()
+    x = torch.randn(5, COLUMNS)
+    outputs = [x @ part.float().T for member in members for part in weights[member].split(full[member])]
+    local = [rows // tp_size for member in members for rows in full[member]]
+    for tp_rank in range(tp_size):
+        expected = [y[:, tp_rank * rows :][:, :rows] for y, rows in zip(outputs, local, strict=True)]
+        method, layer = method_in_process(
+            MergedColumnParallelLinear, tp_rank, tp_size, members, group, tensors, COLUMNS, local, shard_ids, name=name
+        )
+        scale = max(weight.abs().max().item() for weight in weights.values())
+        torch.testing.assert_close(method.apply(layer, x), torch.cat(expected, -1), rtol=1e-3, atol=1e-3 * scale)
+
+
+def test_outputs_that_no_member_gives_are_refused():
+    name, members, _ = QKVZ
+    group, tensors, _ = make_group(members, [64, 32], "svd", "columns")
+    arguments = (MergedColumnParallelLinear, 0, 1, members, group, tensors, COLUMNS, [16, 16, 32, 32])
+    with pytest.raises(FormatError, match=r"vLLM loads shards \(0, 1\) of a layer as one"):
+        method_in_process(*arguments, [(0, 1), 3], name=name)
+    with pytest.raises(FormatError, match="vLLM splits it in 4, the checkpoint stores qkv, z"):
+        method_in_process(*arguments, [(0, 1, 2), 3], name="another")
 
 
 @pytest.mark.parametrize("tp_size", SIZES)

@@ -20,9 +20,11 @@ from fermisvd_vllm.linear import FermiSVDLinearMethod
 from fermisvd_vllm.tuning import OwnOps
 from fermisvd_vllm.versions import (
     DRAFT_PREFIX,
+    check_factors_are_read,
     check_loading_order,
     check_online_quantization,
     heads_in_halves,
+    name_in_files,
 )
 
 logger = init_logger("vllm.fermisvd")
@@ -95,6 +97,7 @@ class FermiSVDConfig(QuantizationConfig):
         if parts is None:
             return DenseLinearMethod(self.check_model)
         check_loading_order(self.vllm_config.model_config, prefix)
+        check_factors_are_read(layer, prefix)
         self.unprocessed.add(prefix)
         heads = heads_in_halves(self.vllm_config.model_config, prefix)
         method = FermiSVDLinearMethod(
@@ -105,6 +108,7 @@ class FermiSVDConfig(QuantizationConfig):
 
     def member_names(self, prefix: str) -> list[str]:
         """Checkpoint names of a layer's members: a fused layer is expanded, unless it is fused on disk already."""
+        prefix = name_in_files(prefix, self.groups)
         parent, dot, name = prefix.rpartition(".")
         if prefix in self.groups or name not in self.packed_modules_mapping:
             return [prefix]

@@ -27,7 +27,7 @@ from fermisvd_vllm.on_cpu import numbered
 from fermisvd_vllm.packed import OUTPUTS_TILE, TILE, PackedMethod, packs
 from fermisvd_vllm.parts import Part
 from fermisvd_vllm.tuning import OwnOps, noise
-from fermisvd_vllm.versions import LORA_DEVICE_NAME, member_of
+from fermisvd_vllm.versions import LORA_DEVICE_NAME, member_of, spans_of
 
 
 class FermiSVDLinearMethod(LinearMethodBase):
@@ -96,17 +96,10 @@ class FermiSVDLinearMethod(LinearMethodBase):
         layer.register_module("parts", nn.ModuleList(self.parts))
 
     def _member_sections(self, full_rows: Sequence[int], local_rows: Sequence[int]) -> list[Sections]:
-        """(full, local) output rows of each member; of a single one all that vLLM fuses, stored as one layer (Phi-3).
-
-        Raises FormatError where the checkpoint has several members, but not as many as vLLM.
-        """
-        if len(self.member_names) not in (1, len(local_rows)):
-            raise FormatError(
-                f"{self.layer_name}: vLLM splits it in {len(local_rows)}, the checkpoint stores "
-                f"{', '.join(self.member_names)}; this layer is not served yet, convert again without it"
-            )
-        sections = tuple(zip(full_rows, local_rows, strict=True))
-        return [sections] if len(self.member_names) == 1 else [(section,) for section in sections]
+        """(full, local) output rows of each member, several where the checkpoint stores several of vLLM's outputs as
+        one. Raises FormatError where members and outputs do not fit."""
+        self.spans = spans_of(self.layer_name, self.member_names, len(local_rows))
+        return [tuple((full_rows[output], local_rows[output]) for output in span) for span in self.spans]
 
     def _flat_parameter(self, name: str, slots: list[Slot], params_dtype: torch.dtype) -> nn.Parameter:
         """Room for all tensors of one name. The permutation starts valid: dummy loading leaves integers alone."""
@@ -127,9 +120,9 @@ class FermiSVDLinearMethod(LinearMethodBase):
         """vLLM's weight_loader of one flat parameter."""
 
         def load_member(
-            param: nn.Parameter, loaded_weight: torch.Tensor, loaded_shard_id: str | int | None = None
+            param: nn.Parameter, loaded_weight: torch.Tensor, loaded_shard_id: str | int | tuple[int, ...] | None = None
         ) -> None:
-            member = member_of(loaded_weight, loaded_shard_id)
+            member = member_of(loaded_weight, loaded_shard_id, self.spans)
             where = f"{self.layer_name}: {self.member_names[member]}.{name}"
             if (name, member) not in self.slots:
                 raise FormatError(f"{where}: not expected there by the config's groups")

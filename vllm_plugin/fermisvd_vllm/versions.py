@@ -3,11 +3,13 @@
 docs/serving.md has the table of releases. What breaks with a new one is mended here.
 """
 
+from collections.abc import Container, Sequence
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from vllm.model_executor.layers.linear import ColumnParallelLinear
 
 from fermisvd.errors import FormatError
 
@@ -28,17 +30,54 @@ REORDERING_MODELS = {"bloom": "try --model-impl transformers", "gpt_neox": "serv
 ROTARY_IN_HALVES = {"llama4", "llama4_text"}
 
 SHARD_NAMES = {"q": 0, "k": 1, "v": 2}
+Span = tuple[int, ...]
+
+# Layers of which a member gives several of vLLM's outputs: of Qwen3.5's gated delta rule in_proj_qkv gives q, k and v,
+# in_proj_z the fourth (models/qwen3_5.py, `hf_to_vllm_mapper`).
+SPANS: dict[str, tuple[Span, ...]] = {"in_proj_qkvz": ((0, 1, 2), (3,))}
+
+# Models with a MambaMixer2 call it `mamba` in their modules and files, but `mixer` in what they tell it of its name
+# (models/granitemoehybrid.py, bamba.py, falcon_h1.py); Nemotron-H calls it `mixer` in both.
+MIXER_NAMES = (".mixer.", ".mamba.")
 
 
-def member_of(loaded_weight: torch.Tensor, shard_id: str | int | tuple[int, ...] | None) -> int:
-    """Position of the member that a weight belongs to, 0 in a layer of one. Raises FormatError for a span of members.
+def spans_of(layer: str, members: Sequence[str], outputs: int) -> list[Span]:
+    """Which of vLLM's outputs each member of a layer gives: all of them a single one, else one each or as SPANS says.
+
+    Raises FormatError where the checkpoint has several members, but not as many as vLLM.
+    """
+    if len(members) == 1:
+        return [tuple(range(outputs))]
+    if len(members) == outputs:
+        return [(output,) for output in range(outputs)]
+    spans = SPANS.get(layer.rpartition(".")[2], ())
+    if len(spans) != len(members) or sum(map(len, spans)) != outputs:
+        raise FormatError(
+            f"{layer}: vLLM splits it in {outputs}, the checkpoint stores {', '.join(members)}; this layer is not "
+            "served yet, convert again without it"
+        )
+    return list(spans)
+
+
+def member_of(loaded_weight: torch.Tensor, shard_id: str | int | tuple[int, ...] | None, spans: Sequence[Span]) -> int:
+    """Position of the member that a weight belongs to, 0 in a layer of one. spans: of the members (`spans_of`). Raises
+    FormatError for outputs that are no member's.
 
     Models with a loop of their own pass the shard; from 0.27 on AutoWeightsLoader hangs it on the tensor instead.
     """
     shard = getattr(loaded_weight, "shard_id", 0) if shard_id is None else shard_id
-    if isinstance(shard, tuple):
+    outputs = shard if isinstance(shard, tuple) else (SHARD_NAMES[shard] if isinstance(shard, str) else int(shard),)
+    if len(spans) == 1 and outputs == (0,):  # fused on disk: nothing is said of its outputs
+        return 0
+    if outputs not in spans:
         raise FormatError(f"vLLM loads shards {shard} of a layer as one, which is not served yet")
-    return SHARD_NAMES[shard] if isinstance(shard, str) else int(shard)
+    return spans.index(outputs)
+
+
+def name_in_files(name: str, known: Container[str]) -> str:
+    """A layer's name as the groups have it, where vLLM calls its mixer otherwise than the files do."""
+    other = name.replace(*MIXER_NAMES)
+    return other if name not in known and other in known else name
 
 
 def has_packed_product() -> bool:
@@ -94,6 +133,25 @@ def heads_in_halves(model_config, layer: str) -> dict[int, int]:
     if not own or not layer.endswith("self_attn.qkv_proj"):
         return {}
     return {SHARD_NAMES["q"]: config.num_attention_heads, SHARD_NAMES["k"]: config.num_key_value_heads}
+
+
+def check_factors_are_read(layer, name: str) -> None:
+    """Raises FormatError for a layer whose `weight` vLLM reads, or loads in an order of its own: `convert` leaves these
+    dense (fermisvd.kept_dense), but a checkpoint may have been made otherwise.
+
+    layer: vLLM's. MLA: layers/attention/mla_attention.py; Mamba 2: layers/mamba/mamba_mixer2.py, where the groups of
+    the state do not divide by the processes, the one case in which its in_proj is no merged layer.
+    """
+    last = name.rpartition(".")[2]
+    if last == "kv_b_proj":
+        raise FormatError(
+            f"{name}: compressed, but vLLM's MLA reads its dense weight; convert again, which leaves it dense"
+        )
+    if last == "in_proj" and type(layer) is ColumnParallelLinear:
+        raise FormatError(
+            f"{name}: compressed, but vLLM repeats rows of its dense weight where a Mamba 2 has fewer groups than "
+            "there are processes; serve with --tensor-parallel-size 1, or convert again, which leaves it dense"
+        )
 
 
 def check_online_quantization(config) -> None:
