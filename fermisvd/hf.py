@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -28,7 +27,7 @@ from fermisvd.format import (
     validate_checkpoint,
 )
 from fermisvd.linear import Linear, weight_of
-from fermisvd.modules import CompressedLinear, replace_group
+from fermisvd.modules import replace_group
 from fermisvd.tensors import ModelTensors, model_tensors
 
 logger = logging.getLogger("fermisvd")
@@ -73,25 +72,14 @@ class FermiSVDQuantizer(HfQuantizer):
         else:
             for group in config.groups:
                 replace_group(model, group)
-        nothing = torch.empty(0)
-        nothing._is_hf_initialized = True  # pyright: ignore[reportAttributeAccessIssue]: the flag that transformers reads
-        for group in config.groups:
-            for member in group.members:  # while it loads: GPT-2's _init_weights reaches for its children's weights
-                layer = model.get_submodule(member)
-                if not hasattr(layer, "weight"):
-                    layer.weight = nothing
-
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs) -> None:
-        for layer in model.modules():
-            if isinstance(layer, CompressedLinear) and not isinstance(layer.weight, nn.Parameter):
-                del layer.weight
 
     def is_serializable(self) -> bool:
         return True
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        """With adapters beside the layers; the Trainer refuses a model without."""
+        return True
 
 
 def mark_compressed(model: PreTrainedModel, config: CheckpointConfig) -> None:
