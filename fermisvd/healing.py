@@ -165,7 +165,7 @@ def _put(student: nn.Module, name: str, value: torch.Tensor, parameter: nn.Param
 
 def activations(student: nn.Module) -> int:
     """What the linear layers, compressed or not, read and give for a token."""
-    layers = [m for m in student.modules() if isinstance(m, CompressedLinear | nn.Linear)]
+    layers = [m for m in student.modules() if isinstance(m, nn.Linear)]
     return sum(layer.in_features + layer.out_features for layer in layers)
 
 

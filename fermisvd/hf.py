@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -35,7 +34,7 @@ from fermisvd.format import (
     validate_checkpoint,
 )
 from fermisvd.linear import Linear, weight_of
-from fermisvd.modules import CompressedLinear, replace_group
+from fermisvd.modules import replace_group
 from fermisvd.tensors import ModelTensors, model_tensors, module_names, saved_names
 
 logger = logging.getLogger("fermisvd")
@@ -80,23 +79,14 @@ class FermiSVDQuantizer(HfQuantizer):
         else:
             for group in in_modules(model, config).groups:
                 replace_group(model, group)
-        nothing = torch.empty(0)
-        nothing._is_hf_initialized = True  # pyright: ignore[reportAttributeAccessIssue]: the flag that transformers reads
-        for layer in model.modules():  # while it loads: GPT-2's _init_weights reaches for its children's weights
-            if isinstance(layer, CompressedLinear) and not hasattr(layer, "weight"):
-                layer.weight = nothing  # pyright: ignore[reportAttributeAccessIssue]
-
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs) -> None:
-        for layer in model.modules():
-            if isinstance(layer, CompressedLinear) and not isinstance(layer.weight, nn.Parameter):
-                del layer.weight
 
     def is_serializable(self) -> bool:
         return True
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        """With adapters beside the layers; the Trainer refuses a model without."""
+        return True
 
 
 def mark_compressed(model: PreTrainedModel, config: CheckpointConfig) -> None:

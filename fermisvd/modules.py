@@ -10,10 +10,49 @@ from fermisvd.format import INTERPOLATION, LOWRANK_A, LOWRANK_B, MATRIX, PERMUTA
 from fermisvd.linear import Linear, weight_of
 from fermisvd.schemes import SCALE, SCHEMES, SHAPE, codes_of, dequantised
 
+NO_WEIGHT = (
+    "a compressed layer has factors, and no weight to read or change; an adapter is not merged into factors, but kept "
+    "beside them: PeftModel.from_pretrained, or vllm serve OUT --enable-lora"
+)
 
-class CompressedLinear(nn.Module):
+
+class Weight:
+    """What may be asked of the weight of a layer that has factors instead: shape (m, n), type, device; no values.
+
+    That is what peft asks before it puts an adapter beside a linear layer. Whatever reads or writes values, as merging
+    an adapter does, gets an AttributeError that says what to do.
+    """
+
+    _is_hf_initialized = True  # GPT-2's _init_weights reaches for its children's weights while a checkpoint loads
+
+    def __init__(self, layer: "CompressedLinear"):
+        self._layer = layer
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size([self._layer.out_features, self._layer.in_features])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that the layer computes in: of its factors, or of their scales."""
+        return self._computed_in.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._computed_in.device
+
+    @property
+    def _computed_in(self) -> nn.Parameter:
+        return next(p for p in self._layer.parameters(recurse=False) if p.is_floating_point() and p.itemsize > 1)
+
+    def __getattr__(self, name: str):
+        raise AttributeError(f"weight.{name}: {NO_WEIGHT}")
+
+
+class CompressedLinear(nn.Linear):
     """Base of the layers: y = t, the group's shared part of x, seen through this member's rows.
 
+    A linear layer to whatever looks for those, as peft does; but `weight` has no values.
     `first` is the group's first member, which holds the shared tensors; kept in a tuple, so that torch does not
     register them a second time. A forward touches its own parameters alone: a further member gets t by calling
     `first`, since wrappers (accelerate's offloading, FSDP2, DeepSpeed) bring a layer's parameters for its call only.
@@ -29,12 +68,22 @@ class CompressedLinear(nn.Module):
         first: "CompressedLinear | None" = None,
         schemes: Mapping[str, str] | None = None,
     ):
-        super().__init__()
+        nn.Module.__init__(self)  # nn.Linear's makes a dense weight
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
         self._first = () if first is None else (first,)
         self.schemes = {factor: SCHEMES[name] for factor, name in (schemes or {}).items()}
         self.widths: dict[str, int] = {}  # inputs of the factors that this layer holds
         self.bias = _parameter(out_features) if bias else None
+
+    @property
+    def weight(self) -> Weight:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return Weight(self)
+
+    @weight.setter
+    def weight(self, value: Weight) -> None:
+        """Nothing to do: peft puts back what it read when it takes its adapters away. AttributeError for values."""
+        if not isinstance(value, Weight):
+            raise AttributeError(f"weight: {NO_WEIGHT}")
 
     def add_factor(self, factor: str, rows: int, columns: int) -> None:
         """Room for the tensors of a factor (rows x columns), as they are stored."""

@@ -14,7 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from fermisvd.format import Group, validate_checkpoint
+from fermisvd.hf import load_model
 from fermisvd.linear import linear_layer
+from fermisvd.modules import CompressedLinear
 from fermisvd.pivga import PivGa, dense_product
 from fermisvd.tensors import module_names
 from fermisvd_convert.convert import convert
@@ -203,4 +205,20 @@ def dense_twin(source: Path, compressed: Path) -> nn.Module:
         rows = [layer.nf if isinstance(layer, Conv1D) else layer.out_features for layer in layers]
         for layer, part in zip(layers, weight.split(rows), strict=True):
             layer.weight.copy_(part.T if isinstance(layer, Conv1D) else part)
+    return model
+
+
+@torch.no_grad()
+def probed_twin(source: Path, compressed: Path) -> nn.Module:
+    """The dense source with the weight that each compressed layer stands for, on a grid or not, found by unit vectors.
+
+    For what is put on top of the layers; `dense_twin` is the reference for the layers themselves.
+    """
+    model = load_model(source)
+    for name, layer in load_model(compressed).named_modules():
+        if isinstance(layer, CompressedLinear):
+            weight = layer(torch.eye(layer.in_features)) - layer(torch.zeros(layer.in_features))
+            linear_layer(model, name).weight.copy_(weight.T)
+        elif isinstance(layer, nn.Linear):
+            linear_layer(model, name).weight.copy_(layer.weight)
     return model

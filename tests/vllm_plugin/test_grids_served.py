@@ -14,7 +14,7 @@ from fermisvd import modules
 from fermisvd.files import read_headers
 from fermisvd.format import validate_checkpoint
 from fermisvd.hf import load_model
-from fermisvd.linear import linear_layer
+from tests.support.families import probed_twin
 from tests.support.reference import assert_agrees, greedy
 from tests.vllm_plugin.test_engine_modes import save_adapter
 
@@ -130,10 +130,7 @@ ENGINES = {
 def lora(folders, demo_model, prompts, tmp_path_factory):
     """An adapter's folder, and log-probabilities behind each prompt of what the int8 checkpoint stands for, with the
     adapter merged and without."""
-    dense, ours = load_model(demo_model), load_model(folders["pivga", "int8"])
-    for name, layer in ours.named_modules():
-        if isinstance(layer, modules.CompressedLinear):
-            linear_layer(dense, name).weight.data = layer(torch.eye(layer.in_features)).detach().T
+    dense = probed_twin(demo_model, folders["pivga", "int8"])
     plain = last_of_model(dense, prompts)
     folder = save_adapter(dense, tmp_path_factory.mktemp("lora") / "adapter", alpha=1.6)
     return folder, last_of_model(dense, prompts), plain
