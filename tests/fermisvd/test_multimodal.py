@@ -24,6 +24,7 @@ LAYERS = {  # of the language model, as files have them
     "gemma3_mm": "language_model.model.layers",
     "qwen2_5_vl": "model.layers",
     "qwen3_vl": "model.language_model.layers",
+    "qwen3_5_mm": "model.language_model.layers",
     "mistral3": "language_model.model.layers",
     "llama4": "language_model.model.layers",
 }

@@ -132,6 +132,20 @@ MULTIMODAL: dict[str, Wrapper] = {
         _qwen("Qwen2VLImageProcessor", "Qwen3VLProcessor", "Qwen3VLVideoProcessor", patch=16, min=1024, max=4096),
         "<|vision_start|><|image_pad|><|vision_end|>",
     ),
+    "qwen3_5_mm": Wrapper(  # a gated delta rule, then attention
+        "Qwen3_5ForConditionalGeneration",
+        "Qwen3_5Config",
+        dict(
+            text_config=TEXT
+            | dict(layer_types=["linear_attention", "full_attention"], linear_num_key_heads=2)
+            | dict(linear_num_value_heads=4, linear_key_head_dim=128, linear_value_head_dim=128),
+            vision_config=QWEN_TOWER | dict(out_hidden_size=96, patch_size=16, num_position_embeddings=16),
+            **QWEN_IDS,
+        ),
+        QWEN_TOKENS,
+        _qwen("Qwen2VLImageProcessor", "Qwen3VLProcessor", "Qwen3VLVideoProcessor", patch=16, min=1024, max=4096),
+        "<|vision_start|><|image_pad|><|vision_end|>",
+    ),
     "mistral3": Wrapper(
         "Mistral3ForConditionalGeneration",
         "Mistral3Config",

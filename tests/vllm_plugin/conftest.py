@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,24 @@ def torchvision() -> dict[str, str]:
         pytest.skip("no torchvision here, and `make` has not fetched it")
     shim = ROOT / "tests" / "support" / "for_torchvision"
     return {"PYTHONPATH": os.pathsep.join([str(shim), str(images), os.environ.get("PYTHONPATH", "")])}
+
+
+@pytest.fixture(scope="session")
+def multimodal_checkpoints(torchvision, tmp_path_factory, demo_text):
+    """(family, form) -> the dense product's folder, and the compressed checkpoint's."""
+    from tests.support import families, multimodal
+
+    folder = tmp_path_factory.mktemp("multimodal")
+
+    @cache
+    def make(family: str, form: str) -> tuple[Path, Path]:
+        if not (source := folder / family).exists():
+            run = [sys.executable, "-m", "tests.support.multimodal", family, str(source)]
+            subprocess.run(run, cwd=ROOT, env=os.environ | torchvision, check=True, capture_output=True)
+        out = families.compress(source, form, demo_text["calibration"], folder / "work" / family)
+        return multimodal.dense_twin(source, out, folder / f"{family}-{form}-twin"), out
+
+    return make
 
 
 @pytest.fixture(scope="session")
