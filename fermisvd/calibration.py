@@ -63,6 +63,7 @@ class GramSums:
 
     def _see_gradient(self, name: str, gradient: torch.Tensor) -> None:
         weight, gradients = weight_of(self.layers[name]).detach(), gradient.flatten(0, -2)  # (m, n), (tokens, m)
+        assert weight.device == gradients.device, name  # torch multiplies by a tensor without values and says nothing
         self.totals[name] += torch.linalg.vector_norm(gradients, dtype=torch.float64).square()
         for g in gradients.split(TOKENS):
             add_gram(self.outputs[name], product(g, weight) if weight.shape[0] > weight.shape[1] else g)

@@ -7,6 +7,7 @@ at the rank the group has. Groups that read the same input are refitted together
 a few windows kept aside.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from itertools import groupby
 
@@ -19,9 +20,11 @@ from fermisvd.decomposition import Factors
 from fermisvd.groups import LinearGroup, stacked_weight
 from fermisvd.linear import linear_layer, weight_of
 from fermisvd.losses import Pair, StudentLoss, set_products, set_weight
-from fermisvd.running.blocks import DecoderBlocks
+from fermisvd.running.blocks import BlocksError, DecoderBlocks
 from fermisvd.running.distributed import own_part, sum_over_processes
 from fermisvd.teacher import Taught
+
+logger = logging.getLogger("fermisvd")
 
 Decompose = Callable[[LinearGroup, torch.Tensor, torch.Tensor], Factors]
 MIXTURES = (0.0, 0.5)  # alpha, tried in turn
@@ -59,7 +62,8 @@ def refit(
     dense: may be streamed, a block is asked for at a time; student: the same model with the groups' weights replaced by
     their low-rank products; it is changed as refits are accepted. windows: token ids (samples, length), of which the
     last that do not fill a batch are left out; decompose: data-aware factors of W M from (group, M, Gram matrix).
-    on_source sees each source's record: its name, kl before, best candidate's kl, its mixture.
+    on_source sees each source's record: its name, kl before, best candidate's kl, its mixture. Of a model that is no
+    plain row of blocks nothing is refitted, which is said.
     """
     if not len(windows):
         return {}
@@ -67,7 +71,11 @@ def refit(
     device = next(student.parameters()).device
     batches = own_part(windows[: len(windows) // batch_size * batch_size].to(device).split(batch_size))
     models = DecoderBlocks(dense), DecoderBlocks(student)
-    hidden = [[blocks.first(batch) for batch in batches] for blocks in models]
+    try:
+        hidden = [[blocks.first(batch) for batch in batches] for blocks in models]
+    except BlocksError as error:
+        logger.warning("%s; its groups are not refitted", error)
+        return {}
     loss = StudentLoss(student, aside, batch_size).from_a_block(min(TRIAL_WINDOWS, len(aside)))
     found, current = {}, loss()
     for index in range(len(models[0].blocks)):

@@ -80,8 +80,8 @@ def stream_model(
             _put(model, name, read(name))
     model.tie_weights()
     for name, buffer in model.named_buffers():
-        if not buffer.is_meta:
-            _put(model, name, buffer.to(device))
+        if not buffer.is_meta:  # a block's too, which stay; those of the files (Gemma 4's scalars) are no computed ones
+            _put(model, name, read(name) if name in headers else buffer.to(device))
     for name, block in model.get_submodule(blocks).named_children():
         vars(block)["stream"] = stream = BlockWeights(block, f"{blocks}.{name}.", read)
         stream.hooks = block.register_forward_pre_hook(_fill), block.register_forward_hook(_empty, always_call=True)

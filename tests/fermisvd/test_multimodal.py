@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from fermisvd.calibration import calibration_grams
 from fermisvd.compress import compress
 from fermisvd.format import read_config
 from fermisvd.groups import find_groups, left_dense
@@ -16,6 +17,9 @@ from fermisvd.hf import load_model
 from fermisvd.running.streaming import stream_model
 from fermisvd_convert.convert import convert
 from fermisvd_convert.heal import heal_checkpoint
+from fermisvd_convert.options import ConvertOptions
+from fermisvd_convert.preflight import prepare
+from fermisvd_convert.stages.calibration import calibrate
 from tests.support import multimodal
 from tests.support.families import compress as converted
 from tests.support.multimodal import MULTIMODAL
@@ -25,11 +29,13 @@ LAYERS = {  # of the language model, as files have them
     "qwen2_5_vl": "model.layers",
     "qwen3_vl": "model.language_model.layers",
     "qwen3_5_mm": "model.language_model.layers",
+    "gemma4": "model.language_model.layers",
     "mistral3": "language_model.model.layers",
     "llama4": "language_model.model.layers",
 }
 PROCESSOR = "preprocessor_config.json"
 WEIGHTS = "model.safetensors"
+CPU = torch.device("cpu")
 IDS = torch.arange(5, 45)[None]
 
 
@@ -108,12 +114,33 @@ def test_compressed_in_memory_it_is_saved_by_the_names_of_files(family, checkpoi
     torch.testing.assert_close(logits(load_model(tmp_path)), logits(student))
 
 
-@pytest.mark.parametrize("family", ["gemma3_mm", "llama4"])
+@pytest.mark.parametrize("family", ["gemma3_mm", "gemma4", "llama4"])
 def test_streamed_it_is_the_same(family, checkpoints):
     source, out = checkpoints(family, "svd")
     streamed = [folder for folder in (source, out) if family != "llama4" or folder == out]
     for folder in streamed:
         torch.testing.assert_close(logits(stream_model(folder, "cpu")), logits(load_model(folder)))
+
+
+def test_a_model_that_is_no_row_of_blocks_is_calibrated_whole(checkpoints, demo_text, tmp_path):
+    """Gemma 4's blocks are told of the tokens themselves. Reference: the model in memory."""
+    source, _ = checkpoints("gemma4", "svd")
+    given: dict = dict(samples=4, gradient_samples=4, sequence_length=32, ranks="uniform", ask_vllm=False, remove=0.3)
+    text = [str(demo_text["calibration"])]
+    options = ConvertOptions.named(calibration=text, work=tmp_path / "work", **given)
+    conversion = prepare(str(source), tmp_path / "out", options)
+    model = load_model(source)
+    groups = find_groups(model)
+    statistics = calibrate(conversion, groups)
+    members = [name for group in groups for name in group.members]
+    batches = conversion.windows.split(conversion.passes.calibrated)
+    grams, outputs = calibration_grams(model, [group.source for group in groups], members, batches)
+    for name, gram in grams.items():
+        torch.testing.assert_close(statistics.gram(name, CPU), gram.float(), rtol=1e-4, atol=1e-4 * gram.max().item())
+    for name, output in outputs.items():
+        found, scale = statistics.output(name, CPU).matrix, output.matrix.diag().max().item()
+        assert scale > 0
+        torch.testing.assert_close(found, output.matrix, rtol=1e-3, atol=1e-4 * scale)
 
 
 def test_the_language_model_alone_is_loaded_from_a_wrapper(checkpoints):

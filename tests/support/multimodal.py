@@ -146,6 +146,24 @@ MULTIMODAL: dict[str, Wrapper] = {
         _qwen("Qwen2VLImageProcessor", "Qwen3VLProcessor", "Qwen3VLVideoProcessor", patch=16, min=1024, max=4096),
         "<|vision_start|><|image_pad|><|vision_end|>",
     ),
+    "gemma4": Wrapper(  # a table of each token's own inputs for every block; the last two blocks have no k and v
+        "Gemma4ForConditionalGeneration",
+        "Gemma4Config",
+        dict(
+            text_config=TEXT
+            | dict(num_hidden_layers=4, layer_types=["sliding_attention", "full_attention"] * 2, sliding_window=16)
+            | dict(hidden_size_per_layer_input=16, vocab_size_per_layer_input=2080, num_kv_shared_layers=2)
+            | dict(global_head_dim=32),
+            vision_config=TOWER | dict(head_dim=32, patch_size=4, position_embedding_size=64, default_output_length=4),
+            audio_config=None,
+            image_token_id=FIRST,
+            boi_token_id=FIRST + 1,
+            eoi_token_id=FIRST + 2,
+        ),
+        ("<|image|>", "<|boi|>", "<|eoi|>"),
+        lambda tokenizer: tokenizer,  # not tried with images
+        "<|image|>",
+    ),
     "mistral3": Wrapper(
         "Mistral3ForConditionalGeneration",
         "Mistral3Config",
@@ -188,6 +206,10 @@ def save(family: str, folder: Path, seed: int = 0) -> Path:
     config = getattr(transformers, wrapper.config)(**wrapper.settings)
     model: PreTrainedModel = getattr(transformers, wrapper.model)(config).float()
     randomise(model)
+    kept = model.state_dict()
+    for name, buffer in model.named_buffers():
+        if name in kept:  # Gemma 4's scalars of its blocks
+            buffer.mul_(0.7)
     if config.tie_word_embeddings:  # else the next token is certain
         nn.init.normal_(cast(nn.Embedding, model.get_input_embeddings()).weight, std=0.1)
     model.save_pretrained(folder)

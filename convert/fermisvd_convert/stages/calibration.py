@@ -13,6 +13,7 @@ from fermisvd.decomposition import OutputGram
 from fermisvd.groups import LinearGroup
 from fermisvd.running import distributed
 from fermisvd.running.blocks import BlocksError, DecoderBlocks, device_of
+from fermisvd.running.streaming import fill_all
 from fermisvd_convert.ahead import in_order
 from fermisvd_convert.conversion import Conversion, timed
 from fermisvd_convert.memory import KEPT_AHEAD, give_back
@@ -132,6 +133,7 @@ def _gather(conversion: Conversion, statistics: Statistics, missing: Sequence[Ma
         if limits.bounded:
             raise BlocksError(f"{error}; it is run whole, which --max-memory does not allow") from None
         logger.warning("%s; the model is run whole", error)
+        fill_all(model)  # the way back needs its weights again
         room = max(limits.gram_bytes, sum(p.nbytes for p in model.parameters()))
         parts = in_parts(missing, room)
         with bar("calibrate", len(parts) * len(distributed.own_part(batches)), "batch") as shown:

@@ -154,7 +154,7 @@ def held(model: PreTrainedModel) -> list[int]:
 def test_streamed_model_is_the_model(family, tmp_path_factory):
     """Logits equal to transformers' own loading, whole passes and by blocks, and no block stays in memory."""
     folder = save(family, tmp_path_factory.mktemp("model"))
-    if family == "qwen3_moe":  # transformers stacks its experts
+    if family in ("qwen3_moe", "mixtral", "deepseek_v2", "deepseek_v3"):  # transformers stacks their experts
         with pytest.raises(StreamingError, match="experts"):
             stream_model(folder, "cpu")
         return
