@@ -60,9 +60,10 @@ table: $(VENV)/installed
 results: $(VENV)/installed
 	$(BIN)/python -m benchmarks.results_page
 
-# Every family compiled and with tensor parallel 2: about 20 minutes on two cores.
+# Every family compiled and with tensor parallel 2: about an hour on two cores.
 families: $(VENV)/installed
-	$(BIN)/python -m pytest tests/vllm_plugin/test_families.py -m "slow or not slow"
+	$(BIN)/python -m pytest $(addprefix tests/vllm_plugin/test_,families.py multimodal.py gated_delta.py) \
+	    -m "slow or not slow"
 
 # What an engine does with a checkpoint; `make versions` runs it in every vLLM release whose CPU wheel installs.
 SERVING = layout.py linear.py tensor_parallel.py grids.py grids_served.py families.py engine_modes.py
