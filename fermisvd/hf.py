@@ -33,9 +33,10 @@ from fermisvd.format import (
     read_config,
     validate_checkpoint,
 )
+from fermisvd.groups import decoder_blocks
 from fermisvd.linear import Linear, weight_of
 from fermisvd.modules import replace_group
-from fermisvd.tensors import ModelTensors, model_tensors, module_names, saved_names
+from fermisvd.tensors import ModelTensors, model_tensors, module_names, parameters_of, saved_names
 
 logger = logging.getLogger("fermisvd")
 
@@ -131,17 +132,17 @@ def replace_groups(
     stored, config = config, in_modules(model, config)
     linear = {name: m for name, m in model.named_modules() if isinstance(m, Linear)}
     own = {name for name, _ in model.named_parameters()}
-    for group in config.groups:
+    for group, in_files in zip(config.groups, stored.groups, strict=True):
         for member in group.members:
             if member not in linear:
                 raise FormatError(
-                    f"{folder / 'config.json'}: group {group.name}: {type(model).__name__} has no linear layer "
+                    f"{folder / 'config.json'}: group {in_files.name}: {type(model).__name__} has no linear layer "
                     f"{member}; groups and model are not of one checkpoint, convert again"
                 )
             if f"{member}.weight" not in own:
                 raise FormatError(
-                    f"{folder / 'config.json'}: group {group.name}: {member} shares its weight with another layer and "
-                    "cannot be compressed alone; convert again"
+                    f"{folder / 'config.json'}: group {in_files.name}: {member} shares its weight with another layer "
+                    "and cannot be compressed alone; convert again"
                 )
         rows = [len(weight_of(linear[name])) for name in group.members]
         expected_tensors(group, rows, weight_of(linear[group.name]).shape[1])  # refuses a rank that is too large
@@ -152,15 +153,19 @@ def replace_groups(
     if missing := found.missing or [name for name in permutations if name not in found.whole]:
         raise FormatError(f"{folder}: {missing[0]}: missing from the checkpoint; {MEND}")
     for name, tensor in model.state_dict(keep_vars=True).items():
-        stored = found.whole.get(name)
-        if stored is not None and stored.shape != tuple(tensor.shape):
+        info = found.whole.get(name)
+        if info is not None and info.shape != tuple(tensor.shape):
             raise FormatError(
-                f"{stored.file}: {stored.name}: shape {stored.shape}, {type(model).__name__} needs "
+                f"{info.file}: {info.name}: shape {info.shape}, {type(model).__name__} needs "
                 f"{tuple(tensor.shape)}; config.json and weights are not of one model, convert again"
             )
     # a checkpoint of an earlier version lists among its dense tensors some that transformers never took
     strangers = set(found.left_out) - set(config.provenance.get("dense_tensors", []))
-    if strangers and type(model).__name__ in (model.config.architectures or [type(model).__name__]):
+    if type(model).__name__ not in (model.config.architectures or [type(model).__name__]):
+        # a language model is loaded alone, from its wrapper's files: what is beside its blocks is passed over
+        blocks, parameters = decoder_blocks(model), parameters_of(model, strangers)
+        strangers = {name for name in strangers if parameters[name][0].startswith(f"{blocks}.")}
+    if strangers:
         name = min(strangers)
         raise FormatError(
             f"{headers[name].file}: {name}: {type(model).__name__} has no such parameter; config.json and weights are "

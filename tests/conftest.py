@@ -29,7 +29,7 @@ def _no_vllm_beside_the_converter():
     from fermisvd_convert.stages import serving
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(serving, "installed", lambda: False)
+        patch.setattr(serving, "installed", lambda: None)
         yield
 
 

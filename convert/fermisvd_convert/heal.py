@@ -3,7 +3,7 @@
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,8 @@ from fermisvd.files import read_headers
 from fermisvd.format import read_config, validate_checkpoint
 from fermisvd.groups import StructureError
 from fermisvd.healing import HealingState, heal, opened_factors, stored_factors
-from fermisvd.hf import empty_model
 from fermisvd.precision import compute_type, width_of
 from fermisvd.teacher import Taught, teach
-from fermisvd.tensors import module_names
 from fermisvd_convert.checks import check_place
 from fermisvd_convert.evaluate import Evaluation, evaluate
 from fermisvd_convert.heal_room import bytes_of, windows_that_fit
@@ -39,7 +37,7 @@ from fermisvd_convert.source import TORCH_TYPES, Source, open_source
 from fermisvd_convert.space import check_space
 from fermisvd_convert.text import CalibrationText, TextError, calibration_text, check_vocabulary, recorded_names
 from fermisvd_convert.workspace import Stage, Workspace, file_hash
-from fermisvd_convert.writer import replace_tensors
+from fermisvd_convert.writer import replace_factors
 
 
 def heal_checkpoint(checkpoint: str | Path, healed: str | Path, **given: Any) -> dict:
@@ -70,7 +68,7 @@ def heal_checkpoint(checkpoint: str | Path, healed: str | Path, **given: Any) ->
         outcome["seconds"] = round(time.perf_counter() - begin, 2)
         with unfinished(place) as partial:
             shutil.copytree(checkpoint, partial, dirs_exist_ok=True, ignore=shutil.ignore_patterns(OURS))
-            replace_tensors(partial, named_as_in(checkpoint, stored_factors(student, stored), options))
+            replace_factors(partial, stored_factors(student, stored), options.trust_remote_code)
             del student  # or two would be held
             with complete(place):
                 final = load_dense_or_compressed(partial, device, dtype, options.trust_remote_code)
@@ -79,14 +77,6 @@ def heal_checkpoint(checkpoint: str | Path, healed: str | Path, **given: Any) ->
                 write_records(partial, record)
                 move_into_place(place, overwrite=False)
     return record
-
-
-def named_as_in(checkpoint: Path, tensors: Mapping[str, torch.Tensor], options: HealOptions) -> dict[str, torch.Tensor]:
-    """Factors by the names that the checkpoint has for them, which may not be the model's."""
-    dense = empty_model(checkpoint, options.trust_remote_code)
-    members = {module: member for member, module in module_names(dense, read_config(checkpoint).group_of()).items()}
-    split = {name: name.rpartition(".") for name in tensors}
-    return {f"{members[layer]}.{leaf}": tensors[name] for name, (layer, _, leaf) in split.items()}
 
 
 def check_healed(checkpoint: Path, healed: Path, teacher: str | None) -> None:

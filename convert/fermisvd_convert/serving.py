@@ -12,13 +12,18 @@ from typing import Any
 
 from fermisvd.errors import FormatError
 
+MOST_SECONDS = 1800
 OF_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+class NoAnswer(FormatError):
+    """The process that asks vLLM has ended, or takes too long: vLLM is broken here, or out of memory."""
 
 
 def ask(folder: Path, tensor_parallel_size: int = 1, trust_remote_code: bool = False) -> dict[str, Any]:
     """The fields of fermisvd_vllm.answer.Answer for a folder; one without weights is asked about its layers alone.
 
-    Raises FormatError if the process ends without an answer.
+    Raises NoAnswer if the process ends without an answer.
     """
     environment = {name: value for name, value in os.environ.items() if name not in OF_TORCHRUN}
     with TemporaryDirectory() as place:
@@ -26,12 +31,16 @@ def ask(folder: Path, tensor_parallel_size: int = 1, trust_remote_code: bool = F
         command = [sys.executable, "-P", "-m", "fermisvd_vllm.check", str(folder), str(to)]
         command += ["--tensor-parallel-size", str(tensor_parallel_size)]
         command += ["--trust-remote-code"] if trust_remote_code else []
-        ended = subprocess.run(
-            command, env=environment | {"VLLM_LOGGING_LEVEL": "ERROR"}, capture_output=True, text=True, errors="replace"
-        )
+        environment |= {"VLLM_LOGGING_LEVEL": "ERROR"}
+        try:
+            ended = subprocess.run(
+                command, env=environment, capture_output=True, text=True, errors="replace", timeout=MOST_SECONDS
+            )
+        except subprocess.TimeoutExpired:
+            raise NoAnswer(f"{folder}: vLLM was asked for {MOST_SECONDS} s and gave no answer") from None
         if not to.exists():
             said = [line for line in ended.stderr.splitlines() if line.strip()] or [f"exit code {ended.returncode}"]
-            raise FormatError(f"{folder}: the process that asks vLLM ended without an answer: {said[-1].strip()}")
+            raise NoAnswer(f"{folder}: the process that asks vLLM ended without an answer: {said[-1].strip()}")
         return json.loads(to.read_text(encoding="utf-8"))
 
 

@@ -160,7 +160,7 @@ def _check_file(
                 stream.readinto(data)
                 digest.update(data)
                 if dtype:
-                    _check_numbers(torch.frombuffer(data, dtype=dtype), f"{file}: {names[stored]}", cast)
+                    _check_numbers(torch.frombuffer(data, dtype=dtype), f"{file}: {stored}", cast)
             if stored in names:
                 on_tensor()
     return digest.digest()
@@ -316,6 +316,8 @@ def _empty_model(folder: Path, config: dict, trust_remote_code: bool) -> tuple[P
     with explained(SourceError, f"{path}: transformers makes no causal language model of it"):
         model = empty_model(folder, trust_remote_code)
         vocabulary = vocabulary_of(model)
+    if model.config.is_encoder_decoder:
+        raise SourceError(f"{path}: {type(model).__name__} is an encoder with a decoder, no causal language model")
     named = config.get("architectures")
     if named and not config.get("auto_map") and type(model).__name__ not in named:
         # transformers would fill the head of such a model with random numbers, or let an encoder see what comes next

@@ -13,13 +13,15 @@ from safetensors.torch import load_file, save_file
 
 from fermisvd.budget import RankedGroup
 from fermisvd.decomposition import Decomposition
-from fermisvd.errors import reason
+from fermisvd.errors import FormatError, reason
 from fermisvd.files import ADAPTER_NAME, INDEX_NAME, WEIGHTS_NAME, TensorInfo, is_pickle, read_headers
-from fermisvd.format import checkpoint_config
+from fermisvd.format import checkpoint_config, read_config
 from fermisvd.groups import LinearGroup
+from fermisvd.hf import empty_model
 from fermisvd.losses import Pair
 from fermisvd.running import distributed
 from fermisvd.storage import config_group, group_tensors, stored_bytes
+from fermisvd.tensors import module_names
 from fermisvd_convert.ahead import in_order
 from fermisvd_convert.loading import SourceError
 from fermisvd_convert.memory import give_back
@@ -184,14 +186,23 @@ def write_config(
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def replace_tensors(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Rewrite the files of `folder` that hold tensors of these names, with the new values."""
-    for file in sorted({info.file for info in read_headers(folder).values()}):
+def replace_factors(folder: Path, factors: Mapping[str, torch.Tensor], trust_remote_code: bool = False) -> None:
+    """Rewrite the files of a compressed checkpoint with new values of its factors, named as the model's parameters are.
+
+    Raises FormatError for one that no file has.
+    """
+    modules = module_names(empty_model(folder, trust_remote_code), read_config(folder).group_of())
+    member_of = {module: member for member, module in modules.items()}
+    layers = {name: name.rpartition(".") for name in factors}
+    values = {f"{member_of[layer]}.{leaf}": factors[name] for name, (layer, _, leaf) in layers.items()}
+    headers = read_headers(folder)
+    if strangers := sorted(values.keys() - headers.keys()):
+        raise FormatError(f"{folder}: no tensor {strangers[0]}, which is to be replaced")
+    for file in sorted({headers[name].file for name in values}):
         stored = load_file(file)
-        if new := stored.keys() & tensors.keys():
-            stored |= {name: tensors[name].contiguous().cpu() for name in new}
-            save_file(stored, file, metadata={"format": "pt"})
-            file.chmod(usual_mode())
+        stored |= {name: values[name].contiguous().cpu() for name in stored.keys() & values.keys()}
+        save_file(stored, file, metadata={"format": "pt"})
+        file.chmod(usual_mode())
 
 
 def usual_mode() -> int:

@@ -662,8 +662,7 @@ def _(case):
     from fermisvd_convert.stages import serving
 
     refusal = "model.layers.0.mlp.up_proj: vLLM's LlamaForCausalLM does not take it; convert again without it"
-    case.patch.setattr(serving, "installed", lambda: True)
-    case.patch.setattr(serving, "version", lambda _: "1.2.3")
+    case.patch.setattr(serving, "installed", lambda: "1.2.3")
     case.patch.setattr(serving, "ask", lambda *_, **__: {"vllm": "1.2.3", "refusal": refusal})
 
 

@@ -181,8 +181,7 @@ def test_a_process_that_ends_without_an_answer_is_an_error(checkpoints, monkeypa
 @pytest.fixture
 def conversion(smallest_llama, tmp_path, monkeypatch):
     """() -> a conversion's record, vLLM being asked; what was asked about is in .seen, .says is the answer."""
-    monkeypatch.setattr(stage, "installed", lambda: True)
-    monkeypatch.setattr(stage, "version", lambda _: "1.2.3")
+    monkeypatch.setattr(stage, "installed", lambda: "1.2.3")
     text = tmp_path / "text.txt"
     text.write_text("".join(f"def f{i}(x):\n    return x * {i}\n\n" for i in range(300)))
 
@@ -208,6 +207,28 @@ def test_convert_asks_once_about_the_groups_without_weights(conversion):
     assert "config.json" in names and not any(name.endswith(".safetensors") for name in names)
     assert len(conversion.groups) == 14 and {group["rank"] for group in conversion.groups} == {1}
     conversion(form="svd")
+    assert len(conversion.seen) == 2
+
+
+def test_a_vllm_that_gives_no_answer_ends_no_conversion_and_is_asked_again(conversion, monkeypatch, caplog):
+    asked = []
+
+    def ends(*_, **__):
+        asked.append(1)
+        return subprocess.CompletedProcess([], 1, "", "ImportError: libcudart.so\n")
+
+    monkeypatch.setattr(stage, "ask", serving.ask)
+    monkeypatch.setattr(serving.subprocess, "run", ends)
+    for _ in range(2):
+        conversion()
+    assert len(asked) == 2 and (conversion.out / "config.json").exists()
+    assert "the process that asks vLLM ended without an answer: ImportError: libcudart.so" in caplog.text
+
+
+def test_a_failure_is_asked_about_again(conversion):
+    conversion.says = {"failure": "no module of that name"}
+    for _ in range(2):
+        conversion()
     assert len(conversion.seen) == 2
 
 

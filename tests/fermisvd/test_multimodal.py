@@ -154,9 +154,14 @@ def test_the_language_model_alone_is_loaded_from_a_wrapper(checkpoints):
 def test_the_default_method_and_healing_afterwards(checkpoints, demo_text, tmp_path):
     source, _ = checkpoints("gemma3_mm", "svd")
     text = [str(demo_text["calibration"])]
-    small = dict(samples=16, gradient_samples=16, sequence_length=32, steps=4, heal_steps=4)
-    record = convert(str(source), tmp_path / "out", 0.3, calibration=text, dtype="float32", **small)
+    small: dict = dict(samples=64, gradient_samples=16, sequence_length=32, steps=4, heal_learning_rate=0.1)
+    small |= dict(calibration=text, dtype="float32", work=tmp_path / "work", refit=False, rescale=False)
+    convert(str(source), tmp_path / "unhealed", 0.3, heal_steps=0, **small)
+    record = convert(str(source), tmp_path / "out", 0.3, heal_steps=16, **small)
     assert record.healing is not None and len(record.trace.steps) == 4
+    unhealed, written = (load_file(tmp_path / name / WEIGHTS) for name in ("unhealed", "out"))
+    assert unhealed.keys() == written.keys()
+    assert any(not torch.equal(unhealed[name], written[name]) for name in written), "healing reached the files"
     assert "AutoModelForMultimodalLM" in (tmp_path / "out" / "README.md").read_text()
     given = dict(teacher=str(source), text=text, steps=16, samples=64, sequence_length=32, learning_rate=0.1)
     heal_checkpoint(tmp_path / "out", tmp_path / "healed", **given)

@@ -1,17 +1,23 @@
 """Is the answer about a folder what a server's start would be? vLLM's models without engines, in this process."""
 
+import json
 import shutil
+from importlib.metadata import version
 
 import pytest
 
 from fermisvd.format import Group, checkpoint_config
+from fermisvd_convert.convert import convert
+from fermisvd_convert.serving import ask
+from fermisvd_convert.stages import serving
 from fermisvd_vllm.check import answer
 from tests.support.families import FAMILIES
 from tests.support.faults import FAULTS, WEIGHTS, edit_config, edit_groups, edit_tensors
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
-CASES = [(family, form) for family in FAMILIES for form in ("pivga", "svd")]
+# GPT-NeoX is asked about in another process: vLLM's transformers backend changes transformers' class in its own
+CASES = [(family, form) for family in FAMILIES for form in ("pivga", "svd") if family != "gpt_neox"]
 ATTENTION, MLP = "model.layers.*.self_attn", "model.layers.*.mlp"
 
 
@@ -26,6 +32,21 @@ def test_every_family_is_served(family, form, family_checkpoints):
     found = answer(family_checkpoints(family, form)[1], 1, False)
     assert (found.refusal, found.failure) == (None, None)
     assert found.compressed and found.loaded and found.held["factors"] < found.held["dense"]
+
+
+def test_a_family_of_the_transformers_backend_is_served(family_checkpoints):
+    found = ask(family_checkpoints("gpt_neox", "svd")[1])
+    assert (found["refusal"], found["failure"]) == (None, None) and found["compressed"] and found["loaded"]
+
+
+def test_convert_asks_vllm_itself(tiny_llama, demo_text, tmp_path, monkeypatch):
+    monkeypatch.setattr(serving, "installed", lambda: version("vllm"))
+    given: dict = dict(ranks="uniform", heal_steps=0, refit=False, samples=4, sequence_length=32, weights="int8")
+    convert(str(tiny_llama), tmp_path / "out", 0.3, calibration=[str(demo_text["calibration"])], work=tmp_path, **given)
+    (kept,) = tmp_path.glob("serving-*.json")
+    found = json.loads(kept.read_text())
+    assert (found["refusal"], found["failure"], found["loaded"]) == (None, None, None)
+    assert found["model"] == "LlamaForCausalLM" and sum(found["compressed"].values()) == 8
 
 
 def test_what_is_compressed_dense_and_held(llama):

@@ -5,6 +5,7 @@ The model is on the meta device: its weights have shapes and no values. The chec
 layers' own loaders check and place them. The process stands for the first of tensor parallelism's.
 """
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from vllm.distributed import parallel_state
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.utils import initialize_model
+from vllm.model_executor.models import ModelRegistry
 from vllm.platforms import current_platform
 
 from fermisvd.errors import FermiSVDError, FormatError, OptionError, reason
@@ -47,7 +49,8 @@ def ask_vllm(found: Answer, folder: Path, tensor_parallel_size: int, trust_remot
         if not isinstance(ours, FermiSVDConfig):
             raise FormatError(f"{folder / 'config.json'}: no quantization_config of FermiSVD's; convert a dense model")
         with one_process(config, tensor_parallel_size):
-            check_kernels(ours, config.model_config.dtype)
+            if holds_weights(folder):  # what is yet to be made may be served elsewhere
+                check_kernels(ours, config.model_config.dtype)
             model = build(config, ours)
             found.model = type(model).__name__
             found.compressed, found.dense = kinds_of_layers(model)
@@ -72,7 +75,7 @@ def engine_config(folder: Path, tensor_parallel_size: int, trust_remote_code: bo
     except Exception as error:  # whatever vLLM says of a model
         if (own := own_error(error)) is not None:
             raise own from None
-        raise NotServed(said(error)) from error
+        raise NotServed(import_error(folder) or said(error)) from error
     config.parallel_config.tensor_parallel_size = tensor_parallel_size
     try:
         config.model_config.verify_with_parallel_config(config.parallel_config)
@@ -96,6 +99,19 @@ def said(error: BaseException) -> str:
     if isinstance(error, ValidationError):
         return "; ".join(reason(details["msg"]) for details in error.errors())
     return reason(error)
+
+
+def import_error(folder: Path) -> str | None:
+    """Why vLLM's module of the model cannot be imported, such as a package that it wants; vLLM only logs that."""
+    named = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or []
+    for name in named:
+        try:
+            ModelRegistry.models[name].load_model_cls()
+        except ImportError as error:
+            return f"{name}: {reason(error)}"
+        except Exception:  # another reason, which vLLM has given, or a class that it does not know
+            return None
+    return None
 
 
 def check_kernels(ours: FermiSVDConfig, dtype: torch.dtype) -> None:
@@ -143,7 +159,8 @@ def build(config: VllmConfig, ours: FermiSVDConfig) -> nn.Module:
             built(config)
         except Exception:
             size = config.parallel_config.tensor_parallel_size
-            raise NotServed(f"{f'--tensor-parallel-size {size}: ' * (size > 1)}{reason(error)}") from error
+            why = import_error(Path(config.model_config.model)) or reason(error)
+            raise NotServed(f"{f'--tensor-parallel-size {size}: ' * (size > 1)}{why}") from error
         raise FormatError(
             f"{last}: vLLM's {config.model_config.architecture} does not take this layer compressed: {reason(error)}; "
             "convert again without it"

@@ -48,6 +48,9 @@ class FermiSVDLinearMethod(LinearMethodBase):
         heads: Mapping[int, int] | None = None,
     ):
         self.heads = heads or {}
+        for part in parts:
+            if part.group and part.group.side == "rows" and self.heads.keys() & set(part.members):
+                raise FormatError(f"{layer_name}: group {part.group.name}: rows that vLLM reorders; convert again")
         self.own_ops = own_ops or OwnOps()
         self.check_model, self.on_ready = check_model, on_ready
         self.parts = parts

@@ -15,7 +15,7 @@ from fermisvd_convert.conversion import Conversion, timed
 from fermisvd_convert.loading import open_streamed
 from fermisvd_convert.progress import bar
 from fermisvd_convert.workspace import file_hash
-from fermisvd_convert.writer import replace_tensors
+from fermisvd_convert.writer import replace_factors
 
 
 @timed("heal")
@@ -58,7 +58,7 @@ def heal_factors(conversion: Conversion, checkpoint: Path, taught: Taught) -> di
 
     record = stage.json(make, lambda _: stage.has("factors"), together=True)
     if distributed.this_process() == 0:
-        replace_tensors(checkpoint, stage.load("factors"))
+        replace_factors(checkpoint, stage.load("factors"), options.trust_remote_code)
     distributed.wait_for_all()
     return record
 
