@@ -128,10 +128,11 @@ def check_loading_order(model_config, layer: str) -> None:
 def heads_in_halves(model_config, layer: str) -> dict[int, int]:
     """Member -> heads, of the members of a layer whose rows are to be reordered as they are loaded: the rotary
     dimensions of each head from pairs to halves."""
-    config = model_config.hf_text_config
-    own = model_config.hf_config.model_type in ROTARY_IN_HALVES and model_config.model_impl != "transformers"
-    if not own or not layer.endswith("self_attn.qkv_proj"):
+    if model_config is None or not layer.endswith("self_attn.qkv_proj"):  # a layer without a model: in tests
         return {}
+    if model_config.hf_config.model_type not in ROTARY_IN_HALVES or model_config.model_impl == "transformers":
+        return {}
+    config = model_config.hf_text_config
     return {SHARD_NAMES["q"]: config.num_attention_heads, SHARD_NAMES["k"]: config.num_key_value_heads}
 
 
