@@ -10,7 +10,7 @@ from fermisvd.errors import FormatError
 from fermisvd.format import Group, expected_tensors
 from fermisvd.groups import Side
 from fermisvd_vllm.kinds import part_of, parts_of
-from fermisvd_vllm.layout import LayerSizes, shard_of, slots_of
+from fermisvd_vllm.layout import LayerSizes, in_halves, shard_of, slots_of
 from fermisvd_vllm.parts import DensePart, PivGaColumnsPart, PivGaRowsPart, SvdPart
 
 QKV = ["q", "k", "v"]
@@ -134,3 +134,10 @@ def test_tensor_of_another_size_is_refused(shape):
 def test_rank_above_the_matrix_is_refused():
     with pytest.raises(FormatError, match="rank 17"):
         slots_of([part_of([0], group(["w"], rank=17))], LayerSizes(whole([32]), (16, 16), "column", 1, "layer"))
+
+
+@pytest.mark.parametrize("shape", [(8,), (8, 3), (8, 1)])
+def test_pairs_of_each_head_become_halves(shape):
+    """Two heads of two pairs: a scale a row, rows of a factor, a scale's column."""
+    rows = torch.arange(8).view(8, *(1 for _ in shape[1:])).expand(shape)
+    assert torch.equal(in_halves(rows.contiguous(), 2), rows[[0, 2, 1, 3, 4, 6, 5, 7]])
