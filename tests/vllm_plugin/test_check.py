@@ -194,7 +194,9 @@ def test_a_broken_checkpoint_is_refused(fault, llama):
     assert refusal and all(word in refusal for word in words), refusal
 
 
-def test_a_grid_without_a_kernel_is_refused(llama, monkeypatch):
+def test_a_grid_without_a_kernel_here_is_no_refusal_of_what_is_yet_to_be_made(llama, monkeypatch):
+    """It may be served on another machine; test_grids.py has the refusal of a layer that is loaded."""
+
     def none(config):
         raise ValueError("none of them")
 
@@ -202,8 +204,7 @@ def test_a_grid_without_a_kernel_is_refused(llama, monkeypatch):
     schemes = {"lowrank_a": "int4_group32", "lowrank_b": "int4_group32"}
     name = "model.layers.0.mlp.down_proj"
     folder = bare(llama("svd"), Group(members=(name,), form="svd", rank=8, schemes=schemes))
-    refusal = answer(folder, 1, False).refusal
-    assert refusal and refusal.startswith("vLLM has no kernel for int4_group32 with bfloat16 on ")
+    assert answer(folder, 1, False).refusal is None
 
 
 @pytest.mark.parametrize("scheme", ["int8", "fp8", "int4_group32"])
