@@ -60,7 +60,7 @@ table: $(VENV)/installed
 results: $(VENV)/installed
 	$(BIN)/python -m benchmarks.results_page
 
-# Every family compiled and with tensor parallel 2: about an hour on two cores.
+# Every family compiled and with tensor parallel 2.
 families: $(VENV)/installed
 	$(BIN)/python -m pytest $(addprefix tests/vllm_plugin/test_,families.py multimodal.py gated_delta.py) \
 	    -m "slow or not slow"

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from fermisvd.errors import FormatError, reason
@@ -36,6 +37,11 @@ class TensorInfo:
     name: str
     dtype: str
     shape: tuple[int, ...]
+
+    def read(self) -> torch.Tensor:
+        """The tensor itself, memory-mapped, in its own type."""
+        with safe_open(self.file, framework="pt") as shard:
+            return shard.get_tensor(self.name)
 
     @property
     def numel(self) -> int:

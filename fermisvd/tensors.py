@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -146,8 +145,7 @@ def saved_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
 
 def check_equal(one: TensorInfo, other: TensorInfo, why: str, remedy: str) -> None:
     """Raises FormatError if two tensors that are to be one have different values."""
-    with safe_open(one.file, framework="pt") as first, safe_open(other.file, framework="pt") as second:
-        a, b = first.get_tensor(one.name), second.get_tensor(other.name)
+    a, b = one.read(), other.read()
     equal = a.shape == b.shape and all(
         torch.equal(x.float(), y.float()) for x, y in zip(a.split(ROWS), b.split(ROWS), strict=True)
     )

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from fermisvd.errors import OutputError, reason
@@ -66,7 +65,7 @@ def dequantize_checkpoint(model: str | Path, dense: str | Path) -> dict[str, int
                     (partial / path).parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(source / path, partial / path)
             (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            write_dense(partial, tensors, lambda name: read_tensor(headers[name]))
+            write_dense(partial, tensors, lambda name: headers[name].read())
             with complete(place):
                 move_into_place(place, overwrite=False)
     after = sum(tensor.bytes for tensor in tensors.values())
@@ -146,11 +145,6 @@ def write_dense(folder: Path, tensors: Mapping[str, DenseTensor], read: Read) ->
             (folder / file).chmod(usual_mode())
     if len(shards) > 1:
         write_index(folder, shards, sum(tensor.bytes for tensor in tensors.values()))
-
-
-def read_tensor(info: TensorInfo) -> torch.Tensor:
-    with safe_open(info.file, framework="pt") as shard:
-        return shard.get_tensor(info.name)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -61,7 +60,7 @@ class Imported(Source):
     def factors(self, layer: str) -> Pair:
         """A (m x r) and B (r x n), float64."""
         found = self.layers[layer]
-        tensors = {name: read(self.stored[name]) for name in found.names}
+        tensors = {name: self.stored[name].read() for name in found.names}
         for name, tensor in tensors.items():
             check_finite(f"{self.stored[name].file}: {name}", tensor)
         return found.factors(tensors)
@@ -80,11 +79,6 @@ class Imported(Source):
     def title(self) -> str:
         """The last name of a file or folder, or a hub model's id."""
         return folder_name(self.name) if Path(self.name).exists() else self.name
-
-
-def read(info: TensorInfo) -> torch.Tensor:
-    with safe_open(info.file, framework="pt") as shard:
-        return shard.get_tensor(info.name)
 
 
 def import_checkpoint(source: str | Path, out: str | Path, **given: Any) -> dict[str, Any]:
@@ -207,7 +201,7 @@ def multiplied(layers: Mapping[str, Found], headers: Headers, parameters: Mappin
         whole[f"{layer}.weight"] = replace(headers[found.b], shape=parameters[f"{layer}.weight"])
         if found.bias and f"{layer}.bias" in parameters:
             whole[f"{layer}.bias"] = whole.pop(found.bias)
-        elif found.bias and not read(headers[found.bias]).any():
+        elif found.bias and not headers[found.bias].read().any():
             whole.pop(found.bias)
     return whole
 
@@ -293,7 +287,7 @@ def largest_difference(folder: Path, ranked: list[RankedGroup], factors_of: Call
     with bar("compare", len(ranked), "layer") as shown:
         for each in ranked:
             name = each.group.name
-            own = {key: read(info) for key, info in headers.items() if key.rpartition(".")[0] == name}
+            own = {key: info.read() for key, info in headers.items() if key.rpartition(".")[0] == name}
             own.pop(f"{name}.bias", None)
             x = torch.randn(PROBES, each.group.columns, generator=generator)
             a, b = factors_of(each.group)

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import safe_open
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.hooks import RemovableHandle
@@ -135,8 +134,7 @@ def _empty(block: nn.Module, *_) -> None:
 
 
 def _read(stored: TensorInfo, device: str, dtype: torch.dtype) -> torch.Tensor:
-    with safe_open(stored.file, framework="pt") as file:
-        value = file.get_tensor(stored.name)
+    value = stored.read()
     return value.to(device, dtype if value.is_floating_point() and value.itemsize > 1 else value.dtype)
 
 
